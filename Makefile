@@ -1,0 +1,54 @@
+# Everything here needs python3 (3.11 or later) with pip and venv, and nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: help install demo test test-security fuzz check bench clean
+
+help:
+	@echo "make demo      split a real model and run it with a worker in a second process"
+	@echo "make test      all tests, real processes and sockets"
+	@echo "make test-security   attacks and faults only, with their table; SLIP_SECURITY=long for the long sizes"
+	@echo "make fuzz SECONDS=600   each fuzz target under atheris for so long"
+	@echo "make check     ruff, mypy --strict, import layers"
+	@echo "make bench     what it costs on this machine"
+	@echo "make install   only make .venv        make clean   remove caches and builds"
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/slip demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-security: $(READY)
+	$(BIN)/python -m pytest tests/security tests/fuzz
+
+SECONDS ?= 600
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+BENCHES := $(filter-out bench/_%,$(sort $(wildcard bench/*.py)))
+
+bench: $(READY)
+	@set -e; for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

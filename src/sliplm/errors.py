@@ -1,0 +1,142 @@
+"""Every error that sliplm raises, in one tree.
+
+    SlipError
+    ├── InputError              a tensor, token or argument that cannot be used (NaN, wrong shape)
+    ├── CheckpointError         the folder is not a checkpoint, or a shard is missing or damaged
+    │   └── UnsplittableError   modules that hold weights in a form that cannot be split, by name
+    ├── RecipeError             the recipe asks for what the model does not allow
+    ├── ShareError              a share on disk is missing, incomplete or damaged
+    │   ├── MismatchError       two shares, or a share and a worker, of different splits
+    │   └── SealError           a sealed file does not open: another key, or altered bytes
+    ├── MaskError               a mask would be used twice, or masks cannot be made
+    │   ├── PoolError           a pool of masks on disk is a copy, restored, damaged, empty or in use
+    │   └── DealerError         a dealer lies, is silent or gone
+    ├── KernelError             no kernel on this machine computes exact products
+    ├── CredentialError         keys or certificates are missing, readable by others, revoked or refused
+    │   └── AttestationError    the evidence of what runs at the other end is missing or refused
+    ├── WireError               bytes from a peer that break the protocol
+    ├── WorkerError             a worker cannot serve
+    │   ├── WorkerUnavailable   nobody listens there, or the connection broke
+    │   ├── WorkerTimeout       no answer within the limit
+    │   ├── WorkerFault         the worker answered that it cannot
+    │   └── VerificationError   the worker's product is wrong
+    └── FetchError              a package that carries an example cannot be fetched
+
+A message says what happened, then what to do.  No message carries a weight, a mask or a key.
+"""
+
+from __future__ import annotations
+
+
+class SlipError(Exception):
+    """Base of all errors of sliplm."""
+
+
+class InputError(SlipError, ValueError):
+    """A tensor, token or argument that cannot be used."""
+
+
+class CheckpointError(SlipError):
+    """The folder is not a checkpoint, or a part of it is missing or damaged."""
+
+
+class UnsplittableError(CheckpointError):
+    """The model has modules whose weights cannot be split.
+
+    Attributes:
+        modules: their names, as the recipe's patterns match them.
+    """
+
+    def __init__(self, message: str, modules: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.modules = modules
+
+
+class RecipeError(SlipError, ValueError):
+    """The recipe asks for what the model does not allow."""
+
+
+class ShareError(SlipError):
+    """A share on disk is missing, incomplete or damaged."""
+
+
+class MismatchError(ShareError):
+    """Two shares, or a share and a worker, that come from different splits."""
+
+
+class SealError(ShareError):
+    """A sealed file does not open: the key is another one, or the bytes were altered."""
+
+
+class MaskError(SlipError):
+    """A mask would be used twice, or masks cannot be made."""
+
+
+class PoolError(MaskError):
+    """A pool of masks on disk cannot be used: a copy, a restored backup, damaged, empty or in use."""
+
+
+class DealerError(MaskError):
+    """A dealer lies, is silent or gone.
+
+    Attributes:
+        address: the dealer's address, or None where it is not known.
+    """
+
+    def __init__(self, message: str, address: str | None = None) -> None:
+        super().__init__(message)
+        self.address = address
+
+
+class KernelError(SlipError):
+    """No kernel on this machine computes exact products."""
+
+
+class CredentialError(SlipError):
+    """Keys or certificates are missing, readable by others, revoked, or refused by the peer."""
+
+
+class AttestationError(CredentialError):
+    """The evidence of what runs at the other end is missing, stale or refused."""
+
+
+class WireError(SlipError):
+    """Bytes from a peer that break the protocol; the connection is closed."""
+
+
+class WorkerError(SlipError):
+    """A worker cannot serve.
+
+    Attributes:
+        address: the worker's address, or None where it is not known.
+    """
+
+    def __init__(self, message: str, address: str | None = None) -> None:
+        super().__init__(message)
+        self.address = address
+
+
+class WorkerUnavailable(WorkerError):
+    """Nobody listens at the address, or the connection broke.
+
+    Attributes:
+        torn: whether it broke inside a frame of the peer's.
+    """
+
+    torn: bool = False
+
+
+class WorkerTimeout(WorkerError):
+    """The worker did not answer within the limit."""
+
+
+class WorkerFault(WorkerError):
+    """The worker answered that it cannot serve the request."""
+
+
+class VerificationError(WorkerError):
+    """The worker's product is wrong: it was detected before use, and the worker is quarantined."""
+
+
+class FetchError(SlipError):
+    """A package that carries an example model or text cannot be fetched."""
