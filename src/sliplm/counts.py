@@ -1,0 +1,214 @@
+"""What a split costs, counted from shapes: bytes kept, multiply-adds and traffic per token.
+
+Multiply-adds of the vault for one token and a group of m rows, n columns and rank k:
+
+    low-rank      k (m + n)          A (B x) of SPEC step 5
+    rotations     as the transforms count themselves, additions included
+    checks        t (m + n)          <e, y~> and <c, x~>, t = 2 challenges
+    fixed point   2 n + 3 m          norm and rounding of x; removing u, row scale and 1/alpha of y
+
+Masks are counted apart: the vault derives them with AES, and the dealer does m n multiply-adds per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from sliplm import rotation
+from sliplm.manifest import Attention, VaultGroup, VaultManifest
+from sliplm.recipe import GroupChoice, Placement, Recipe, RotationKind
+from sliplm.sealing import sealed_bytes
+from sliplm.share import integer_type
+from sliplm.splitting import CHALLENGE_SETS, CHALLENGES
+from sliplm.tensorfile import ITEM_BYTES
+
+CONTEXTS = (128, 512, 2048)
+ELEMENT_BYTES = 4  # a field element on the wire
+
+
+class _Count(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VaultMacs(_Count):
+    """Multiply-adds of the vault per token, by kind; `whole` is what groups placed in the vault take."""
+
+    low_rank: int = 0
+    rotations: int = 0
+    checks: int = 0
+    fixed_point: int = 0
+    whole: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.low_rank + self.rotations + self.checks + self.fixed_point + self.whole
+
+
+class GroupReport(_Count):
+    """One group.  Bytes are of the shares on disk; traffic is payload per token, without framing.
+
+    `error` is the relative Frobenius error of quantisation and `svd_error` that of the kept directions
+    (`splitting.direction_error`); None where nothing was split.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    rank: int
+    precision: int
+    rotation: RotationKind
+    placement: Placement
+    error: float | None
+    svd_error: float | None
+    vault_bytes: int
+    worker_bytes: int
+    plain_macs: int
+    vault_macs: VaultMacs
+    vault_macs_share: float
+    bytes_to_worker: int
+    bytes_from_worker: int
+
+
+class SplitReport(_Count):
+    """A whole split.
+
+    Attributes:
+        vault_bytes: secrets of the split groups and all that stays whole (`kept_bytes`: embeddings, norms,
+            biases, groups placed in the vault).
+        vault_bytes_share: vault_bytes / (vault_bytes + worker_bytes).
+        plain_macs: multiply-adds of all linear layers per token, unprotected.
+        vault_macs_share: vault_macs.total / plain_macs; neither has attention, norms, activations or fused
+            experts that stay whole.
+        attention_macs: context length -> multiply-adds of attention (scores and values) for one token, in
+            the vault beside the above; empty where the configuration does not say.
+        exchanges: masked products per token.
+        bytes_to_worker, bytes_from_worker: payload per token, online.
+        mask_bytes: payload per token from the dealer to the vault, ahead of time.
+    """
+
+    groups: tuple[GroupReport, ...]
+    kept_bytes: int
+    vault_bytes: int
+    worker_bytes: int
+    vault_bytes_share: float
+    plain_macs: int
+    vault_macs: VaultMacs
+    vault_macs_share: float
+    attention_macs: dict[int, int]
+    exchanges: int
+    bytes_to_worker: int
+    bytes_from_worker: int
+    mask_bytes: int
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return self.model_dump_json()
+
+
+def counts_for_shapes(
+    shapes: Mapping[str, tuple[int, int]],
+    recipe: Recipe,
+    *,
+    kept_bytes: int = 0,
+    attention: Sequence[Attention] = (),
+) -> SplitReport:
+    """Count a split from the groups' shapes, {name: (rows, columns)}, without any weight.
+
+    `kept_bytes`: bytes of all that stays whole in the vault, groups that the recipe places there included.
+    """
+    groups = [
+        count_group(name, rows, columns, recipe.for_group(name)) for name, (rows, columns) in shapes.items()
+    ]
+    return _total(groups, kept_bytes, attention)
+
+
+def report_for(manifest: VaultManifest) -> SplitReport:
+    """The report of a split, recomputed from the vault's manifest alone."""
+    groups = [
+        count_group(g.name, g.rows, g.columns, _choice(g), g.error, g.svd_error) for g in manifest.groups
+    ]
+    whole = GroupChoice(rank=0, precision=12, rotation="none", placement="vault")
+    groups += [count_group(g.name, g.rows, g.columns, whole) for g in manifest.kept]
+    return _total(groups, manifest.kept_bytes, manifest.attention)
+
+
+def count_group(
+    name: str,
+    rows: int,
+    columns: int,
+    choice: GroupChoice,
+    error: float | None = None,
+    svd_error: float | None = None,
+) -> GroupReport:
+    """Count one group of [rows, columns]; one placed in the vault has no bytes here (see `kept_bytes`)."""
+    split = choice.placement == "split"
+    plain = rows * columns
+    macs = _vault_macs(rows, columns, choice) if split else VaultMacs(whole=plain)
+    return GroupReport(
+        name=name,
+        rows=rows,
+        columns=columns,
+        rank=choice.rank,
+        precision=choice.precision,
+        rotation=choice.rotation,
+        placement=choice.placement,
+        error=error,
+        svd_error=svd_error,
+        vault_bytes=_secret_bytes(rows, columns, choice.rank) if split else 0,
+        worker_bytes=plain * ITEM_BYTES[integer_type(choice.precision)] if split else 0,
+        plain_macs=plain,
+        vault_macs=macs,
+        vault_macs_share=macs.total / plain,
+        bytes_to_worker=ELEMENT_BYTES * columns if split else 0,
+        bytes_from_worker=ELEMENT_BYTES * rows if split else 0,
+    )
+
+
+def attention_macs(attention: Iterable[Attention], context: int) -> int:
+    """Multiply-adds of attention for one token that sees `context` tokens: q.k and the sum of values."""
+    return sum(2 * a.heads * a.head_dim * min(context, a.window or context) for a in attention)
+
+
+def _vault_macs(m: int, n: int, choice: GroupChoice) -> VaultMacs:
+    return VaultMacs(
+        low_rank=choice.rank * (m + n),
+        rotations=rotation.macs(choice.rotation, n) + rotation.macs(choice.rotation, m),
+        checks=CHALLENGES * (m + n),
+        fixed_point=2 * n + 3 * m,
+    )
+
+
+def _secret_bytes(m: int, n: int, rank: int) -> int:
+    """As `share.secret_specs` lists them, sealed."""
+    plain = (4 * m * rank, 4 * rank * n, 4 * m, 4 * CHALLENGE_SETS * CHALLENGES * n, 8, 32)
+    return sum(sealed_bytes(count) for count in plain)
+
+
+def _choice(group: VaultGroup) -> GroupChoice:
+    return GroupChoice(group.rank, group.precision, group.rotation, "split")
+
+
+def _total(groups: Sequence[GroupReport], kept_bytes: int, attention: Sequence[Attention]) -> SplitReport:
+    vault = kept_bytes + sum(g.vault_bytes for g in groups)
+    worker = sum(g.worker_bytes for g in groups)
+    plain = sum(g.plain_macs for g in groups)
+    kinds = VaultMacs.model_fields
+    macs = VaultMacs(**{kind: sum(getattr(g.vault_macs, kind) for g in groups) for kind in kinds})
+    down = sum(g.bytes_from_worker for g in groups)
+    return SplitReport(
+        groups=tuple(groups),
+        kept_bytes=kept_bytes,
+        vault_bytes=vault,
+        worker_bytes=worker,
+        vault_bytes_share=vault / max(1, vault + worker),
+        plain_macs=plain,
+        vault_macs=macs,
+        vault_macs_share=macs.total / max(1, plain),
+        attention_macs={context: attention_macs(attention, context) for context in CONTEXTS if attention},
+        exchanges=sum(g.placement == "split" for g in groups),
+        bytes_to_worker=sum(g.bytes_to_worker for g in groups),
+        bytes_from_worker=down,
+        mask_bytes=down,
+    )

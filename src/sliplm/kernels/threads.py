@@ -1,0 +1,32 @@
+"""Splitting one product over the cores: one thread pool a process, which sleeps between products."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, default_threads() - 1), thread_name_prefix="sliplm-kernel")
+
+
+def in_parallel(part: Callable[[int, int], None], count: int, threads: int, step: int = 1) -> None:
+    """Call part(first, last) over ranges that cover 0..count, cut at multiples of `step`, at most `threads`
+    at once.
+
+    `part` must release the GIL, and the ranges must write to different places.
+    """
+    pieces = max(1, min(threads, count // step))
+    cuts = [count * i // pieces // step * step for i in range(pieces)] + [count]
+    waiting = [_pool().submit(part, cuts[i], cuts[i + 1]) for i in range(1, pieces)]
+    part(cuts[0], cuts[1])
+    for future in waiting:
+        future.result()
