@@ -1,0 +1,102 @@
+"""Small files that a crash or a power cut cannot halve: at any moment the old one or the new one is there.
+
+A file is written under another name, synced, renamed over the old one, and its folder is synced.  After a
+return the new one survives a power cut; after an error either may be there, whole.  Two writers of one path
+must keep apart by a `lock`.  For whatever has to be believed after a crash: pools, anchors, seals,
+revocations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+PART: Final = ".part"
+"""How the name of an unfinished file ends; it begins with a dot."""
+
+
+class Writing:
+    """An unfinished file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append all of the data.  Raises: OSError."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            view = view[os.write(self._descriptor, view) :]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Writing]:
+    """Write `path` (mode 0600) piece by piece; it is there, or replaced, when the block ends well.
+
+    Raises: OSError; the unfinished file is deleted then.
+    """
+    unfinished = path.with_name(f".{path.name}{PART}")
+    descriptor = os.open(
+        unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+    )
+    try:
+        try:
+            os.fchmod(descriptor, 0o600)
+            yield Writing(descriptor)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        unfinished.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Replace a small file.  Raises: OSError."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def remove(path: Path) -> None:
+    """Delete a file that nobody needs; after a power cut it may be there again.  Raises: OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of mode 0700, with those above it; no power cut undoes it.  Raises: OSError."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make what was created, renamed and deleted in a folder survive a power cut.  Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path, *, wait: bool) -> int:
+    """Lock a file, which is made if missing, against every other opener on this machine until the returned
+    descriptor is closed or the process ends.
+
+    Raises: BlockingIOError when another has it and `wait` is False; OSError.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
