@@ -1,0 +1,51 @@
+"""sliplm: run a language model on hardware that you do not trust.
+
+    import sliplm
+
+    sliplm.split("model", "out")                      # out/vault stays with you, out/worker goes out
+    with sliplm.open("out") as model:                 # a worker process on this machine, the vault here
+        model.generate(...)
+
+Importing the package is cheap: torch and transformers are loaded by what needs them, so that a worker runs
+without.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from sliplm import errors
+from sliplm.recipe import Recipe, Rule
+
+if TYPE_CHECKING:
+    from sliplm.engines.transformers.convert import split
+    from sliplm.engines.transformers.load import load, open
+    from sliplm.engines.transformers.quantizer import SlipConfig
+    from sliplm.local_worker import LocalWorker
+
+__all__ = ["LocalWorker", "Recipe", "Rule", "SlipConfig", "errors", "load", "open", "split"]
+
+_LAZY = {
+    "split": "sliplm.engines.transformers.convert",
+    "load": "sliplm.engines.transformers.load",
+    "open": "sliplm.engines.transformers.load",
+    "SlipConfig": "sliplm.engines.transformers.quantizer",
+    "LocalWorker": "sliplm.local_worker",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'sliplm' has no attribute {name!r}")
+
+
+def _register(_: Any) -> None:
+    import_module("sliplm.engines.transformers.quantizer")
+
+
+# from_pretrained knows `quant_method: slip` from here on, at no cost to those who never load transformers
+wrapt.register_post_import_hook(_register, "transformers.modeling_utils")

@@ -1,0 +1,1 @@
+"""Where split models run: one subpackage per model library."""

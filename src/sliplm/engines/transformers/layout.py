@@ -1,0 +1,294 @@
+"""Which linear layers of a model read one input, and so share one exchange.
+
+The model is built from its configuration on the meta device (shapes without memory) and run once on three
+tokens; hooks note which tensor object every linear layer reads.  Layers that read the same object are one
+group.  Nothing is known about families: whatever follows the same rule is found.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging  # its verbosity is that of `logging`
+
+from sliplm.errors import CheckpointError
+from sliplm.manifest import Attention
+
+TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: `weight` is the model's parameter [rows, columns], or [columns, rows] if transposed."""
+
+    module: str
+    rows: int
+    columns: int
+    weight: str
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that read one input, in the order of their calls."""
+
+    name: str
+    members: tuple[Linear, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(member.rows for member in self.members)
+
+    @property
+    def columns(self) -> int:
+        return self.members[0].columns
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(member.module for member in self.members)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `discover` found.
+
+    Attributes:
+        groups: in the order in which a forward pass reaches them.
+        unsplittable: module -> why: its weights are used in products but cannot be split.
+        parameters: name -> shape of every parameter, once for tied ones.
+        tied: other name -> name in `parameters`.
+        buffers: name -> shape of every persistent buffer; a checkpoint may lack them.
+        attention: one entry per layer, for counting.
+    """
+
+    config: PretrainedConfig
+    groups: tuple[Group, ...]
+    unsplittable: dict[str, str]
+    parameters: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    buffers: dict[str, tuple[int, ...]]
+    attention: tuple[Attention, ...]
+    model: PreTrainedModel = field(repr=False)
+
+
+def discover(model_dir: Path | str) -> Layout:
+    """Find the groups of the model that a checkpoint folder's config.json describes; no weight is read.
+
+    Raises:
+        CheckpointError: the configuration is missing, of an unknown kind or needs code from the folder, or
+            the model cannot be run on shapes alone.
+    """
+    config = read_config(Path(model_dir))
+    model = meta_model(config)
+    calls = _trace(model)
+    state = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter has several names
+    first = {id(p): name for name, p in reversed(state.items())}
+    return Layout(
+        config=config,
+        groups=_groups(model, calls),
+        unsplittable=_unsplittable(model, calls),
+        parameters={name: tuple(p.shape) for name, p in state.items() if first[id(p)] == name},
+        tied={name: first[id(p)] for name, p in state.items() if first[id(p)] != name},
+        buffers=_buffers(model),
+        attention=attention_of(config),
+        model=model,
+    )
+
+
+def read_config(model_dir: Path) -> PretrainedConfig:
+    """The configuration of a checkpoint folder; code that came with the folder is never run.
+
+    Raises:
+        CheckpointError: there is none, or this version of transformers does not know it.
+    """
+    if not model_dir.is_dir():
+        raise CheckpointError(f"{model_dir} is not a folder; give the folder of a Hugging Face checkpoint")
+    if not (model_dir / "config.json").is_file():
+        raise CheckpointError(f"{model_dir} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        with _quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                str(model_dir), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises many kinds for a bad file
+        raise CheckpointError(
+            f"{model_dir / 'config.json'}: transformers cannot use this configuration ({_line(error)}); "
+            "models that bring their own code are not supported"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{model_dir} is quantised or already split; split the original checkpoint")
+    return config
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of a configuration, on the meta device, in evaluation mode.
+
+    Raises:
+        CheckpointError: transformers has no such model, or it cannot be built.
+    """
+    try:
+        with _quiet(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+            )
+    except Exception as error:  # the model's own code runs here
+        kind = type(config).__name__
+        raise CheckpointError(f"no causal language model can be built from {kind}: {_line(error)}") from error
+    model.train(False)
+    return model
+
+
+def group_name(modules: Sequence[str]) -> str:
+    """`a.b.c` and `a.b.d` become `a.b.c+d`."""
+    parts = [module.split(".") for module in modules]
+    shared = 0
+    while len(parts) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return ".".join([*parts[0][:shared], "+".join(".".join(p[shared:]) for p in parts)])
+
+
+def attention_of(config: PretrainedConfig) -> tuple[Attention, ...]:
+    """Heads, head width and window of each layer, from the configuration; empty where it does not say."""
+    text = config.get_text_config()
+    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
+    if not isinstance(layers, int) or not isinstance(heads, int):
+        return ()
+    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", heads) // heads
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    kinds = kinds or ["sliding_attention" if window else "full_attention"] * layers
+    return tuple(
+        Attention(heads=heads, head_dim=width, window=window if kind == "sliding_attention" else None)
+        for kind in kinds
+    )
+
+
+# --- the trace ----------------------------------------------------------------------------------------
+
+
+# linear layer -> what it read: tensors (kept, so that no address is used twice) and how often each changed
+_Calls = dict[str, list[tuple[torch.Tensor, int]]]
+
+
+def _trace(model: PreTrainedModel) -> _Calls:
+    """What every linear layer reads in one forward pass, in the order of first calls."""
+    calls: _Calls = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = args[0] if args else next(iter(kwargs.values()))
+            calls.setdefault(name, []).append((tensor, tensor._version))
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in linears(model)]
+    stubbed = [module for module in model.modules() if _raw(module)]
+    for module in stubbed:
+        _stub(module)
+    # an explicit mask: without one, transformers looks at the (absent) values for packed sequences
+    tokens = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
+    try:
+        # tensors need their version counters, which inference mode, where the caller may be, takes away
+        with _quiet(), torch.inference_mode(False), torch.no_grad():
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    except Exception as error:  # the model's own code runs here
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be run on shapes alone, its groups stay unknown: {_line(error)}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in stubbed:
+            del module.forward
+    return calls
+
+
+def _stub(module: nn.Module) -> None:
+    """Let a module with raw weights (fused experts) that looks at values stand for its own input."""
+    run = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):
+            inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            return torch.empty_like(inputs[0])
+
+    module.forward = forward  # an instance attribute that hides the class's method
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """Every linear layer with its name, tied ones included."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def _groups(model: PreTrainedModel, calls: _Calls) -> tuple[Group, ...]:
+    together: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for name, inputs in calls.items():
+        together.setdefault(tuple((id(tensor), changes) for tensor, changes in inputs), []).append(name)
+    return tuple(
+        Group(group_name(names), tuple(_linear(name, model.get_submodule(name)) for name in names))
+        for names in together.values()
+    )
+
+
+def _linear(name: str, module: nn.Module) -> Linear:
+    weight = module.get_parameter("weight")
+    transposed = isinstance(module, Conv1D)
+    rows, columns = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+    return Linear(name, rows, columns, f"{name}.weight", transposed)
+
+
+def _unsplittable(model: PreTrainedModel, calls: _Calls) -> dict[str, str]:
+    found = {}
+    for name, module in model.named_modules():
+        if _raw(module):
+            found[name] = f"{type(module).__name__} is no linear layer but holds matrices"
+        elif isinstance(module, nn.Linear | Conv1D) and name not in calls:
+            found[name] = "this linear layer took no part in the forward pass"
+    return found
+
+
+def _raw(module: nn.Module) -> bool:
+    """Whether a module that is neither linear nor an embedding has matrices of its own."""
+    if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+        return False
+    return any(p.ndim > 1 for p in module.parameters(recurse=False))
+
+
+def _buffers(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.{name}" if prefix else name: tuple(buffer.shape)
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,143 @@
+"""Load a split model as a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sliplm.attestation import Attester, Verifier
+from sliplm.engines.transformers.quantizer import METHOD, REFERENCE, Folder, checked_workers
+from sliplm.errors import InputError, ShareError
+from sliplm.keysource import KeySpec, checked
+from sliplm.local_worker import LocalWorker
+from sliplm.share import MODEL
+from sliplm.vault import Fallback
+
+
+class Running(TypedDict, total=False):
+    """How a vault runs: the keyword arguments of `load` that `SlipConfig` explains."""
+
+    share: Folder | None
+    dealers: Sequence[str]
+    pool: Folder | None
+    anchor: str | None
+    ahead: int
+    timeout: float
+    fallback: Fallback
+    pad_to: int
+    audit: Folder | None
+    attester: Attester | None
+    verifier: Verifier | None
+
+
+def load(
+    vault_dir: Folder,
+    workers: Sequence[str],
+    key: KeySpec = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    model_class: Any = AutoModelForCausalLM,
+    **options: Unpack[Running],
+) -> PreTrainedModel:
+    """Load a vault folder; the split layers ask the workers for their products.
+
+    The result is a `PreTrainedModel` like any other, in evaluation mode, on the CPU, without gradients.
+    Its vault is `model.slip` (`counters`, `deal`, `close`): close it when done.
+
+    Args:
+        vault_dir: the folder `vault` that `split` wrote.
+        workers: addresses of workers that hold its worker share.
+        key: what the vault share is sealed with, see `keysource`; None takes the user's key file.
+        dtype: of what the vault computes itself; products are computed in float32 whatever it is.
+        model_class: the class that was split, or its Auto class.
+        options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, audit, attester, verifier, as
+            `SlipConfig` takes them.
+
+    Raises:
+        InputError: an argument cannot be used.
+        CredentialError: the key cannot be had.
+        SealError: the key is another one, or sealed bytes were altered.
+        ShareError: a folder is missing, incomplete, damaged or of another split.
+        MaskError: nobody deals masks, or the pool cannot be used.
+        WorkerError: no worker can serve.
+    """
+    unknown = set(options) - set(Running.__annotations__)
+    if unknown:
+        raise InputError(f"load has no option {', '.join(sorted(unknown))}; see SlipConfig")
+    settings = {
+        "quant_method": METHOD,
+        "workers": checked_workers(workers),
+        "key": checked(key),
+        **options,
+    }
+    return _from_pretrained(Path(vault_dir), settings, dtype, model_class)
+
+
+@contextmanager
+def open(out_dir: Folder, **options: Any) -> Iterator[PreTrainedModel]:
+    """Run a split on this machine: `out_dir/worker` in a worker process, `out_dir/vault` here.
+
+    Both share the cores: set OMP_WAIT_POLICY=passive before torch is imported, as the command `slip` does, or
+    torch's idle threads spin in the worker's way (long prompts take half as long again).
+
+    Args:
+        out_dir: the folder that `split` wrote.
+        options: keyword arguments of `load`.
+
+    Raises:
+        what `load` and `LocalWorker` raise.
+    """
+    out_dir = Path(out_dir)
+    with LocalWorker(out_dir / "worker") as worker:
+        model = load(out_dir / "vault", [worker.address], **options)
+        with closing(cast(Any, model).slip):
+            yield model
+
+
+def reference(
+    out_dir: Folder,
+    *,
+    key: KeySpec = None,
+    dtype: torch.dtype = torch.float32,
+    model_class: Any = AutoModelForCausalLM,
+) -> PreTrainedModel:
+    """Load the quantised model that a split stands for, from both shares in this process, without a worker.
+
+    The hybrid model gives the same logits, bit for bit: this is the yardstick.  It protects nothing.
+
+    Raises:
+        CredentialError, ShareError: as `load`.
+    """
+    settings = {"quant_method": REFERENCE, "key": checked(key)}
+    return _from_pretrained(Path(out_dir) / "vault", settings, dtype, model_class)
+
+
+def _from_pretrained(
+    vault_dir: Path, settings: dict[str, Any], dtype: torch.dtype, model_class: Any
+) -> PreTrainedModel:
+    config = _config(vault_dir)
+    # The settings go into the stored entry: as an argument they would make transformers warn.
+    config.quantization_config = settings
+    model = model_class.from_pretrained(
+        vault_dir, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    return cast(PreTrainedModel, model)
+
+
+def _config(vault_dir: Path) -> Any:
+    for name in ("config.json", MODEL):
+        if not (vault_dir / name).is_file():
+            raise ShareError(f"{vault_dir} has no {name}: give the folder `vault` that `split` wrote")
+    try:
+        config = AutoConfig.from_pretrained(vault_dir, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ShareError(f"{vault_dir / 'config.json'} cannot be read: split the model again") from error
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") != METHOD:
+        raise ShareError(f"{vault_dir} is no vault folder: give the folder `vault` that `split` wrote")
+    return config

@@ -1,0 +1,234 @@
+"""The split layers of a hybrid model: `nn.Linear` and `Conv1D` whose products come from elsewhere.
+
+The members of a group (q, k and v, say) read one input and share one exchange.  The first member
+called asks for the whole group's product; the others, called with the same tensor, take their rows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sliplm.errors import InputError, ShareError
+from sliplm.manifest import Member
+
+Floats = NDArray[np.float32]
+
+
+class Products(Protocol):
+    """Whoever multiplies: the vault, or in tests both shares in one process."""
+
+    def product(self, group: str, x: Floats) -> Floats:
+        """Return `W x` for each row: float32 [rows, n] -> float32 [rows, m], without bias."""
+
+
+class GroupProduct:
+    """One group's product, computed once per input and handed out once to each member.
+
+    An input is recognised by identity and version: this object holds the tensor, so its id cannot be
+    recycled, and PyTorch counts the changes made in place.  (Writes that PyTorch does not count, through
+    `.data` or a numpy view, between the calls of q and k are not seen; no model does that.)  Each
+    thread has its own product at hand, so that several `generate` may run at once.
+
+    Args:
+        name: the group's name in the share.
+        rows: output features of each member, in row order.
+        source: who multiplies.  It may be set later, before the first call.
+    """
+
+    def __init__(self, name: str, rows: Sequence[int], source: Products | None) -> None:
+        ends = [sum(rows[: i + 1]) for i in range(len(rows))]
+        self.name = name
+        self.source = source
+        self._spans = tuple((end - n, end) for n, end in zip(rows, ends, strict=True))
+        self._everyone = (1 << len(rows)) - 1
+        self._held = _Held()
+
+    def rows_of(self, index: int, x: Tensor) -> Floats:
+        """Return member `index`'s part of the product: [..., n] -> float32 [rows, out_features]."""
+        held, bit = self._held, 1 << index
+        if self._everyone == bit:
+            return self._compute(x)
+        if held.waiting & bit and held.holds(x):
+            y = held.product
+            held.waiting ^= bit
+            if not held.waiting:
+                held.drop()
+        else:
+            held.drop()  # before the product: an error must leave nothing behind
+            y = self._compute(x)
+            held.keep(x, y, self._everyone ^ bit)
+        start, end = self._spans[index]
+        return y[:, start:end]
+
+    def _compute(self, x: Tensor) -> Floats:
+        if self.source is None:
+            raise InputError(f"group {self.name} has no vault: load the model with sliplm.load")
+        if x.requires_grad:
+            x = x.detach()
+        if x.dtype is not torch.float32:
+            x = x.to(torch.float32)
+        flat = x.contiguous().numpy()
+        return self.source.product(self.name, flat.reshape(-1, flat.shape[-1]))
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError("a model with split layers cannot be copied or pickled: load its vault folder again")
+
+
+class SlipLinear(nn.Module):
+    """A linear layer whose weight is split: it has a bias at most, and no `weight`.
+
+    Args:
+        in_features: width n of the input.
+        out_features: rows of this member.
+        bias: the bias [out_features], which stays in the vault, or None.
+        group: the product it shares.
+        index: its place in the group.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: nn.Parameter | None, group: GroupProduct, index: int
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group = group
+        self.index = index
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `W x + bias` [..., out_features] in x's dtype, computed in float32 (SPEC steps 1 to 5).
+
+        Args:
+            x: floating point [..., in_features] on the CPU.
+
+        Raises:
+            InputError: x is elsewhere, of another width or type, holds NaN or infinity, or needs a gradient.
+            WorkerError: no worker gave a right product.
+        """
+        if torch.compiler.is_compiling():  # not to be traced; the decorator would cost every call 3 us
+            return cast(Tensor, torch.compiler.disable(self.forward)(x))  # type: ignore[no-untyped-call]
+        if not x.is_cpu or x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            raise InputError(
+                f"group {self.group.name} takes floating-point tensors [..., {self.in_features}] on the CPU "
+                f"and got {x.dtype} {list(x.shape)} on {x.device}: keep the trusted side on the CPU"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"group {self.group.name} has no gradient, so a split model cannot be trained: "
+                "call it in torch.no_grad()"
+            )
+        shape = (*x.shape[:-1], self.out_features)
+        if not x.numel():
+            return x.new_zeros(shape)
+        rows = self.group.rows_of(self.index, x)
+        # numpy slices and reshapes several times faster than torch: this runs hundreds of times a token
+        y = torch.from_numpy(np.ascontiguousarray(rows).reshape(shape))
+        bias = self._parameters["bias"]
+        if bias is not None:
+            y = y + bias
+        return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and the group's name: nothing secret."""
+        bias = self._parameters["bias"] is not None
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={bias}, group={self.group.name}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(f"the weight of a layer of {self.group.name} is split: no party has it")
+        return super().__getattr__(name)
+
+
+def replace(
+    model: nn.Module, groups: Mapping[str, Sequence[Member]], source: Products | None
+) -> tuple[GroupProduct, ...]:
+    """Replace the members of all groups in `model` by `SlipLinear`; nothing is changed if any does not fit.
+
+    Returns:
+        The groups' products, in the order of `groups`.
+
+    Raises:
+        ShareError: a member is not in the model, is no linear layer, has another size or is named twice.
+    """
+    modules = dict(model.named_modules())
+    seen: set[str] = set()
+    for name, members in groups.items():
+        if len({_check(modules, name, member, seen) for member in members}) != 1:
+            raise ShareError(f"the members of group {name} do not read one width: it is of another model")
+    products = []
+    for name, members in groups.items():
+        group = GroupProduct(name, [member.rows for member in members], source)
+        for index, member in enumerate(members):
+            old = modules[member.module]
+            parent, _, leaf = member.module.rpartition(".")
+            new = SlipLinear(_sizes(old)[0], member.rows, old.bias, group, index)
+            setattr(modules[parent], leaf, new.train(old.training))
+        products.append(group)
+    return tuple(products)
+
+
+class _Held(threading.local):
+    """The product at hand in this thread, for the members in the bit set `waiting`."""
+
+    waiting = 0
+    product: Floats
+    _input: Tensor | None = None
+    _version = 0
+    _copy: Tensor | None = None
+
+    def keep(self, x: Tensor, product: Floats, waiting: int) -> None:
+        self.product, self.waiting, self._input = product, waiting, x
+        if x.is_inference():  # has no version: compare what it holds
+            self._copy = x.clone()
+        else:
+            self._version = x._version
+
+    def holds(self, x: Tensor) -> bool:
+        if x is not self._input:
+            return False
+        if self._copy is not None:
+            return torch.equal(x, self._copy)
+        return x._version == self._version
+
+    def drop(self) -> None:
+        if self._input is not None:
+            self.waiting, self._input, self._copy = 0, None, None
+            del self.product
+
+
+def _check(modules: Mapping[str, nn.Module], group: str, member: Member, seen: set[str]) -> int:
+    """Return the width that a member reads, or say why it cannot be replaced."""
+    module = modules.get(member.module)
+    if not isinstance(module, nn.Linear | Conv1D):
+        found = "no such module" if module is None else f"a {type(module).__name__}"
+        raise ShareError(
+            f"group {group} needs a linear layer {member.module}, and the model has {found}: "
+            "load the share with the model class that it was split from (AutoModelForCausalLM)"
+        )
+    width, rows = _sizes(module)
+    if rows != member.rows:
+        raise ShareError(f"{member.module} has {rows} rows, the share {member.rows}: it is of another model")
+    if member.module in seen:
+        raise ShareError(f"the share names {member.module} twice: split the model again")
+    seen.add(member.module)
+    return width
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features)."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    raise TypeError(f"{type(module).__name__} is no linear layer")

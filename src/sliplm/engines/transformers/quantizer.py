@@ -1,0 +1,253 @@
+"""How transformers loads a vault folder: `quant_method: slip`, by its own `from_pretrained`.
+
+    config = SlipConfig(workers=["worker.example:7400?keys=keys"])
+    model = AutoModelForCausalLM.from_pretrained("out/vault", quantization_config=config)
+
+transformers builds the model without memory, this quantizer replaces the split layers and decrypts what the
+vault keeps (`opened`), transformers loads that, and this quantizer connects the layers to the vault.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sliplm.anchor import CommandAnchor, file_anchor
+from sliplm.attestation import Attester, Verifier
+from sliplm.engines.transformers.modules import GroupProduct, Products, SlipLinear, replace
+from sliplm.engines.transformers.opened import OpenedModel
+from sliplm.errors import InputError, ShareError
+from sliplm.keysource import KeySpec, checked
+from sliplm.pool import DiskPool
+from sliplm.share import MODEL, VaultShare, WorkerShare, check_pair, open_vault, open_worker
+from sliplm.vault import Fallback, LocalProducts, Vault
+
+Folder = str | os.PathLike[str]
+
+METHOD = "slip"
+REFERENCE = "slip-reference"
+WORKERS_VARIABLE = "SLIPLM_WORKERS"
+
+
+@register_quantization_config(REFERENCE)
+@register_quantization_config(METHOD)
+class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How a vault runs.  A vault folder stores only `quant_method`; the rest is said at each loading.
+
+    Args:
+        workers: addresses, as `LocalWorker.address` gives them; None takes the environment's
+            SLIPLM_WORKERS (separated by commas).
+        key: what the vault share is sealed with, see `keysource`; None takes the user's key file.
+        share: the worker folder, from which masks are dealt; None takes `worker` beside the vault folder, or
+            no folder where dealers or a pool are named.
+        dealers: addresses of workers that deal masks, and do not collude with `workers`.
+        pool: a folder with masks dealt by `slip deal`.
+        anchor: the command with which that pool was dealt, if any, see `anchor.CommandAnchor`.
+        ahead: tokens whose masks are kept ready in memory.
+        timeout: seconds to wait for a worker's or dealer's answer.
+        fallback: without a worker "fail" the request, or compute "here", from `share`: slow.
+        pad_to: prompts are padded to a multiple of so many tokens, so that workers do not see their length.
+        audit: a file to which records of lies, losses and returns are appended.
+        attester: makes this vault's evidence, for workers that ask for it.
+        verifier: judges the workers' and dealers' evidence.
+        quant_method: as stored.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[str] | None = None,
+        share: Folder | None = None,
+        ahead: int = 64,
+        timeout: float = 30.0,
+        quant_method: str = METHOD,
+        key: KeySpec = None,
+        dealers: Sequence[str] = (),
+        pool: Folder | None = None,
+        anchor: str | None = None,
+        fallback: Fallback = "fail",
+        pad_to: int = 1,
+        audit: Folder | None = None,
+        attester: Attester | None = None,
+        verifier: Verifier | None = None,
+    ) -> None:
+        self.workers = None if workers is None else checked_workers(workers)
+        self.dealers = checked_workers(dealers) if dealers else []
+        self.share = None if share is None else os.fspath(share)
+        self.pool = None if pool is None else os.fspath(pool)
+        self.audit = None if audit is None else os.fspath(audit)
+        self.anchor, self.fallback, self.pad_to = anchor, fallback, pad_to
+        self.ahead, self.timeout = ahead, timeout
+        self.attester, self.verifier = attester, verifier
+        self.key = checked(key)
+        self.quant_method = quant_method
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What an argument of `from_pretrained` sets over the stored configuration."""
+        return {name: value for name, value in vars(self).items() if name in _SAID_AT_LOADING}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored and shown: addresses and paths are of this machine only, the key of nobody else."""
+        return {"quant_method": self.quant_method}
+
+
+_SAID_AT_LOADING = frozenset(inspect.signature(SlipConfig).parameters) - {"quant_method"}
+
+# Without this, transformers drops the configuration that the user passed for the stored one.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SlipConfig)
+
+
+@register_quantizer(METHOD)
+class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts `SlipLinear` in the place of the split layers and opens the vault, as `model.slip`."""
+
+    quantization_config: SlipConfig
+    is_trainable: ClassVar[bool] = False
+    _shares: tuple[VaultShare, WorkerShare | None]
+    _opened: OpenedModel
+    _groups: tuple[GroupProduct, ...]
+
+    def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
+        """Refuse devices other than the CPU: the trusted side runs there."""
+        devices = device_map.values() if isinstance(device_map, Mapping) else ()
+        if any(torch.device(device).type != "cpu" for device in devices):
+            raise InputError(
+                f"device_map {device_map}: the trusted side of a split model runs on the CPU; leave it out"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Turn "auto" and its kin into the CPU."""
+        return {"": torch.device("cpu")} if isinstance(device_map, str) else device_map
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        files = [] if checkpoint_files is None else checkpoint_files
+        folder = _vault_folder(files)
+        vault = open_vault(folder, self.quantization_config.key)
+        self.quantization_config.key = None  # it has served
+        config = self.quantization_config
+        worker = None
+        if config.share is not None or not (config.dealers or config.pool):
+            worker = open_worker(config.share or folder.parent / "worker")
+            check_pair(vault, worker)
+        self._shares = vault, worker
+        self._groups = replace(model, vault.members, None)
+        for module in _split_layers(model):
+            module.weight = _initialised()  # GPT-2 and others initialise `c_proj.weight` by name
+        self._opened = OpenedModel(vault)
+        files[:] = [self._opened.path]  # the very list that transformers reads next
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        self._opened.close()
+        tensors = model.state_dict(keep_vars=True)
+        missing = [name for name, tensor in tensors.items() if not _is_initialised(tensor)]
+        if missing:
+            names = ", ".join(missing[:5])
+            raise ShareError(f"{self._shares[0].path / MODEL} lacks {names}: split the model again")
+        for module in _split_layers(model):
+            del module.weight
+        model.requires_grad_(False)
+        source = self._open(*self._shares)
+        del self._shares, self._opened  # the vault has taken what it needs of the secrets
+        for group in self._groups:
+            group.source = source
+        model.slip = source
+
+    def _open(self, vault: VaultShare, worker: WorkerShare | None) -> Products:
+        config = self.quantization_config
+        workers = config.workers or _workers_of_environment()
+        pool = None
+        if config.pool is not None:
+            shapes = [(group.rows, group.columns) for group in vault.manifest.groups]
+            anchor = file_anchor() if config.anchor is None else CommandAnchor(config.anchor)
+            pool = DiskPool(Path(config.pool), vault.split_id, vault.pool_key, shapes, anchor)
+        try:
+            return Vault(
+                vault,
+                workers,
+                worker,
+                dealers=config.dealers,
+                pool=pool,
+                ahead=config.ahead,
+                timeout=config.timeout,
+                fallback=config.fallback,
+                pad_to=config.pad_to,
+                audit=config.audit,
+                attester=config.attester,
+                verifier=config.verifier,
+            )
+        except BaseException:
+            if pool is not None:
+                pool.close()
+            raise
+
+    def is_serializable(self) -> bool:
+        """Called by `save_pretrained`, which would write a model without its split weights."""
+        raise InputError("a split model cannot be saved: copy its vault folder, or split the original again")
+
+
+@register_quantizer(REFERENCE)
+class ReferenceQuantizer(SlipQuantizer):
+    """The same with both shares in this process and no worker."""
+
+    def _open(self, vault: VaultShare, worker: WorkerShare | None) -> Products:
+        if worker is None:
+            raise InputError("the reference needs the worker share: name no dealer and no pool")
+        return LocalProducts(vault, worker)
+
+
+def checked_workers(workers: Sequence[str]) -> list[str]:
+    """Return the addresses as a list.
+
+    Raises:
+        InputError: there are none, or `workers` is one text.
+    """
+    if isinstance(workers, str) or not workers or not all(isinstance(item, str) and item for item in workers):
+        raise InputError(f'workers is a list of addresses, such as ["127.0.0.1:7400"], and not {workers!r}')
+    return list(workers)
+
+
+def _workers_of_environment() -> list[str]:
+    workers = [item for item in os.environ.get(WORKERS_VARIABLE, "").split(",") if item]
+    if not workers:
+        raise InputError(
+            "no worker is named for this split model: use sliplm.load(vault_dir, workers=[...]), or pass "
+            "quantization_config=SlipConfig(workers=[...]), or set the environment's "
+            f"{WORKERS_VARIABLE} to addresses separated by commas"
+        )
+    return workers
+
+
+def _vault_folder(checkpoint_files: Sequence[str]) -> Path:
+    """The folder of the one file that transformers is about to read."""
+    paths = [Path(file) for file in checkpoint_files]
+    if [path.name for path in paths] != [MODEL]:
+        raise ShareError(
+            f"a vault folder keeps its weights in {MODEL}, not in {[path.name for path in paths]}: "
+            "give the folder `vault` as `split` wrote it"
+        )
+    return paths[0].parent
+
+
+def _split_layers(model: PreTrainedModel) -> list[SlipLinear]:
+    return [module for module in model.modules() if isinstance(module, SlipLinear)]
+
+
+def _initialised() -> torch.Tensor:
+    """An empty tensor that transformers' initialisers pass over."""
+    tensor = torch.empty(0)
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def _is_initialised(tensor: torch.Tensor) -> bool:
+    """Whether transformers read the tensor from the checkpoint, or tied it to one that it read."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
