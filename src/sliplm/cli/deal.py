@@ -1,0 +1,250 @@
+"""`slip deal`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from sliplm.cli.inspect import pattern
+from sliplm.cli.screen import console, number, print_json, size
+from sliplm.errors import InputError, PoolError
+
+if TYPE_CHECKING:
+    from sliplm.dealer import Dealing
+    from sliplm.maskfile import Product
+    from sliplm.poolfolder import GroupStock, PoolWriter
+    from sliplm.share import VaultShare
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_DEALER_SECONDS = 60.0  # limit of every wait for a dealer
+_SPARE = 16 << 20  # bytes of a disk that are left alone
+
+
+class _Batch(NamedTuple):
+    group: int
+    rows: int
+    bytes: int
+
+
+def command(
+    vault: Annotated[Path, typer.Argument(help="The vault folder that a split wrote.")],
+    pool: Annotated[
+        Path, typer.Argument(help="The pool folder; it is made, and may hold pools of several splits.")
+    ],
+    *,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Deal until so many masks are ready; one a token and group.")
+    ] = None,
+    status: Annotated[bool, typer.Option("--status", help="Only say what is ready.")] = False,
+    share: Annotated[
+        Path | None,
+        typer.Option(
+            help="A worker folder to deal from; by default the one beside VAULT, none with --dealer."
+        ),
+    ] = None,
+    dealer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A worker that deals, and does not collude with those that are "
+            "asked later. May be given several times.",
+        ),
+    ] = None,
+    limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="How large this pool may grow: 500M, 20G.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="What seals the vault share, as for `slip split`.")
+    ] = None,
+    anchor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CMD",
+            help="A command that keeps the pool's token elsewhere, so that a restored machine is noticed; by "
+            "default it is kept in ~/.local/state/sliplm/anchors ($SLIPLM_STATE).",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Deal masks ahead of time, into a folder on the vault's disk.
+
+    A token takes one mask of each group. Masks that are there count; Ctrl-C keeps what is whole, and the
+    same command goes on. A vault may use the pool meanwhile.
+
+    Example: slip deal out/vault pool --tokens 10000
+
+    Example: slip deal out/vault pool --tokens 10000 --dealer "other.example:7400?keys=keys/vault"
+
+    Example: slip deal out/vault pool --status
+    """
+    if status == (tokens is not None):
+        raise InputError("say how many: --tokens 10000, or ask what is there: --status")
+    most = None if limit is None else _bytes(limit)
+    from sliplm.poolfolder import stock
+    from sliplm.share import open_vault
+
+    opened = open_vault(vault, key)
+    shapes = [(secrets.m, secrets.n) for secrets in opened.groups.values()]
+    if tokens is not None:
+        if share is None and not dealer:
+            share = vault.parent / "worker"
+        with _dealing(opened, shapes, share, dealer or []) as dealing:
+            _deal(opened, pool, shapes, tokens, dealing, most, anchor)
+    stocks = stock(pool, opened.split_id, opened.pool_key, shapes)
+    _show(console(json=json), list(opened.groups), stocks)
+    if json:
+        named = zip(opened.groups, stocks, strict=True)
+        print_json(
+            {
+                "split_id": opened.split_id,
+                "tokens": min(group.ready for group in stocks),
+                "bytes": sum(group.bytes for group in stocks),
+                "groups": [{"name": name} | group._asdict() for name, group in named],
+            }
+        )
+
+
+@contextmanager
+def _dealing(
+    vault: VaultShare, shapes: Sequence[tuple[int, int]], share: Path | None, dealers: list[str]
+) -> Iterator[Dealing]:
+    """Who makes the products, and checks them: dealers, the worker share, or both."""
+    from sliplm.audit import AuditLog
+    from sliplm.codec import GroupCodec
+    from sliplm.dealer import Dealing, ShareDealer
+    from sliplm.share import check_pair, open_worker
+    from sliplm.workforce import Workforce
+
+    here = None
+    if share is not None:
+        worker = open_worker(share)
+        check_pair(vault, worker)
+        here = ShareDealer(worker)
+    codecs = [GroupCodec(secrets) for secrets in vault.groups.values()]
+    if not dealers:
+        yield Dealing(codecs, here, None)
+        return
+    with closing(
+        Workforce.of(dealers, "dealer", vault.split_id, shapes, _DEALER_SECONDS, AuditLog())
+    ) as others:
+        others.open_one()
+        yield Dealing(codecs, here, others)
+
+
+def _deal(
+    vault: VaultShare, pool: Path, shapes: Sequence[tuple[int, int]], tokens: int, dealing: Dealing,
+    limit: int | None, anchor: str | None,
+) -> None:  # fmt: skip
+    from sliplm.anchor import CommandAnchor, file_anchor
+    from sliplm.poolfolder import PoolWriter, stock
+
+    place = file_anchor() if anchor is None else CommandAnchor(anchor)
+    with PoolWriter(pool, vault.split_id, vault.pool_key, shapes, place) as writer:
+        there = stock(pool, vault.split_id, vault.pool_key, shapes)
+        ready = [group.ready for group in there]
+        _check_room(pool, shapes, there, _missing_bytes(shapes, ready, tokens), limit, tokens)
+        batches = _plan(shapes, ready, tokens)
+        if batches:
+            _with_progress(writer, batches, len(shapes), dealing.products)
+
+
+def _missing_bytes(shapes: Sequence[tuple[int, int]], ready: Sequence[int], tokens: int) -> int:
+    """What `_plan` would write, without planning it: a number may be mistyped."""
+    from sliplm.maskfile import batch_rows, file_bytes
+
+    total = 0
+    for (m, n), have in zip(shapes, ready, strict=True):
+        whole, rest = divmod(max(0, tokens - have), batch_rows(m, n))
+        total += whole * file_bytes(m, batch_rows(m, n)) + (file_bytes(m, rest) if rest else 0)
+    return total
+
+
+def _plan(shapes: Sequence[tuple[int, int]], ready: Sequence[int], tokens: int) -> list[_Batch]:
+    """The batches that are missing; the group with the fewest masks comes first."""
+    from sliplm.maskfile import batch_rows, file_bytes
+
+    have, batches = list(ready), []
+    while have[group := min(range(len(have)), key=have.__getitem__)] < tokens:
+        m, n = shapes[group]
+        rows = min(batch_rows(m, n), tokens - have[group])
+        batches.append(_Batch(group, rows, file_bytes(m, rows)))
+        have[group] += rows
+    return batches
+
+
+def _check_room(
+    pool: Path, shapes: Sequence[tuple[int, int]], there: Sequence[GroupStock], needed: int,
+    limit: int | None, tokens: int,
+) -> None:  # fmt: skip
+    """Refuse what does not fit before any of it is dealt."""
+    from sliplm.maskfile import row_bytes
+
+    room, why = shutil.disk_usage(pool).free - _SPARE, "the disk has room for"
+    if limit is not None and limit - sum(group.bytes for group in there) < room:
+        room, why = limit - sum(group.bytes for group in there), "the limit leaves room for"
+    if needed > room:
+        a_token = sum(row_bytes(m) for m, _ in shapes)
+        ready = min(group.ready for group in there)
+        more = max(0, room) * 99 // (100 * a_token)  # headers, and groups that are ahead
+        raise PoolError(
+            f"masks for {tokens} tokens take {size(needed)} more, and {why} {size(max(0, room))}: about "
+            f"{number(ready + more)} tokens fit; nothing was dealt"
+        )
+
+
+def _with_progress(writer: PoolWriter, batches: Sequence[_Batch], groups: int, product: Product) -> None:
+    screen = Console(stderr=True, highlight=False)
+    bar = Progress(
+        TextColumn("dealing"), BarColumn(bar_width=None), TaskProgressColumn(),
+        TextColumn("{task.fields[counts]}"), TimeRemainingColumn(compact=True),
+        console=screen, disable=not screen.is_terminal, transient=True, expand=True,
+    )  # fmt: skip
+    total, done, rows, start = sum(batch.bytes for batch in batches), 0, 0, time.monotonic()
+    task = bar.add_task("", total=total, counts="")
+    with bar:
+        for batch in batches:
+            writer.add(batch.group, batch.rows, product)
+            done, rows = done + batch.bytes, rows + batch.rows
+            speed = rows / groups / max(1e-9, time.monotonic() - start)
+            counts = f"{size(done)} of {size(total)}, {number(speed)} tokens/s"
+            bar.update(task, completed=done, counts=counts)
+
+
+def _show(screen: Console, names: Sequence[str], stocks: Sequence[GroupStock]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("group", overflow="fold")
+    for title in ("ready", "burnt", "bytes"):
+        table.add_column(title, justify="right")
+    for same, group in _folded(names, stocks):
+        count = f" x{len(same)}" if len(same) > 1 else ""
+        table.add_row(Text(pattern(same) + count), str(group.ready), str(group.burnt), size(group.bytes))
+    screen.print(table)
+    ready, total = min(group.ready for group in stocks), sum(group.bytes for group in stocks)
+    screen.print(f"masks for {ready} tokens are ready; {size(total)} on disk", soft_wrap=True)
+
+
+def _folded(names: Sequence[str], stocks: Sequence[GroupStock]) -> list[tuple[list[str], GroupStock]]:
+    """Groups whose names differ in numbers only, and that have the same, together."""
+    found: dict[tuple[str, GroupStock], list[str]] = {}
+    for name, group in zip(names, stocks, strict=True):
+        found.setdefault((re.sub(r"\b\d+\b", "#", name), group), []).append(name)
+    return [(same, group) for (_, group), same in found.items()]
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
+    if match is None:
+        raise InputError(f"--limit {text}: give a size such as 500M or 20G")
+    return int(float(match[1]) * _UNITS[match[2]])

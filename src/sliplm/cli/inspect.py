@@ -1,0 +1,231 @@
+"""`slip inspect`."""
+
+from __future__ import annotations
+
+import json as json_format
+import re
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sliplm.cli.screen import console, number, percent, print_json, size
+from sliplm.errors import ShareError
+from sliplm.manifest import WorkerGroup
+from sliplm.sealing import read_seal
+from sliplm.share import MANIFEST, open_worker, read_vault_manifest
+
+if TYPE_CHECKING:
+    from sliplm.counts import GroupReport, SplitReport
+    from sliplm.manifest import VaultManifest
+    from sliplm.sealing import Seal
+    from sliplm.share import WorkerShare
+
+T = TypeVar("T", "GroupReport", WorkerGroup)
+
+
+def command(
+    folder: Annotated[
+        Path, typer.Argument(help="The folder that a split wrote, or its vault or worker folder.")
+    ],
+    *,
+    all_groups: Annotated[
+        bool, typer.Option("--all", help="A row for every group, equal layers too.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Say what is where: sizes, the vault's part of the work, and the traffic of a token.
+
+    Of a worker folder it says what its operator can see, after checking the folder's digests. Of a vault it
+    reads the manifest, which is in clear and is only verified when the vault is opened: no key is needed.
+
+    Example: slip inspect out
+
+    Example: slip inspect out/worker --all
+    """
+    path = folder / "vault" if (folder / "vault" / MANIFEST).exists() else folder
+    if _is_worker(path):
+        _worker(console(json=json), open_worker(path), all_groups, json)
+        return
+    from sliplm.counts import report_for
+
+    manifest, seal = read_vault_manifest(path), read_seal(path)
+    report = report_for(manifest)
+    screen = console(json=json)
+    if json:
+        print_json(
+            {"split_id": manifest.split_id, "source": manifest.source.model_dump(), "sealed": _sealed(seal)}
+            | report.model_dump(mode="json")
+        )
+        return
+    _head(screen, manifest, seal)
+    screen.print(_groups(report, all_groups))
+    screen.print(_totals(report))
+
+
+def _is_worker(path: Path) -> bool:
+    try:
+        with (path / MANIFEST).open("rb") as file:
+            return b'"sliplm-worker"' in file.read(256)
+    except OSError as error:
+        raise ShareError(
+            f"{path} has no {MANIFEST}: give the folder that a split wrote, or its vault or worker folder"
+        ) from error
+
+
+def _sealed(seal: Seal) -> str:
+    if seal.argon2id is None:
+        return "with a key"
+    numbers = seal.argon2id
+    return (
+        f"with a passphrase (Argon2id: {numbers.memory_kib} KiB, {numbers.iterations} iterations, "
+        f"{numbers.lanes} lanes)"
+    )
+
+
+def _head(screen: Console, manifest: VaultManifest, seal: Seal) -> None:
+    source = manifest.source
+    screen.print(
+        f"[bold]{escape(source.name)}[/] ({source.config_class}, {number(source.parameters)} parameters), "
+        f"split {manifest.split_id[:8]} by sliplm {manifest.sliplm}; "
+        f"the vault share is sealed {_sealed(seal)}"
+    )
+
+
+def _groups(report: SplitReport, all_groups: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("group", overflow="fold", min_width=24)
+    table.add_column("matrix", max_width=24)
+    for title in ("in worker\nand vault", "vault's\nwork", "out, back\na token", "error"):
+        table.add_column(title, justify="right")
+    for same in fold(report.groups, _look, all_groups):
+        group = same[0]
+        if group.placement == "vault":
+            table.add_row(
+                _name(same), f"{group.rows} x {group.columns}\n[dim]whole, in the vault[/]", "", "100 %"
+            )
+            continue
+        errors = [g.error for g in same if g.error is not None]
+        table.add_row(
+            _name(same),
+            f"{group.rows} x {group.columns}\n"
+            f"[dim]rank {group.rank}, {group.precision} bits, {group.rotation}[/]",
+            f"{size(group.worker_bytes)}\n{size(group.vault_bytes)}",
+            percent(group.vault_macs_share),
+            f"{size(group.bytes_to_worker)}\n{size(group.bytes_from_worker)}",
+            f"{max(errors):.1e}" if errors else "",
+        )
+    return table
+
+
+def _totals(report: SplitReport) -> Table:
+    macs = report.vault_macs
+    kinds = {"low rank": macs.low_rank, "rotations": macs.rotations, "checks": macs.checks,
+             "fixed point": macs.fixed_point, "whole layers": macs.whole}  # fmt: skip
+    work = ", ".join(f"{name} {percent(n / max(1, report.plain_macs))}" for name, n in kinds.items() if n)
+    attention = ", ".join(
+        f"{percent(n / max(1, report.plain_macs))} at {context} tokens"
+        for context, n in report.attention_macs.items()
+    )
+    secret = report.vault_bytes - report.kept_bytes
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row("vault's bytes", percent(report.vault_bytes_share),
+                  f"{size(report.vault_bytes)}: {size(report.kept_bytes)} kept whole, "
+                  f"{size(secret)} secrets of split matrices")  # fmt: skip
+    table.add_row("worker's bytes", percent(1 - report.vault_bytes_share), size(report.worker_bytes))
+    table.add_row("vault's work", percent(report.vault_macs_share),
+                  f"of the {number(report.plain_macs)} multiply-adds in linear layers: {work}")  # fmt: skip
+    if attention:
+        table.add_row("", "", f"and attention, in the vault beside it: {attention}")
+    table.add_row("link", size(report.bytes_to_worker + report.bytes_from_worker),
+                  f"a token in {report.exchanges} exchanges: {size(report.bytes_to_worker)} out, "
+                  f"{size(report.bytes_from_worker)} back")  # fmt: skip
+    table.add_row("masks", size(report.mask_bytes), "of memory for each token dealt ahead")
+    return table
+
+
+# --- a worker's folder alone -----------------------------------------------------------------------------
+
+
+def _worker(screen: Console, share: WorkerShare, all_groups: bool, json: bool) -> None:
+    groups = share.manifest.groups
+    total = sum(share.matrices[group.name].nbytes for group in groups)
+    if json:
+        document = json_format.loads(share.manifest.model_dump_json())
+        print_json({key: document[key] for key in ("split_id", "groups", "files")} | {"worker_bytes": total})
+        return
+    screen.print(
+        f"[bold]What the operator of this worker sees[/], split {share.split_id[:8]}; digests are right\n"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("group", overflow="fold")
+    table.add_column("matrix", max_width=24)
+    table.add_column("integers")
+    table.add_column("bytes", justify="right")
+    for same in fold(groups, lambda g: (g.rows, g.columns, g.dtype), all_groups):
+        group = same[0]
+        kind = {"I8": "8 bits", "I16": "16 bits"}[group.dtype]
+        table.add_row(
+            _name(same), f"{group.rows} x {group.columns}", kind, size(share.matrices[group.name].nbytes)
+        )
+    screen.print(table)
+    screen.print(
+        f"{len(groups)} integer matrices, {size(total)}; and, while it serves, uniform field elements: how\n"
+        "many, and when. No scale, basis, removed part, embedding, norm or bias; no token; no tokenizer."
+    )
+
+
+# --- folding ---------------------------------------------------------------------------------------------
+
+
+def fold(groups: Sequence[T], look: Callable[[T], Hashable], all_groups: bool) -> list[list[T]]:
+    """Put groups together whose names differ in numbers only and that look the same, in order."""
+    found: dict[Hashable, list[T]] = {}
+    for i, group in enumerate(groups):
+        numberless = tuple("#" if part.isdigit() else part for part in group.name.split("."))
+        found.setdefault(i if all_groups else (numberless, look(group)), []).append(group)
+    return list(found.values())
+
+
+def pattern(names: Sequence[str]) -> str:
+    """One name for names that differ in numbers only: model.layers.{0..29}.mlp.down_proj."""
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(_range(column) for column in columns)
+
+
+def _range(parts: Sequence[str]) -> str:
+    if len(set(parts)) == 1:
+        return parts[0]
+    numbers = sorted({int(part) for part in parts})
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return "{" + ",".join(f"{a}..{b}" if b > a else f"{a}" for a, b in runs) + "}"
+
+
+_OWN = {"name", "error", "svd_error", "vault_macs"}  # what differs between groups that look the same
+
+
+def _look(group: GroupReport) -> Hashable:
+    return tuple(group.model_dump(exclude=_OWN).values())
+
+
+def _name(same: Sequence[Any]) -> Text:
+    """The name on two lines, broken after its last number."""
+    name = pattern([group.name for group in same])
+    match = re.fullmatch(r"(.*[0-9}]\.)?(.*)", name)
+    first, rest = (match[1] or "", match[2]) if match else ("", name)
+    count = f" x{len(same)}" if len(same) > 1 else ""
+    return Text(first, style="dim").append(count + ("\n" if first else "")).append(rest, style="not dim bold")

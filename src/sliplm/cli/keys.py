@@ -1,0 +1,162 @@
+"""`slip keys`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sliplm import authority
+from sliplm.authority import Issued
+from sliplm.cli.screen import console, print_json
+from sliplm.keys import now
+
+app = typer.Typer(help="Keys for the link between vault and worker.", no_args_is_help=True)
+
+_Folder = Annotated[Path, typer.Argument(help="The folder that `slip keys init` made.")]
+_Days = Annotated[int, typer.Option(help="Days until the certificate expires.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.callback()
+def group() -> None:
+    """Keys for the link between vault and worker.
+
+    An authority of your own signs a certificate for each party. Keep its folder offline; each party gets
+    its own folder and nothing else.
+    """
+
+
+@app.command("init")
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to make the folders authority, vault and worker.")],
+    days: Annotated[int, typer.Option(help="Days until the certificates expire.")] = authority.DAYS,
+    json: _Json = False,
+) -> None:
+    """Make a private authority, and a certificate for the vault and one for the worker.
+
+    Example: slip keys init keys
+    """
+    authority.init(folder, days)
+    made = {name: str(folder / name) for name in ("authority", "vault", "worker")}
+    if json:
+        print_json(made)
+        return
+    typer.echo(f"{made['vault']} goes to the vault, {made['worker']} to the worker;")
+    typer.echo(f"keep {made['authority']} offline.")
+
+
+@app.command("issue")
+def issue(
+    folder: _Folder,
+    name: Annotated[str, typer.Argument(help="The party's name: 1 to 63 of a-z, 0-9 and -.")],
+    role: Annotated[str, typer.Option(help="vault or worker.")] = "worker",
+    days: _Days = authority.DAYS,
+    json: _Json = False,
+) -> None:
+    """Make the key folder of one more vault, worker or dealer (a dealer is a worker).
+
+    Example: slip keys issue keys worker-2
+    """
+    made = authority.issue(folder, authority.role_of(role), name, days)
+    if json:
+        print_json({"name": name, "role": role, "folder": str(made)})
+        return
+    typer.echo(f"{made} goes to the {role} {name}.")
+
+
+@app.command("list")
+def list_issued(folder: _Folder, json: _Json = False) -> None:
+    """Show every certificate that the authority has signed.
+
+    Example: slip keys list keys
+    """
+    found = authority.issued(folder)
+    if json:
+        print_json({"certificates": [entry.model_dump(mode="json") for entry in found]})
+        return
+    table = Table("name", "role", "state", "until", "serial", box=None, pad_edge=False)
+    table.columns[-1].overflow = "fold"
+    for entry in found:
+        table.add_row(entry.name, entry.role, _state(entry), f"{entry.not_after:%Y-%m-%d}", entry.serial)
+    console().print(table)
+
+
+@app.command("revoke")
+def revoke(
+    folder: _Folder,
+    which: Annotated[str, typer.Argument(help="A name, or a serial number from `slip keys list`.")],
+    json: _Json = False,
+) -> None:
+    """Take certificates back: who has the new list drops their holder within a second.
+
+    The list is written to every party's folder under FOLDER. To a party on another machine, copy
+    FOLDER/authority/revoked.pem into its key folder; no restart is needed.
+
+    Example: slip keys revoke keys worker
+    """
+    revoked = authority.revoke(folder, which)
+    if json:
+        print_json({"revoked": [entry.model_dump(mode="json") for entry in revoked]})
+        return
+    for entry in revoked:
+        typer.echo(f"revoked: {entry.role} {entry.name}, serial {entry.serial}")
+    _remind(folder)
+
+
+@app.command("rotate")
+def rotate(
+    folder: _Folder,
+    name: Annotated[str, typer.Argument(help="The party's name.")],
+    days: _Days = authority.DAYS,
+    json: _Json = False,
+) -> None:
+    """Give a party a new key and certificate, and revoke its old ones.
+
+    Copy FOLDER/NAME to the party if it is on another machine, and revoked.pem to all; no restart is needed.
+
+    Example: slip keys rotate keys worker
+    """
+    made = authority.rotate(folder, name, days)
+    if json:
+        print_json(made.model_dump(mode="json"))
+        return
+    typer.echo(f"{folder / name} holds a new key, certificate {made.serial}; the old ones are revoked.")
+    _remind(folder)
+
+
+@app.command("reseal")
+def reseal(
+    vault: Annotated[Path, typer.Argument(help="The vault folder that a split wrote.")],
+    key: Annotated[
+        str | None, typer.Option(help="The key that sealed it; your key file if left out.")
+    ] = None,
+    new_key: Annotated[str | None, typer.Option(help="The key that seals it from now on.")] = None,
+    json: _Json = False,
+) -> None:
+    """Seal a vault folder with another key.
+
+    A key is file:PATH, env:NAME, command:CMD, passphrase, passphrase:env:NAME or passphrase:file:PATH.
+    The old key still opens old copies of the folder's seal.json: against that, split again.
+
+    Example: slip keys reseal out/vault --new-key passphrase
+    """
+    from sliplm.sealing import reseal as change
+
+    change(vault, key, new_key)
+    if json:
+        print_json({"resealed": str(vault)})
+        return
+    typer.echo(f"{vault} opens with the new key.")
+
+
+def _state(entry: Issued) -> str:
+    if entry.revoked is not None:
+        return "revoked"
+    return "expired" if entry.not_after < now() else "good"
+
+
+def _remind(folder: Path) -> None:
+    typer.echo(f"Copy {folder / 'authority' / 'revoked.pem'} to the key folders on other machines.")

@@ -1,0 +1,158 @@
+"""What the commands share: two consoles, numbers for people, a progress bar for a split, quiet libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sliplm.keysource import default_path, described
+from sliplm.tensorfile import read_header
+
+if TYPE_CHECKING:
+    from sliplm.counts import SplitReport
+    from sliplm.recipe import Recipe
+
+
+def console(*, json: bool = False) -> Console:
+    """For people: stdout, or stderr where stdout is for one JSON document."""
+    return Console(stderr=json, highlight=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One line on stdout."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def quiet() -> None:
+    """Keep transformers' bars and warnings off the screen; what goes wrong still raises."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+
+
+def warn_of_new_key() -> None:
+    """Say that the user's key file was made just now."""
+    text = f"{default_path()} was made just now. Keep a copy of it: without it the vault share is lost."
+    Console(stderr=True, highlight=False).print(Text(text, style="bold yellow"), soft_wrap=True)
+
+
+def split_with_progress(model: Path, out: Path, recipe: Recipe, key: str | None = None) -> SplitReport:
+    """`sliplm.split` with a bar on stderr; says which key seals, and if it continues an earlier run.
+
+    Raises: as `sliplm.split`.
+    """
+    import sliplm
+
+    missing = key is None and not default_path().exists()
+    with _SplitBar(out) as bar:
+
+        def progress(done: int, total: int, name: str) -> None:
+            nonlocal missing
+            if missing:  # the first call comes when the vault's seal is on the disk
+                warn_of_new_key()
+            missing = False
+            bar.update(done, total, name)
+
+        report = sliplm.split(model, out, recipe, key=key, progress=progress)
+    used = Text(f"the vault share is sealed with {described(key)}", style="dim")
+    Console(stderr=True, highlight=False).print(used, soft_wrap=True)
+    return report
+
+
+def size(count: float) -> str:
+    """Bytes, in powers of a thousand: 1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def number(count: float) -> str:
+    """A large count: 135 M."""
+    for unit in ("", " k", " M", " G"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:,.4g} T"
+
+
+def percent(share: float) -> str:
+    """A share of one: 1.2 %."""
+    return f"{100 * share:.3g} %" if share < 1 else f"{100 * share:,.0f} %"
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model's text must not drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+class _SplitBar(contextlib.AbstractContextManager["_SplitBar"]):
+    """Groups and bytes of the worker's share that are written, and the time left.
+
+    The sizes come from the header of the worker's unfinished file, which is there before its first group.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._partial = out / ".partial"
+        self._console = Console(stderr=True, highlight=False)
+        self._sizes: dict[str, int] | None = None
+        self._groups = self._bytes = 0
+        self._name = ""
+        self._bar = Progress(
+            TextColumn("splitting"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[counts]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[name]}", style="dim"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=None, counts="", name="")
+
+    def __enter__(self) -> _SplitBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, total: int, name: str) -> None:
+        """As `sliplm.split` calls it: before each group, and at the end with no name."""
+        sizes = self._sizes = self._first() if self._sizes is None else self._sizes
+        if self._name:
+            self._groups += 1
+            self._bytes += sizes.get(self._name, 0)
+        self._name = name
+        counts = f"{self._groups} of {len(sizes)} groups, {size(self._bytes)} of {size(sum(sizes.values()))}"
+        self._bar.update(self._task, completed=done, total=total, counts=counts, name=name)
+
+    def _first(self) -> dict[str, int]:
+        """Bytes of each group in the worker's share."""
+        try:
+            header = read_header(self._partial / "worker" / "share.safetensors")
+            journal = (self._partial / "journal").read_bytes().split(b"\n")[1:-1]
+        except (OSError, ValueError):  # a bar without sizes is better than no split
+            return {}
+        kept = sum(b'"group"' in line for line in journal)
+        if kept:
+            self._console.print(f"continuing an earlier run: {kept} of {len(header)} groups are done")
+        return {name: entry.nbytes for name, entry in header.items()}

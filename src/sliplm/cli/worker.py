@@ -1,0 +1,32 @@
+"""`slip worker`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    share: Annotated[Path, typer.Argument(help="The worker folder that a split wrote.")],
+    *,
+    listen: Annotated[
+        str, typer.Option(help="HOST:PORT (TLS with client certificates) or unix:/path (no TLS).")
+    ] = "127.0.0.1:7400",
+    keys: Annotated[
+        Path | None, typer.Option(help="The worker's key folder, from `slip keys init`; needed for TCP.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores that one product may use.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
+    until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
+) -> None:
+    """Serve masked products from a worker share until SIGTERM or Ctrl-C.
+
+    Example: slip worker out/worker --listen 0.0.0.0:7400 --keys keys/worker
+    """
+    from sliplm.worker import run  # numba takes a moment, which --help need not
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run(share, listen, keys, json_ready=json, threads=threads, until_stdin_closes=until_stdin_closes)
