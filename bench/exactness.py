@@ -1,0 +1,158 @@
+"""How exact the hybrid SmolLM2-135M is: KL to the fp32 model beside bf16's own, greedy text, and the bits.
+
+    python bench/exactness.py [--windows 8] [--prompts 20] [--tokens 64]
+
+`kl` is the mean Kullback-Leibler divergence per token from the fp32 model's distribution, on Wikipedia text
+in windows of 512 tokens.  Greedy texts come from the hybrid through real sockets; one that differs is named
+with fp32's logit gap at the first difference.  `layer_error` is the relative error of one product for wide
+random layers, where the field leaves the input fewer bits.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the command line does
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch.nn.functional import kl_div, log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import sliplm
+from _common import console, finish, machine, split_smollm2
+from sliplm import kernels
+from sliplm.codec import GroupCodec
+from sliplm.engines.transformers.load import reference
+from sliplm.examples import PROMPTS, smollm2, wikipedia
+from sliplm.splitting import split_group
+
+WINDOW = 512
+
+
+def divergences(
+    models: dict[str, PreTrainedModel], plain: PreTrainedModel, ids: torch.Tensor
+) -> dict[str, float]:
+    """Mean KL per token of each model from the plain one."""
+    totals = dict.fromkeys(models, 0.0)
+    windows = torch.split(ids, WINDOW, dim=1)
+    with torch.inference_mode():
+        for part in track(windows, "KL", console=console):
+            truth = log_softmax(plain(part).logits[0].double(), -1)
+            for name, model in models.items():
+                found = log_softmax(model(part).logits[0].double(), -1)
+                totals[name] += float(kl_div(found, truth, log_target=True, reduction="sum"))
+    return {name: total / ids.shape[1] for name, total in totals.items()}
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The tokens that follow a prompt."""
+    out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    following: torch.Tensor = out[0, ids.shape[1] :]
+    return following
+
+
+def compare_texts(
+    out: Path, plain: PreTrainedModel, tokenizer: Any, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Texts of the hybrid, through sockets, against the plain model; its bits against the quantised one."""
+    differ = []
+    local = reference(out)
+    with sliplm.open(out) as model:
+        text = tokenizer(wikipedia()[:3000], return_tensors="pt").input_ids[:, :256]
+        with torch.inference_mode():
+            same_bits = torch.equal(model(text).logits, local(text).logits)
+        for prompt in track(PROMPTS[: args.prompts], "greedy texts", console=console):
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            ).input_ids
+            one, two = greedy(plain, ids, args.tokens), greedy(model, ids, args.tokens)
+            if not torch.equal(one, two):
+                place = int((one != two).nonzero()[0])
+                with torch.inference_mode():
+                    logits = plain(torch.cat([ids, one[None, :place]], dim=1)).logits[0, -1]
+                gap = float(logits[one[place]] - logits[two[place]])
+                differ.append({"prompt": prompt, "token": place, "fp32_logit_gap": round(gap, 6)})
+    count = min(args.prompts, len(PROMPTS))
+    return {
+        "bits_equal_quantised": same_bits,
+        "prompts": count,
+        "tokens": args.tokens,
+        "same": count - len(differ),
+        "differ": differ,
+    }
+
+
+def layer_error(n: int, precision: int) -> dict[str, float]:
+    """Relative error of one product of a random layer [512, n], beside bf16's."""
+    rng = np.random.default_rng(n)
+    weight = (rng.standard_normal((512, n)) / math.sqrt(n)).astype(np.float32)
+    x = rng.standard_normal((16, n)).astype(np.float32)
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    parts = split_group("layer", weight, rank=16, precision=precision, rotation="fast")
+    codec = GroupCodec(parts.secrets)
+    z, alpha = codec.scaled(x)
+    y = kernels.prepare(parts.w).product(codec.in_field(z, alpha))
+    out = np.empty((16, 512), np.float32)
+    codec.opened(x, alpha, y, np.zeros_like(y), out)
+    half = (torch.from_numpy(x).bfloat16() @ torch.from_numpy(weight).bfloat16().T).float().numpy()
+    norm = float(np.linalg.norm(exact))
+    return {
+        "ours": float(np.linalg.norm(out - exact)) / norm,
+        "bf16": float(np.linalg.norm(half - exact)) / norm,
+    }
+
+
+def main() -> None:
+    """Measure and end with one JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="prompts to continue")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to continue each with")
+    args = parser.parse_args()
+    source = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = tokenizer(wikipedia()[: 4000 * args.windows], return_tensors="pt").input_ids[
+        :, : WINDOW * args.windows
+    ]
+    models = {
+        "bf16": AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16),
+        "p12": reference(split_smollm2(12)),
+        "p8": reference(split_smollm2(8)),
+    }
+    kl = divergences(models, plain, ids)
+    texts = {
+        f"p{precision}": compare_texts(split_smollm2(precision), plain, tokenizer, args)
+        for precision in (12, 8)
+    }
+    wide = {f"n{n}_p{b}": layer_error(n, b) for n in (576, 4096, 11008, 28672) for b in (12, 8)}
+    for name, value in kl.items():
+        console.print(f"KL to fp32, {name}: {value:.2e} over {ids.shape[1]} tokens")
+    for name, text in texts.items():
+        console.print(
+            f"{name}: {text['same']} of {text['prompts']} greedy texts of {text['tokens']} tokens are fp32's"
+        )
+    document = {
+        "bench": "exactness",
+        "machine": machine(),
+        "kl_tokens": ids.shape[1],
+        "kl": kl,
+        "greedy": texts,
+    }
+    finish({**document, "layer_error": wide})
+
+
+if __name__ == "__main__":
+    main()
