@@ -1,0 +1,169 @@
+"""The documents: the tutorial's commands run, links lead somewhere, and the tests that are named exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import families
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+LIMIT = 300  # seconds for one block
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    language: str
+    text: str
+
+
+def blocks(path: Path) -> list[Block]:
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [Block(language, text) for language, text in found]
+
+
+def make_model(folder: Path) -> None:
+    """A checkpoint with a tokenizer, as a user would have it: a token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 1, "</s>": 2, "<pad>": 0} | {letter: 3 + i for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    families.make("llama", folder, vocab_size=len(vocabulary))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def command(block: Block) -> list[str]:
+    if block.language == "python":
+        return [sys.executable, "-c", block.text]
+    return ["bash", "-euo", "pipefail", "-c", block.text]
+
+
+def run(block: Block, folder: Path, env: dict[str, str]) -> str:
+    done = subprocess.run(
+        command(block), cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def serving(block: Block, folder: Path, env: dict[str, str]) -> Iterator[None]:
+    """A block that does not end: a second terminal."""
+    with (folder / "worker.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {block.text}"], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=log
+        )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline().decode()
+        assert line.startswith("listening on"), (folder / "worker.log").read_text()
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def tell(document: str, folder: Path) -> str:
+    """Run all blocks of a document in order, as its reader would; what they print."""
+    make_model(folder / "my-model")
+    scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": scripts, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    env |= {"SLIPLM_KEY_FILE": str(folder / "key"), "SLIPLM_STATE": str(folder / "anchors")}
+    ports = {str(port): str(free_port()) for port in (7400, 7401, 7402)}
+    story = [
+        block._replace(text=re.sub(r"\b740[012]\b", lambda port: ports[port[0]], block.text))
+        for block in blocks(ROOT / "docs" / document)
+        if block.language in ("sh", "python")
+    ]
+    said: list[str] = []
+
+    def go_on(rest: list[Block]) -> None:
+        for i, block in enumerate(rest):
+            if block.text.startswith("slip worker"):
+                with serving(block, folder, env):
+                    return go_on(rest[i + 1 :])
+            said.append(run(block, folder, env))
+        return None
+
+    go_on(story)
+    return "\n".join(said)
+
+
+def test_the_tutorial(tmp_path: Path) -> None:
+    everything = tell("tutorial.md", tmp_path)
+    assert "workers caught cheating: {}" in everything
+    divergence = re.search(r"KL divergence: (\S+)", everything)
+    assert divergence is not None
+    assert abs(float(divergence[1])) < 1e-4
+
+
+def test_the_page_for_operators(tmp_path: Path) -> None:
+    """Two workers, a dealer, a pool, a revocation: the commands of the page, and what they leave."""
+    everything = tell("operations.md", tmp_path)
+    assert "revoked: worker worker-2" in everything
+    assert "masks for " in everything
+    assert (tmp_path / "audit.jsonl").exists()
+
+
+def test_the_vectors_of_the_specification(tmp_path: Path) -> None:
+    vectors = [block for block in blocks(ROOT / "docs" / "SPEC.md") if block.language == "python"]
+    assert vectors
+    for block in vectors:
+        run(block, tmp_path, dict(os.environ))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        place = (path.parent / file).resolve() if file else path
+        assert place.exists(), target
+        assert place.is_relative_to(ROOT), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_that_are_named_exist(path: Path) -> None:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        file = ""
+        for named, test in re.findall(r"`(tests/(?:\w+/)*test_\w+\.py)?(?:::(test_\w+))?`", line):
+            file = named or file
+            if file:
+                text = (ROOT / file).read_text(encoding="utf-8")
+                assert not test or f"def {test}(" in text, f"{file}::{test}"
+
+
+def test_requirements_are_numbered_without_gaps() -> None:
+    text = (ROOT / "docs" / "SPEC.md").read_text(encoding="utf-8")
+    numbers = [int(n) for n in re.findall(r"^- \*\*M(\d+)\*\*", text, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert f"**M1** to **M{len(numbers)}**" in " ".join(text.split())
