@@ -1,0 +1,11 @@
+"""The red team: numbered attacks on worker shares, one file each (docs/red-team.md)."""
+
+from sliplm.attacks.a01_as_is import AsIs
+from sliplm.attacks.a02_lora import Lora
+from sliplm.attacks.a03_full import Full
+from sliplm.attacks.a04_core import Core
+from sliplm.attacks.a09_distil import Distil
+from sliplm.attacks.case import Attack
+
+ATTACKS: tuple[Attack, ...] = (AsIs(), Lora(), Full(), Core(), Distil())
+"""In the order of their numbers."""

@@ -1,0 +1,144 @@
+"""What one attacker holds, what he may ask, and what an attack makes of it.
+
+The attacker is granted more than a real worker has: the row scales of the fixed point, the names and places
+of the group's members, and the rank.  What he never has is `Scene.victim`: attacks get a `Case` and a
+`Teacher`, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which groups are protected; all else is known to the attacker in clear.
+
+    Attributes:
+        name: as reports show it.
+        patterns: globs over names of groups; None protects everything, embeddings and norms included, which
+            is the product's own placement.
+    """
+
+    name: str
+    patterns: tuple[str, ...] | None
+
+    def protects(self, group: str) -> bool:
+        """Whether the group is protected."""
+        return self.patterns is None or any(fnmatchcase(group, pattern) for pattern in self.patterns)
+
+
+def layers(name: str, numbers: range) -> Placement:
+    """The linear layers of some blocks, by the number in their names."""
+    return Placement(name, tuple(f"*.{i}.*" for i in numbers))
+
+
+@dataclass(frozen=True)
+class ShareView:
+    """One group as an attacker sees it.
+
+    Attributes:
+        members: module names and rows of each, in the order of the rows.
+        matrix: float32 [m, n], the worker's integers times the granted row scales.
+        rank: k of the removed part, granted.
+    """
+
+    name: str
+    members: tuple[tuple[str, int], ...]
+    matrix: Tensor
+    rank: int
+
+    def parts(self, matrix: Tensor | None = None) -> dict[str, Tensor]:
+        """Parameter name -> rows of `matrix` (the share's own if None) that belong to it."""
+        rows = torch.split(self.matrix if matrix is None else matrix, [rows for _, rows in self.members])
+        return {f"{module}.weight": part for (module, _), part in zip(self.members, rows, strict=True)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one attacker holds.
+
+    Attributes:
+        recipe: name of the split: "plain", "default", "haar"; "none" for an attacker without a share.
+        config: the architecture, public.
+        shares: protected group -> view; empty for an attacker without a share.
+        known: parameter -> value, for all that is not protected.
+        relative: parameter -> value of a public relative of the model, where there is one.
+        second: a second share of the same weights, where there is one.
+    """
+
+    recipe: str
+    placement: Placement
+    config: PretrainedConfig
+    shares: Mapping[str, ShareView]
+    known: Mapping[str, Tensor]
+    relative: Mapping[str, Tensor] | None = None
+    second: Mapping[str, ShareView] | None = None
+
+    def guess(self) -> dict[str, Tensor]:
+        """The shares taken for weights: parameter -> value."""
+        return {name: part for view in self.shares.values() for name, part in view.parts().items()}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A low-rank part that is trained on top of a group's matrix: W = W0 + left core right.
+
+    Attributes:
+        left: float32 [m, k].  right: float32 [k, n].
+        core: float32 [k, k], or None for the identity.
+        train: which of "left", "right", "core" are trained.
+    """
+
+    left: Tensor
+    right: Tensor
+    core: Tensor | None
+    train: frozenset[str]
+
+
+@dataclass
+class Start:
+    """What an attack knows before it trains.
+
+    Attributes:
+        state: guesses for protected parameters; a missing one starts as in an untrained model.
+        deltas: low-rank parts by group.
+        whole: train the protected groups whole.  Protected parameters outside all groups (norms, embeddings)
+            are unknown to every attacker and always trained.
+        hidden_layer: match the hidden states that enter this block instead of the outputs.
+        rates: learning rates to search.
+        notes: what the algebra found.
+    """
+
+    state: dict[str, Tensor]
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    whole: bool = False
+    hidden_layer: int | None = None
+    rates: tuple[float, ...] = ()
+    notes: dict[str, float | str] = field(default_factory=dict)
+
+
+class Teacher(Protocol):
+    """The only access to the victim: what it answers, counted."""
+
+    def answers(self, indices: Tensor) -> Tensor:
+        """float32 [count, length, vocabulary] on the windows of the training text with these indices."""
+
+
+class Attack(Protocol):
+    """A numbered attack."""
+
+    number: int
+    name: str
+    title: str
+    variants: tuple[str, ...]  # searched like learning rates; the best counts
+
+    def start(self, case: Case, teacher: Teacher, variant: str, seed: int) -> Start | None:
+        """What it knows before training; None where it does not apply to the case."""

@@ -1,0 +1,67 @@
+"""The attacker's model: an untrained one, filled with what he knows and guesses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sliplm.attacks.case import Case, Delta, ShareView, Start
+
+
+def blank_model(config: PretrainedConfig) -> PreTrainedModel:
+    """An untrained model, as the library initialises it from torch's generator."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def build_student(case: Case, start: Start, device: torch.device, seed: int) -> PreTrainedModel:
+    """The attacker's model on `device`, float32; exactly what he may train requires gradients."""
+    torch.manual_seed(seed)
+    with device:
+        model = blank_model(case.config)
+    model.requires_grad_(True)
+    with torch.no_grad():
+        for name, value in {**start.state, **case.known}.items():
+            model.get_parameter(name).copy_(value)
+    for name in case.known:
+        model.get_parameter(name).requires_grad_(False)
+    if not start.whole:
+        for view in case.shares.values():
+            for name in view.parts():
+                model.get_parameter(name).requires_grad_(False)
+    for group, delta in start.deltas.items():
+        _add_delta(model, case.shares[group], delta, device)
+    return model
+
+
+class LowRank(nn.Module):
+    """W0 -> W0 + left[rows] core right, with factors that the group's members have in common."""
+
+    def __init__(self, factors: dict[str, nn.Parameter], first: int) -> None:
+        super().__init__()
+        self.factors, self.first = nn.ParameterDict(factors), first
+
+    def forward(self, weight: Tensor) -> Tensor:
+        part: Tensor = self.factors["left"][self.first : self.first + len(weight)]
+        if "core" in self.factors:
+            part = part @ self.factors["core"]
+        whole: Tensor = weight + part @ self.factors["right"]
+        return whole
+
+
+def _add_delta(model: PreTrainedModel, view: ShareView, delta: Delta, device: torch.device) -> None:
+    factors = {
+        name: nn.Parameter(value.to(device, copy=True), requires_grad=name in delta.train)
+        for name, value in (("left", delta.left), ("core", delta.core), ("right", delta.right))
+        if value is not None
+    }
+    first = 0
+    for name, rows in view.members:
+        weight = model.get_parameter(f"{name}.weight")
+        for module in model.modules():  # a tied weight has a second user, which must see the same matrix
+            if module._parameters.get("weight") is weight:
+                part = LowRank(factors, first)
+                parametrize.register_parametrization(module, "weight", part, unsafe=True)
+        first += rows
