@@ -4,8 +4,22 @@ from sliplm.attacks.a01_as_is import AsIs
 from sliplm.attacks.a02_lora import Lora
 from sliplm.attacks.a03_full import Full
 from sliplm.attacks.a04_core import Core
+from sliplm.attacks.a06_match import Match
+from sliplm.attacks.a07_two_shares import TwoShares
+from sliplm.attacks.a08_blocks import Blocks
 from sliplm.attacks.a09_distil import Distil
+from sliplm.attacks.a10_head import Head
 from sliplm.attacks.case import Attack
 
-ATTACKS: tuple[Attack, ...] = (AsIs(), Lora(), Full(), Core(), Distil())
+ATTACKS: tuple[Attack, ...] = (
+    AsIs(),
+    Lora(),
+    Full(),
+    Core(),
+    Match(),
+    TwoShares(),
+    Blocks(),
+    Distil(),
+    Head(),
+)
 """In the order of their numbers."""

@@ -7,6 +7,8 @@ core between both spans is unknown; of a tall one [m, k] numbers, of a wide one 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ class Core:
         return Start(case.guess(), deltas, whole=variant == "core and all", rates=(3e-4, 1e-3, 3e-3, 1e-2))
 
 
+@cache
 def core_delta(view: ShareView) -> Delta:
     """The unknown part of a group, in the span that its share gives away.
 

@@ -25,40 +25,61 @@ class Placement:
         name: as reports show it.
         patterns: globs over names of groups; None protects everything, embeddings and norms included, which
             is the product's own placement.
+        exit_layer: the block that reads what the protected ones produce, -1 for the head, where it is known
+            and runs in clear.
     """
 
     name: str
     patterns: tuple[str, ...] | None
+    exit_layer: int | None = None
 
     def protects(self, group: str) -> bool:
         """Whether the group is protected."""
         return self.patterns is None or any(fnmatchcase(group, pattern) for pattern in self.patterns)
 
 
-def layers(name: str, numbers: range) -> Placement:
-    """The linear layers of some blocks, by the number in their names."""
-    return Placement(name, tuple(f"*.{i}.*" for i in numbers))
+def layers(name: str, numbers: range, depth: int) -> Placement:
+    """The linear layers of consecutive blocks of a model that has `depth`, by the number in their names."""
+    exit_layer = -1 if numbers.stop >= depth else numbers.stop
+    return Placement(name, tuple(f"*.{i}.*" for i in numbers), exit_layer)
 
 
 @dataclass(frozen=True)
+class Part:
+    """A linear layer's rows in its group's matrix; `transposed`: its weight is kept as [n, rows] (GPT-2)."""
+
+    module: str
+    rows: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class ShareView:
     """One group as an attacker sees it.
 
     Attributes:
-        members: module names and rows of each, in the order of the rows.
+        members: in the order of their rows.
         matrix: float32 [m, n], the worker's integers times the granted row scales.
         rank: k of the removed part, granted.
     """
 
     name: str
-    members: tuple[tuple[str, int], ...]
+    members: tuple[Part, ...]
     matrix: Tensor
     rank: int
 
     def parts(self, matrix: Tensor | None = None) -> dict[str, Tensor]:
-        """Parameter name -> rows of `matrix` (the share's own if None) that belong to it."""
-        rows = torch.split(self.matrix if matrix is None else matrix, [rows for _, rows in self.members])
-        return {f"{module}.weight": part for (module, _), part in zip(self.members, rows, strict=True)}
+        """Parameter name -> weight, from the rows of `matrix` [m, n] (the share's own if None)."""
+        pieces = torch.split(self.matrix if matrix is None else matrix, [part.rows for part in self.members])
+        return {
+            f"{part.module}.weight": piece.T if part.transposed else piece
+            for part, piece in zip(self.members, pieces, strict=True)
+        }
+
+    def stack(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The group's matrix [m, n] of a model with these parameters, where the share's is."""
+        weights = ((state[f"{part.module}.weight"], part.transposed) for part in self.members)
+        return torch.cat([w.T if flip else w for w, flip in weights]).to(self.matrix.device)
 
 
 @dataclass(frozen=True)

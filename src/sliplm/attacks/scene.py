@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sliplm.attacks.case import Case, Placement, ShareView
+from sliplm.attacks.case import Case, Part, Placement, ShareView
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import InputError
 from sliplm.recipe import Recipe
@@ -73,14 +74,17 @@ class Oracle:
 
     def answers(self, indices: Tensor) -> Tensor:
         """The logits on training windows: float32 [len(indices), length, vocabulary]."""
-        self._seen[indices] = True
-        head = self._victim.get_output_embeddings()
-        with torch.no_grad(), autocast(self._victim.device):
-            logits: Tensor = head(self.hidden(indices, -1))
-        return logits.float()
+        return self.head(self.hidden(indices, -1))
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits from last hidden states, in float32 whatever the states were kept in."""
+        with torch.no_grad():
+            logits: Tensor = self._victim.get_output_embeddings()(states.float())
+        return logits
 
     def hidden(self, indices: Tensor, layer: int) -> Tensor:
         """Hidden states that enter a block of the victim (-1: the head) on training windows."""
+        self._seen[indices] = True
         if layer not in self._states:
             width = self._victim.config.get_text_config().hidden_size
             kind = torch.bfloat16 if self._victim.device.type == "cuda" else torch.float32
@@ -105,18 +109,25 @@ class Scene:
     Args:
         model_dir: the checkpoint.
         work: a folder for the splits; whatever is there already is used again.
-        recipes: name -> recipe of the splits to attack.
+        recipes: name -> recipe of the splits to attack; "NAME again" is a second split of the same weights.
+        relatives: name -> checkpoint of a public relative, or how far (relative Frobenius distance of each
+            parameter) a perturbed copy of the victim is.
     """
 
     def __init__(
-        self, model_dir: Path, work: Path, text: Text, recipes: Mapping[str, Recipe], device: torch.device
+        self,
+        model_dir: Path,
+        work: Path,
+        text: Text,
+        recipes: Mapping[str, Recipe],
+        device: torch.device,
+        relatives: Mapping[str, Path | float] | None = None,
     ) -> None:
         self.text, self.device = text, device
         self._model_dir, self._work, self._recipes = model_dir, work, dict(recipes)
-        self._relatives: dict[str, dict[str, Tensor]] = {}
+        self._relatives = dict(relatives or {})
         self._views: dict[str, dict[str, ShareView]] = {}
-        victim = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
-        self.victim: PreTrainedModel = victim.to(device).requires_grad_(False).eval()
+        self.victim = read_model(model_dir).to(device).requires_grad_(False)
         self.oracle = Oracle(self.victim, text)
 
     @property
@@ -124,46 +135,47 @@ class Scene:
         """Of the victim, tied ones once: what budgets are percentages of."""
         return sum(p.numel() for p in self.victim.parameters())
 
-    def prepare(self, names: tuple[str, ...]) -> None:
+    def prepare(self) -> None:
         """Make the splits that are not there yet."""
-        for name in names:
-            self.views(name)
-
-    def add_relative(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Publish a relative of the victim: parameter -> value."""
-        self._relatives[name] = dict(state)
+        for name in self._recipes:
+            self._split(name)
 
     def case(self, recipe: str, placement: Placement, relative: str = "") -> Case:
         """What an attacker on this split holds; `recipe` "none": he has no share."""
-        protected = {n: v for n, v in self.views(self._any(recipe)).items() if placement.protects(n)}
-        hidden = {name for view in protected.values() for name in view.parts()}
+        # without a share the same groups are protected; any split names them
+        views = self._view(recipe if recipe != "none" else next(iter(self._recipes)))
+        protected = {name: view for name, view in views.items() if placement.protects(name)}
         known = {}
         if placement.patterns is not None:
+            hidden = {name for view in protected.values() for name in view.parts()}
             known = {n: p.detach() for n, p in self.victim.named_parameters() if n not in hidden}
-        second = (
-            {n: v for n, v in self.views(recipe + AGAIN).items() if n in protected}
-            if (recipe + AGAIN in self._recipes)
-            else None
-        )
+        second = None
+        if recipe + AGAIN in self._recipes:
+            again = self._view(recipe + AGAIN)
+            second = {name: again[name] for name in protected}
+        kin = self._relative(relative) if relative else None
         shares = {} if recipe == "none" else protected
-        kin = self._relatives[relative] if relative else None
         return Case(recipe, placement, self.victim.config, shares, known, kin, second)
 
-    def views(self, name: str) -> dict[str, ShareView]:
+    def _split(self, name: str) -> tuple[Path, str]:
+        out, key = self._work / name.replace(" ", "-"), self._work / "key"
+        if not key.exists():
+            self._work.mkdir(parents=True, exist_ok=True)
+            key.touch(mode=0o600)
+            key.write_text(secrets.token_hex(32))
+        if not (out / "vault" / "manifest.json").exists():
+            split(self._model_dir, out, self._recipes[name], key=f"file:{key}")
+        return out, f"file:{key}"
+
+    def _view(self, name: str) -> dict[str, ShareView]:
         """The worker's share of a split, with the granted scales: group -> view."""
         if name not in self._views:
-            out, key = self._work / name.replace(" ", "-"), self._work / "key"
-            if not key.exists():
-                self._work.mkdir(parents=True, exist_ok=True)
-                key.touch(mode=0o600)
-                key.write_text(secrets.token_hex(32))
-            if not (out / "vault").exists():
-                split(self._model_dir, out, self._recipes[name], key=f"file:{key}")
-            worker, vault = open_worker(out / "worker"), open_vault(out / "vault", f"file:{key}")
+            out, key = self._split(name)
+            worker, vault = open_worker(out / "worker"), open_vault(out / "vault", key)
             self._views[name] = {
                 group.name: ShareView(
                     group.name,
-                    tuple((member.module, member.rows) for member in group.members),
+                    tuple(self._part(member.module, member.rows) for member in group.members),
                     _dequantised(worker.matrices[group.name], vault.groups[group.name].scale, self.device),
                     group.rank,
                 )
@@ -171,8 +183,28 @@ class Scene:
             }
         return self._views[name]
 
-    def _any(self, recipe: str) -> str:
-        return recipe if recipe != "none" else next(iter(self._recipes))
+    def _part(self, module: str, rows: int) -> Part:
+        return Part(module, rows, isinstance(self.victim.get_submodule(module), Conv1D))
+
+    def _relative(self, name: str) -> dict[str, Tensor]:
+        """Parameter -> value of a public relative."""
+        made = self._relatives[name]
+        if isinstance(made, Path):
+            return {n: p.detach() for n, p in read_model(made).named_parameters()}
+        random = torch.Generator(self.device).manual_seed(0)
+        state = {}
+        for parameter, value in self.victim.named_parameters():
+            noise = torch.randn(value.shape, generator=random, device=self.device)
+            state[parameter] = value.detach() + noise * (made * value.norm() / noise.norm())
+        return state
+
+
+def read_model(folder: Path) -> PreTrainedModel:
+    """A causal language model in float32, for inference."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()
 
 
 def _dequantised(integers: object, scale: object, device: torch.device) -> Tensor:
@@ -181,4 +213,4 @@ def _dequantised(integers: object, scale: object, device: torch.device) -> Tenso
 
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU; nothing on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)

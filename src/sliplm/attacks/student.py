@@ -39,16 +39,16 @@ def build_student(case: Case, start: Start, device: torch.device, seed: int) -> 
 class LowRank(nn.Module):
     """W0 -> W0 + left[rows] core right, with factors that the group's members have in common."""
 
-    def __init__(self, factors: dict[str, nn.Parameter], first: int) -> None:
+    def __init__(self, factors: dict[str, nn.Parameter], rows: slice, transposed: bool) -> None:
         super().__init__()
-        self.factors, self.first = nn.ParameterDict(factors), first
+        self.factors, self.rows, self.transposed = nn.ParameterDict(factors), rows, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
-        part: Tensor = self.factors["left"][self.first : self.first + len(weight)]
+        part: Tensor = self.factors["left"][self.rows]
         if "core" in self.factors:
             part = part @ self.factors["core"]
-        whole: Tensor = weight + part @ self.factors["right"]
-        return whole
+        part = part @ self.factors["right"]
+        return weight + (part.T if self.transposed else part)
 
 
 def _add_delta(model: PreTrainedModel, view: ShareView, delta: Delta, device: torch.device) -> None:
@@ -58,10 +58,10 @@ def _add_delta(model: PreTrainedModel, view: ShareView, delta: Delta, device: to
         if value is not None
     }
     first = 0
-    for name, rows in view.members:
-        weight = model.get_parameter(f"{name}.weight")
+    for member in view.members:
+        part = LowRank(factors, slice(first, first + member.rows), member.transposed)
+        weight = model.get_parameter(f"{member.module}.weight")
         for module in model.modules():  # a tied weight has a second user, which must see the same matrix
             if module._parameters.get("weight") is weight:
-                part = LowRank(factors, first)
                 parametrize.register_parametrization(module, "weight", part, unsafe=True)
-        first += rows
+        first += member.rows

@@ -1,0 +1,95 @@
+"""From runs to tables: per split, placement, access and budget the best attack beside the black-box line."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean
+
+from sliplm.attacks.campaign import NONE
+from sliplm.attacks.runs import Place, Run
+from sliplm.attacks.scoring import Interval, interval, relative
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line at one budget, with the variant and rate that the validation text chose.
+
+    Attributes:
+        asked: different tokens asked of the victim, or read.
+    """
+
+    line: Place
+    budget: float
+    variant: str
+    rate: float
+    tokens: int
+    asked: int
+    perplexity: Interval
+    accuracy: Interval
+    accuracies: tuple[float, ...]
+    valid_perplexity: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The strongest attack on a split beside the strongest attacker without a share.
+
+    Attributes:
+        relative_to_black: Rel.Black, accuracy restored over accuracy of the black-box line.
+    """
+
+    recipe: str
+    placement: str
+    access: str
+    relative: str
+    budget: float
+    best: Point
+    black: Point
+    relative_to_black: Interval
+
+
+def points(runs: Iterable[Run]) -> list[Point]:
+    """One point for each line and budget, in the order of budgets."""
+    groups: dict[tuple[Place, float], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.line, run.budget].append(run)
+    return [_point(group) for _, group in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0]))]
+
+
+def _point(runs: list[Run]) -> Point:
+    chosen = min((run for run in runs if run.seed == 0), key=lambda run: run.valid_perplexity)
+    seeds = [run for run in runs if (run.variant, run.rate) == (chosen.variant, chosen.rate)]
+    return Point(
+        chosen.line,
+        chosen.budget,
+        chosen.variant,
+        chosen.rate,
+        chosen.tokens,
+        chosen.asked,
+        interval([run.perplexity for run in seeds]),
+        interval([run.accuracy for run in seeds]),
+        tuple(run.accuracy for run in seeds),
+        mean(run.valid_perplexity for run in seeds),
+    )
+
+
+def cells(found: Iterable[Point]) -> list[Cell]:
+    """The table of Rel.Black.  An attack is chosen by its validation perplexity, never by the test's."""
+    groups: dict[tuple[str, str, str, float], dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for point in found:
+        _, recipe, placement, access, kin = point.line
+        groups[placement, access, kin, point.budget][recipe].append(point)
+    table = []
+    for (placement, access, kin, budget), recipes in sorted(groups.items()):
+        if NONE not in recipes:
+            continue
+        black = min(recipes[NONE], key=lambda point: point.valid_perplexity)
+        for recipe, candidates in sorted(recipes.items()):
+            if recipe == NONE:
+                continue
+            best = min(candidates, key=lambda point: point.valid_perplexity)
+            ratio = relative(best.accuracies, black.accuracies)
+            table.append(Cell(recipe, placement, access, kin, budget, best, black, ratio))
+    return table
