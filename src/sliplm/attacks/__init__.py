@@ -4,6 +4,7 @@ from sliplm.attacks.a01_as_is import AsIs
 from sliplm.attacks.a02_lora import Lora
 from sliplm.attacks.a03_full import Full
 from sliplm.attacks.a04_core import Core
+from sliplm.attacks.a05_align import Align
 from sliplm.attacks.a06_match import Match
 from sliplm.attacks.a07_two_shares import TwoShares
 from sliplm.attacks.a08_blocks import Blocks
@@ -16,6 +17,7 @@ ATTACKS: tuple[Attack, ...] = (
     Lora(),
     Full(),
     Core(),
+    Align(),
     Match(),
     TwoShares(),
     Blocks(),

@@ -149,6 +149,9 @@ class Start:
 class Teacher(Protocol):
     """The only access to the victim: what it answers, counted."""
 
+    def questions(self, count: int) -> Tensor:
+        """The first windows of the training text, which the attacker has: int64 [count, length]."""
+
     def answers(self, indices: Tensor) -> Tensor:
         """float32 [count, length, vocabulary] on the windows of the training text with these indices."""
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sliplm.attacks import ATTACKS
-from sliplm.attacks.case import Attack, Case
+from sliplm.attacks.case import Attack, Case, Start
 from sliplm.attacks.runs import Line, Run, Runs
 from sliplm.attacks.scene import Scene
 from sliplm.attacks.scoring import score
@@ -46,140 +46,173 @@ class Plan:
     deadline: float = math.inf
 
 
-def run(open_scene: Callable[[], Scene], plan: Plan, path: Path, report: Report, jobs: int = 1) -> bool:
+def run(
+    open_scene: Callable[[torch.device], Scene],
+    plan: Plan,
+    path: Path,
+    report: Report,
+    devices: Sequence[torch.device],
+) -> bool:
     """Run a plan; False if time was up before its end.
 
     Args:
-        open_scene: makes the scene; called in each of the processes.
+        open_scene: makes the scene on a device; called in each of the processes.
         path: the file of runs, which is continued.
         report: called with each finished run.
-        jobs: processes side by side, which a GPU needs to be busy with small models.
+        devices: one for each process; several on one GPU keep it busy with small models.
     """
-    if jobs == 1:
-        scene = open_scene()
-        runs, cases = Runs(path), _Cases(scene)
-        return all(
-            _line(scene, cases, runs, plan, line, at, report)
-            for at in range(len(plan.budgets))
-            for line in plan.lines
-        )
+    if len(devices) == 1:
+        stage = _Stage(open_scene(devices[0]), Runs(path), plan)
+        stage.original()
+        return all([stage.line(line, at, report) for at in range(len(plan.budgets)) for line in plan.lines])
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _open_child, (open_scene, path, plan)) as pool:
-        for at in range(len(plan.budgets)):
-            waiting = [pool.submit(_in_child, line, at) for line in plan.lines]
-            complete = True
-            for done in as_completed(waiting):
+    free = context.Queue()
+    for device in devices:
+        free.put(device)
+    complete = True
+    with ProcessPoolExecutor(len(devices), context, _open_child, (free, open_scene, path, plan)) as pool:
+        whole = pool.submit(_original_in_child)
+        waiting = {pool.submit(_in_child, line, 0): (line, 0) for line in plan.lines}
+        while waiting:
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                line, at = waiting.pop(done)
                 finished, made = done.result()
                 complete &= finished
                 for each in made:
                     report(each)
-            if not complete:
-                return False
-    return True
+                if finished and at + 1 < len(plan.budgets):  # needs the choice of the budget before
+                    waiting[pool.submit(_in_child, line, at + 1)] = (line, at + 1)
+        whole.result()
+    return complete
 
 
-_CHILD: dict[str, Any] = {}  # of a child process: what its initialiser opened
+_CHILD: dict[str, _Stage] = {}  # of a child process: what its initialiser opened
 
 
-def _open_child(open_scene: Callable[[], Scene], path: Path, plan: Plan) -> None:
-    scene = open_scene()
-    _CHILD.update(scene=scene, cases=_Cases(scene), runs=Runs(path), plan=plan)
+def _open_child(
+    free: Queue[torch.device], open_scene: Callable[[torch.device], Scene], path: Path, plan: Plan
+) -> None:
+    torch.set_num_threads(1)
+    _CHILD["stage"] = _Stage(open_scene(free.get()), Runs(path), plan)
+
+
+def _original_in_child() -> None:
+    _CHILD["stage"].original()
 
 
 def _in_child(line: Line, at: int) -> tuple[bool, list[Run]]:
     made: list[Run] = []
-    runs: Runs = _CHILD["runs"]
-    runs.reload()  # the line's choice at a smaller budget may have been made elsewhere
-    finished = _line(_CHILD["scene"], _CHILD["cases"], runs, _CHILD["plan"], line, at, made.append)
+    stage = _CHILD["stage"]
+    stage.runs.reload()  # the line's choice at a smaller budget may have been made elsewhere
+    finished = stage.line(line, at, made.append)
     return finished, made
 
 
-class _Cases:
-    """Cases of a scene, made once."""
+class _Stage:
+    """A scene with its cases, and the runs that are made on it."""
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
-        self._made: dict[tuple[str, str, str], Case] = {}
+    def __init__(self, scene: Scene, runs: Runs, plan: Plan) -> None:
+        self.runs = runs
+        self._scene, self._plan = scene, plan
+        self._cases: dict[tuple[str, str, str], Case] = {}
+        self._begun: tuple[tuple[object, ...], Start | None, int] = ((), None, 0)
 
-    def __call__(self, line: Line) -> Case:
+    def original(self) -> None:
+        """Score the victim itself, as attack 0: the attacker with all weights."""
+        place = (0, "all weights", "", "", "")
+        if (*place, 0.0, "", 0.0, 0) not in self.runs.done:
+            text, victim = self._scene.text, self._scene.victim
+            valid, test = score(victim, text.valid), score(victim, text.test)
+            self.runs.add(
+                Run(
+                    place, 0.0, "", 0.0, 0, 0, 0, 0, test.perplexity, test.accuracy, valid.perplexity, 0.0, {}
+                )
+            )
+
+    def line(self, line: Line, at: int, report: Report) -> bool:
+        """All runs of a line at one budget; False if time is up."""
+        if time.time() > self._plan.deadline:
+            return False
+        budget = self._plan.budgets[at]
+        before = self.runs.best(line, self._plan.budgets[at - 1]) if at else None
+        if before is None:
+            choices = self._choices(line)
+        else:  # a longer training wants a rate at most as high
+            variant, rate = before
+            choices = [(variant, rate), (variant, rate / 3)] if rate else [before]
+
+        def once(variant: str, rate: float, seed: int) -> bool:
+            if (*line.place, budget, variant, rate, seed) in self.runs.done:
+                return True
+            if time.time() > self._plan.deadline:
+                return False
+            made = self._once(line, budget, variant, rate, seed)
+            if made is not None:
+                self.runs.add(made)
+                report(made)
+            return True
+
+        if not all(once(variant, rate, 0) for variant, rate in choices):
+            return False
+        best = self.runs.best(line, budget)
+        if best is None or not best[1]:  # without training, one seed is all
+            return True
+        seeds = self._plan.long_seeds if at == len(self._plan.budgets) - 1 else self._plan.seeds
+        return all(once(*best, seed) for seed in range(1, seeds))
+
+    def _case(self, line: Line) -> Case:
         place = (line.recipe, line.placement.name, line.relative)
-        if place not in self._made:
-            self._made[place] = self._scene.case(line.recipe, line.placement, line.relative)
-        return self._made[place]
+        if place not in self._cases:
+            self._cases[place] = self._scene.case(line.recipe, line.placement, line.relative)
+        return self._cases[place]
+
+    def _start(self, line: Line, variant: str, seed: int) -> tuple[Start | None, int]:
+        """How an attack begins, and what it has asked for that; the last one is kept, for its next rate."""
+        key = (line.place, variant, seed)
+        if self._begun[0] != key:
+            oracle = self._scene.oracle
+            oracle.forget()
+            start = _attack(line).start(self._case(line), oracle, variant, seed)
+            self._begun = (key, start, oracle.asked)
+        return self._begun[1:]
+
+    def _choices(self, line: Line) -> list[tuple[str, float]]:
+        choices = []
+        for variant in _attack(line).variants:
+            start, _ = self._start(line, variant, 0)
+            if start is not None:
+                choices += [(variant, rate) for rate in start.rates or (0.0,)]
+        return choices
+
+    def _once(self, line: Line, budget: float, variant: str, rate: float, seed: int) -> Run | None:
+        began = time.perf_counter()
+        scene = self._scene
+        start, asked = self._start(line, variant, seed)
+        if start is None:
+            return None
+        student = build_student(self._case(line), start, scene.device, seed)
+        tokens = steps = 0
+        if rate:
+            window = scene.text.train.shape[1]
+            tokens = max(1, round(budget * scene.parameters / window)) * window
+            steps = train(student, scene, Training(line.access, tokens, rate, seed, start.hidden_layer))
+        valid, test = score(student, scene.text.valid), score(student, scene.text.test)
+        return Run(
+            line=line.place,
+            budget=budget,
+            variant=variant,
+            rate=rate,
+            seed=seed,
+            tokens=tokens,
+            asked=max(asked, min(tokens, scene.text.train.numel())),
+            steps=steps,
+            perplexity=test.perplexity,
+            accuracy=test.accuracy,
+            valid_perplexity=valid.perplexity,
+            seconds=time.perf_counter() - began,
+            notes=start.notes,
+        )
 
 
 def _attack(line: Line) -> Attack:
     return next(attack for attack in ATTACKS if attack.number == line.attack)
-
-
-def _line(scene: Scene, cases: _Cases, runs: Runs, plan: Plan, line: Line, at: int, report: Report) -> bool:
-    """All runs of a line at one budget; False if time is up."""
-    budget = plan.budgets[at]
-    before = runs.best(line, plan.budgets[at - 1]) if at else None
-    if before is None:
-        choices = _choices(scene, cases(line), line)
-    else:  # a longer training wants a rate at most as high
-        variant, rate = before
-        choices = [(variant, rate), (variant, rate / 3)] if rate else [before]
-
-    def once(variant: str, rate: float, seed: int) -> bool:
-        if (*line.place, budget, variant, rate, seed) in runs.done:
-            return True
-        if time.time() > plan.deadline:
-            return False
-        made = _once(scene, cases(line), line, budget, variant, rate, seed)
-        if made is not None:
-            runs.add(made)
-            report(made)
-        return True
-
-    if not all(once(variant, rate, 0) for variant, rate in choices):
-        return False
-    best = runs.best(line, budget)
-    if best is None or not best[1]:  # without training, one seed is all
-        return True
-    seeds = plan.long_seeds if at == len(plan.budgets) - 1 else plan.seeds
-    return all(once(*best, seed) for seed in range(1, seeds))
-
-
-def _choices(scene: Scene, case: Case, line: Line) -> list[tuple[str, float]]:
-    choices = []
-    for variant in _attack(line).variants:
-        start = _attack(line).start(case, scene.oracle, variant, 0)
-        if start is not None:
-            choices += [(variant, rate) for rate in start.rates or (0.0,)]
-    return choices
-
-
-def _once(
-    scene: Scene, case: Case, line: Line, budget: float, variant: str, rate: float, seed: int
-) -> Run | None:
-    began = time.perf_counter()
-    scene.oracle.forget()
-    start = _attack(line).start(case, scene.oracle, variant, seed)
-    if start is None:
-        return None
-    student = build_student(case, start, scene.device, seed)
-    tokens = steps = 0
-    if rate:
-        window = scene.text.train.shape[1]
-        tokens = max(1, round(budget * scene.parameters / window)) * window
-        steps = train(student, scene, Training(line.access, tokens, rate, seed, start.hidden_layer))
-    valid, test = score(student, scene.text.valid), score(student, scene.text.test)
-    if scene.device.type == "cuda":
-        torch.cuda.synchronize()
-    return Run(
-        line=line.place,
-        budget=budget,
-        variant=variant,
-        rate=rate,
-        seed=seed,
-        tokens=tokens,
-        asked=max(scene.oracle.asked, min(tokens, scene.text.train.numel())),
-        steps=steps,
-        perplexity=test.perplexity,
-        accuracy=test.accuracy,
-        valid_perplexity=valid.perplexity,
-        seconds=time.perf_counter() - began,
-        notes=start.notes,
-    )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sliplm.attacks.case import Case, Part, Placement, ShareView
+from sliplm.attacks.device import autocast
+from sliplm.attacks.relatives import Relative, perturbed, read_model, tuned
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import InputError
 from sliplm.recipe import Recipe
 from sliplm.share import open_vault, open_worker
 
-AGAIN = " again"  # the second split of the same weights, of another rank
+AGAIN = "-again"  # the second split of the same weights, of another rank
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class Oracle:
         """Begin to count anew."""
         self._seen.zero_()
 
+    def questions(self, count: int) -> Tensor:
+        """The first windows of the training text."""
+        return self._text.train[:count].to(self._victim.device)
+
     def answers(self, indices: Tensor) -> Tensor:
         """The logits on training windows: float32 [len(indices), length, vocabulary]."""
         return self.head(self.hidden(indices, -1))
@@ -108,10 +115,9 @@ class Scene:
 
     Args:
         model_dir: the checkpoint.
-        work: a folder for the splits; whatever is there already is used again.
-        recipes: name -> recipe of the splits to attack; "NAME again" is a second split of the same weights.
-        relatives: name -> checkpoint of a public relative, or how far (relative Frobenius distance of each
-            parameter) a perturbed copy of the victim is.
+        work: the folder that `prepare` put the splits into.
+        recipes: name -> recipe of the splits to attack; "NAME-again" is a second split of the same weights.
+        relatives: name -> public relative.
     """
 
     def __init__(
@@ -121,12 +127,13 @@ class Scene:
         text: Text,
         recipes: Mapping[str, Recipe],
         device: torch.device,
-        relatives: Mapping[str, Path | float] | None = None,
+        relatives: Mapping[str, Relative] | None = None,
     ) -> None:
         self.text, self.device = text, device
         self._model_dir, self._work, self._recipes = model_dir, work, dict(recipes)
         self._relatives = dict(relatives or {})
         self._views: dict[str, dict[str, ShareView]] = {}
+        self._kin: dict[str, dict[str, Tensor]] = {}
         self.victim = read_model(model_dir).to(device).requires_grad_(False)
         self.oracle = Oracle(self.victim, text)
 
@@ -135,11 +142,6 @@ class Scene:
         """Of the victim, tied ones once: what budgets are percentages of."""
         return sum(p.numel() for p in self.victim.parameters())
 
-    def prepare(self) -> None:
-        """Make the splits that are not there yet."""
-        for name in self._recipes:
-            self._split(name)
-
     def case(self, recipe: str, placement: Placement, relative: str = "") -> Case:
         """What an attacker on this split holds; `recipe` "none": he has no share."""
         # without a share the same groups are protected; any split names them
@@ -147,8 +149,9 @@ class Scene:
         protected = {name: view for name, view in views.items() if placement.protects(name)}
         known = {}
         if placement.patterns is not None:
-            hidden = {name for view in protected.values() for name in view.parts()}
-            known = {n: p.detach() for n, p in self.victim.named_parameters() if n not in hidden}
+            every = dict(self.victim.named_parameters(remove_duplicate=False))  # tied ones by all their names
+            hidden = {id(every[name]) for view in protected.values() for name in view.parts()}
+            known = {name: p.detach() for name, p in every.items() if id(p) not in hidden}
         second = None
         if recipe + AGAIN in self._recipes:
             again = self._view(recipe + AGAIN)
@@ -157,20 +160,10 @@ class Scene:
         shares = {} if recipe == "none" else protected
         return Case(recipe, placement, self.victim.config, shares, known, kin, second)
 
-    def _split(self, name: str) -> tuple[Path, str]:
-        out, key = self._work / name.replace(" ", "-"), self._work / "key"
-        if not key.exists():
-            self._work.mkdir(parents=True, exist_ok=True)
-            key.touch(mode=0o600)
-            key.write_text(secrets.token_hex(32))
-        if not (out / "vault" / "manifest.json").exists():
-            split(self._model_dir, out, self._recipes[name], key=f"file:{key}")
-        return out, f"file:{key}"
-
     def _view(self, name: str) -> dict[str, ShareView]:
         """The worker's share of a split, with the granted scales: group -> view."""
         if name not in self._views:
-            out, key = self._split(name)
+            out, key = self._work / name, _key(self._work)
             worker, vault = open_worker(out / "worker"), open_vault(out / "vault", key)
             self._views[name] = {
                 group.name: ShareView(
@@ -188,29 +181,40 @@ class Scene:
 
     def _relative(self, name: str) -> dict[str, Tensor]:
         """Parameter -> value of a public relative."""
-        made = self._relatives[name]
-        if isinstance(made, Path):
-            return {n: p.detach() for n, p in read_model(made).named_parameters()}
-        random = torch.Generator(self.device).manual_seed(0)
-        state = {}
-        for parameter, value in self.victim.named_parameters():
-            noise = torch.randn(value.shape, generator=random, device=self.device)
-            state[parameter] = value.detach() + noise * (made * value.norm() / noise.norm())
-        return state
+        if name not in self._kin:
+            made = self._relatives[name]
+            if made == "tuned":
+                state = tuned(self._model_dir, self.device)
+            elif isinstance(made, Path):
+                state = dict(read_model(made).to(self.device).requires_grad_(False).named_parameters())
+            else:
+                state = perturbed(self.victim, float(made))
+            first = {id(p): name for name, p in self.victim.named_parameters()}
+            every = self.victim.named_parameters(remove_duplicate=False)
+            self._kin[name] = {alias: state[first[id(p)]] for alias, p in every}
+        return self._kin[name]
 
 
-def read_model(folder: Path) -> PreTrainedModel:
-    """A causal language model in float32, for inference."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
-    return model.eval()
+def prepare(model_dir: Path, work: Path, recipes: Mapping[str, Recipe], done: Callable[[str], None]) -> None:
+    """Split the model by each recipe that has no split in `work` yet.
+
+    Args:
+        done: called with each recipe's name before its split is made.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    key = work / "key"
+    if not key.exists():
+        with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    for name, recipe in recipes.items():
+        done(name)
+        if not (work / name / "vault").exists():
+            split(model_dir, work / name, recipe, key=_key(work))
+
+
+def _key(work: Path) -> str:
+    return f"file:{work / 'key'}"
 
 
 def _dequantised(integers: object, scale: object, device: torch.device) -> Tensor:
     return torch.tensor(integers, device=device).float() * torch.tensor(scale, device=device)[:, None]
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; nothing on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)

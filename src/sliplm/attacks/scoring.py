@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from sliplm.attacks.scene import autocast
+from sliplm.attacks.device import autocast
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -19,12 +21,8 @@ def blank_model(config: PretrainedConfig) -> PreTrainedModel:
 def build_student(case: Case, start: Start, device: torch.device, seed: int) -> PreTrainedModel:
     """The attacker's model on `device`, float32; exactly what he may train requires gradients."""
     torch.manual_seed(seed)
-    with device:
-        model = blank_model(case.config)
+    model = filled_model(case, start.state, device)
     model.requires_grad_(True)
-    with torch.no_grad():
-        for name, value in {**start.state, **case.known}.items():
-            model.get_parameter(name).copy_(value)
     for name in case.known:
         model.get_parameter(name).requires_grad_(False)
     if not start.whole:
@@ -33,6 +31,16 @@ def build_student(case: Case, start: Start, device: torch.device, seed: int) -> 
                 model.get_parameter(name).requires_grad_(False)
     for group, delta in start.deltas.items():
         _add_delta(model, case.shares[group], delta, device)
+    return model
+
+
+def filled_model(case: Case, state: Mapping[str, Tensor], device: torch.device) -> PreTrainedModel:
+    """A model with what is known and these guesses; what is missing is as the library initialises it."""
+    with device:
+        model = blank_model(case.config)
+    with torch.no_grad():
+        for name, value in {**state, **case.known}.items():
+            model.get_parameter(name).copy_(value)
     return model
 
 

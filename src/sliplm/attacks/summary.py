@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
 from statistics import mean
+from typing import Any
 
 from sliplm.attacks.campaign import NONE
 from sliplm.attacks.runs import Place, Run
-from sliplm.attacks.scoring import Interval, interval, relative
+from sliplm.attacks.scoring import Interval, Score, interval, relative
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,29 @@ def cells(found: Iterable[Point]) -> list[Cell]:
             ratio = relative(best.accuracies, black.accuracies)
             table.append(Cell(recipe, placement, access, kin, budget, best, black, ratio))
     return table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that came of a campaign.
+
+    Attributes:
+        original: how good the victim is: the attacker with all weights.
+    """
+
+    original: Score | None
+    points: list[Point]
+    cells: list[Cell]
+
+
+def summarise(runs: Collection[Run]) -> Summary:
+    """Points and table of all runs."""
+    attacks = [run for run in runs if run.line[0]]
+    whole = next((run for run in runs if not run.line[0]), None)
+    found = points(attacks)
+    return Summary(None if whole is None else Score(whole.perplexity, whole.accuracy), found, cells(found))
+
+
+def document(found: Summary, *, complete: bool) -> dict[str, Any]:
+    """For JSON."""
+    return {"complete": complete, **asdict(found)}

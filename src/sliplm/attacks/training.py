@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 from transformers import PreTrainedModel
 
-from sliplm.attacks.scene import Scene, autocast
+from sliplm.attacks.device import autocast
+from sliplm.attacks.scene import Scene
 
 Access = Literal["text", "logits", "hidden"]
 

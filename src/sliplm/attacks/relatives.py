@@ -1,0 +1,76 @@
+"""Public relatives of a victim: checkpoints, perturbed copies, and a fine-tune made here."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sliplm.attacks.device import autocast
+
+Relative = Path | float | Literal["tuned"]
+"""A checkpoint folder; how far a perturbed copy is (of each parameter, in Frobenius norm); or a fine-tune of
+the victim on Python source code.
+"""
+
+_STEPS, _BATCH, _WINDOW, _RATE = 200, 8, 256, 5e-5
+
+
+def perturbed(victim: PreTrainedModel, distance: float) -> dict[str, Tensor]:
+    """The victim with Gaussian noise of this relative size on every parameter: parameter -> value."""
+    random = torch.Generator(victim.device).manual_seed(0)
+    state = {}
+    for name, value in victim.named_parameters():
+        noise = torch.randn(value.shape, generator=random, device=value.device)
+        state[name] = value.detach() + noise * (distance * value.norm() / noise.norm())
+    return state
+
+
+def tuned(model_dir: Path, device: torch.device) -> dict[str, Tensor]:
+    """The victim, fine-tuned whole on the source code of Python's standard library: parameter -> value."""
+    model = read_model(model_dir).to(device).train()
+    tokens = _source_code(model_dir, (_STEPS * _BATCH + 1) * _WINDOW)
+    windows = tokens[: len(tokens) // _WINDOW * _WINDOW].reshape(-1, _WINDOW)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
+    for step in range(_STEPS):
+        at = order[torch.arange(step * _BATCH, (step + 1) * _BATCH) % len(order)]
+        part = windows[at].to(device)
+        with autocast(device):
+            logits = model(input_ids=part, use_cache=False).logits[:, :-1].flatten(0, 1)
+        optimiser.zero_grad()
+        cross_entropy(logits.float(), part[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def distance(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """|a - b| / |b| over all matrices, Frobenius."""
+    names = [name for name, value in other.items() if value.ndim == 2]
+    wrong = sum(float((state[name] - other[name]).square().sum()) for name in names)
+    return float((wrong / sum(float(other[name].square().sum()) for name in names)) ** 0.5)
+
+
+def read_model(folder: Path) -> PreTrainedModel:
+    """A causal language model in float32, for inference."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()
+
+
+def _source_code(model_dir: Path, count: int) -> Tensor:
+    """Tokens of Python's standard library, `count` at most: int64 [tokens]."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    found: list[int] = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        found += tokenizer(file.read_text(encoding="utf-8", errors="replace"))["input_ids"]
+        if len(found) >= count:
+            break
+    return torch.tensor(found[:count])

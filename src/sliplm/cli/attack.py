@@ -1,0 +1,285 @@
+"""`slip attack`."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from json import dumps as encode
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from sliplm.cli.screen import console, number, percent, print_json, quiet
+from sliplm.errors import InputError
+from sliplm.recipe import Recipe
+
+if TYPE_CHECKING:
+    from sliplm.attacks.case import Placement
+    from sliplm.attacks.relatives import Relative
+    from sliplm.attacks.runs import Run, Runs
+    from sliplm.attacks.scene import Text as WindowedText
+    from sliplm.attacks.summary import Summary
+    from sliplm.attacks.training import Access
+
+LIMIT = 1.05  # Rel.Black up to which a share is said to be of no use
+_HELD_OUT = 64  # windows each for choosing and for testing
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="The checkpoint that you mean to split.")],
+    out: Annotated[
+        Path, typer.Argument(help="A folder for results, continued if it is there; it will hold your splits.")
+    ],
+    *,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="A split of your own to attack, beside plain, default and haar; repeatable.",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Only these splits, such as plain,default.")
+    ] = None,
+    placement: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHERE",
+            help="What is protected: all, FIRST-LAST for blocks (0-3), last-N; repeatable (all).",
+        ),
+    ] = None,
+    access: Annotated[
+        str,
+        typer.Option(metavar="KINDS", help="text, logits, hidden (also hidden states behind the blocks)."),
+    ] = "text,logits",
+    attack: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Only these attacks; repeatable (all).")
+    ] = None,
+    relative: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A public relative of the model; or 5% for a copy with so much noise; or tuned, for a "
+            "fine-tune on source code that is made here; repeatable.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="Tokens for the attacker, in percent of the model's parameters."),
+    ] = "0.1%,1%",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each line.")] = 3,
+    long_seeds: Annotated[int | None, typer.Option(min=1, help="The same at the largest budget.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text in UTF-8; by default a thousand articles of Wikipedia.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=8, help="Tokens that the attacker reads at once.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes, spread over the GPUs, which several keep busy.")
+    ] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Begin no run after so long.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Attack splits of your own model, and show what a thief would get.
+
+    Numbered attacks (docs/red-team.md) meet each split beside an attacker who has no share at all. Rel.Black
+    is the accuracy that the best of them restores over the best without a share: 1.00 says that the share was
+    of no use. OUT holds the splits that were made for this: treat it like a vault.
+
+    Example: slip attack ~/models/SmolLM2-135M-Instruct out --placement 0-3 --device cuda --jobs 4
+    """
+    quiet()
+    from sliplm.attacks.campaign import lines, standard_recipes
+    from sliplm.attacks.device import devices
+    from sliplm.attacks.runner import Plan, run
+    from sliplm.attacks.runs import Runs
+    from sliplm.attacks.scene import AGAIN, Scene, prepare
+
+    deadline = time.time() + 60 * minutes if minutes is not None else math.inf
+    recipes = standard_recipes() | dict(_named_recipe(given) for given in recipe or [])
+    if only is not None:
+        kept = only.split(",")
+        if unknown := set(kept) - set(recipes):
+            raise InputError(
+                f"--only {only}: there is no split {min(unknown)}; there are {', '.join(recipes)}"
+            )
+        recipes = {name: given for name, given in recipes.items() if name.removesuffix(AGAIN) in kept}
+    kin = dict(_named_relative(given) for given in relative or [])
+    budgets = tuple(sorted(_share("--budget", part) for part in budget.split(",")))
+    places = [_placement(given, model) for given in placement or ["all"]]
+    kinds = [_access(kind) for kind in access.split(",")]
+    plan = Plan(
+        lines(tuple(recipes), places, kinds, tuple(kin), attack),
+        budgets,
+        seeds,
+        seeds if long_seeds is None else long_seeds,
+        deadline,
+    )
+    where = devices(device, jobs)
+    screen = console(json=json)
+    out.mkdir(parents=True, exist_ok=True)
+    with screen.status("splitting the model") as status:
+        prepare(model, out / "splits", recipes, lambda name: status.update(f"splitting the model: {name}"))
+        status.update("reading the text")
+        opened = partial(Scene, model, out / "splits", _text(model, text, window), recipes, relatives=kin)
+    file = out / "runs.jsonl"
+    with _Bar(len(plan.lines)) as bar:
+        complete = run(opened, plan, file, bar.report, where)
+    _finish(out, Runs(file), screen, complete=complete, json=json)
+
+
+def _finish(out: Path, runs: Runs, screen: Console, *, complete: bool, json: bool) -> None:
+    """Table on the screen; attack.json, page and pictures in the folder."""
+    from sliplm.attacks.summary import document, summarise
+
+    found = summarise(runs.done.values())
+    result = document(found, complete=complete)
+    (out / "attack.json").write_text(encode(result, indent=1) + "\n", encoding="utf-8")
+    screen.print(_table(found))
+    screen.print(Text(f"all runs and the table: {out / 'attack.json'}", style="dim"), soft_wrap=True)
+    if not complete:
+        screen.print("[yellow]time was up before the end: the same command continues[/yellow]")
+    if json:
+        print_json(result)
+
+
+def _table(found: Summary) -> Table:
+    from sliplm.attacks import ATTACKS
+
+    names = {attack.number: attack.name for attack in ATTACKS}
+    title = "What a thief restores"
+    if found.original is not None:
+        title += (
+            f" (the original: perplexity {found.original.perplexity:.1f}, "
+            f"next token right {percent(found.original.accuracy)})"
+        )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("protected", "he has", "tokens", "split", "best attack"):
+        table.add_column(column)
+    for column in ("perplexity", "right", "without a share", "Rel.Black"):
+        table.add_column(column, justify="right")
+    for cell in found.cells:
+        best, black, ratio = cell.best, cell.black, cell.relative_to_black
+        style = "red" if ratio.low > LIMIT else "green" if ratio.high <= LIMIT else ""
+        table.add_row(
+            cell.placement,
+            cell.access + (f", {cell.relative}" if cell.relative else ""),
+            number(best.tokens or black.tokens),
+            cell.recipe,
+            f"{best.line[0]} {names[best.line[0]]}",
+            _perplexity(best.perplexity.mean),
+            percent(best.accuracy.mean),
+            f"{_perplexity(black.perplexity.mean)}  {percent(black.accuracy.mean)}",
+            Text(f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", style=style),
+        )
+    return table
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+
+
+class _Bar:
+    """How many lines are done, and the last run."""
+
+    def __init__(self, lines: int) -> None:
+        self._bar = Progress(
+            TextColumn("attacking"),
+            BarColumn(),
+            TextColumn("{task.completed} runs on " + f"{lines} lines"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[last]}", style="dim"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task("", total=None, last="")
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def report(self, run: Run) -> None:
+        """A run is finished."""
+        number, recipe, placement, access, relative = run.line
+        last = (
+            f"{number} on {recipe} {placement} {access} {relative}: perplexity {_perplexity(run.perplexity)}"
+        )
+        self._bar.update(self._task, advance=1, last=last)
+
+
+# --- what was asked for ----------------------------------------------------------------------------------
+
+
+def _named_recipe(given: str) -> tuple[str, Recipe]:
+    name, _, file = given.partition("=")
+    if not name.isidentifier() or not file:
+        raise InputError(f"--recipe {given}: give a short name and a file, such as mine=recipe.json")
+    return name, Recipe.read(file)
+
+
+def _named_relative(given: str) -> tuple[str, Relative]:
+    if given == "tuned":
+        return given, "tuned"
+    if given.endswith("%"):
+        return given, _share("--relative", given)
+    name, _, folder = given.partition("=")
+    if not name or not (Path(folder) / "config.json").is_file():
+        raise InputError(
+            f"--relative {given}: give NAME=DIR, the folder of a checkpoint, a distance as 5%, or tuned"
+        )
+    return name, Path(folder)
+
+
+def _share(option: str, given: str) -> float:
+    try:
+        share = float(given.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not given.strip().endswith("%") or not 0 < share < math.inf:
+        raise InputError(f"{option} {given}: give percentages above 0, such as 0.1%")
+    return share
+
+
+def _placement(given: str, model: Path) -> Placement:
+    from sliplm.attacks.case import Placement, layers
+    from sliplm.engines.transformers.layout import read_config
+
+    if given == "all":
+        return Placement("all", None)
+    depth = read_config(model).get_text_config().num_hidden_layers
+    first, _, last = given.partition("-")
+    if last.isdecimal():
+        low, high = (depth - int(last), depth - 1) if first == "last" else (int(first or -1), int(last))
+        if 0 <= low <= high < depth:
+            return layers(given, range(low, high + 1), depth)
+    raise InputError(f"--placement {given}: give all, blocks such as 0-3 of 0-{depth - 1}, or last-4")
+
+
+def _access(given: str) -> Access:
+    if given not in ("text", "logits", "hidden"):
+        raise InputError(f"--access {given}: choose from text, logits, hidden")
+    return given  # type: ignore[return-value]
+
+
+def _text(model: Path, file: Path | None, window: int) -> WindowedText:
+    import torch
+    from transformers import AutoTokenizer
+
+    from sliplm.attacks.scene import Text as WindowedText
+    from sliplm.examples.text import wikipedia
+
+    try:
+        text = wikipedia() if file is None else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as a text in UTF-8 ({error})") from error
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    return WindowedText.of(torch.tensor(tokenizer(text)["input_ids"]), window, _HELD_OUT)
