@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from sliplm.errors import InputError
 from sliplm.recipe import Recipe
 from sliplm.share import open_vault, open_worker
 
+_CORES = 4  # for each split of several side by side
 AGAIN = "-again"  # the second split of the same weights, of another rank
 
 
@@ -195,21 +198,30 @@ class Scene:
         return self._kin[name]
 
 
-def prepare(model_dir: Path, work: Path, recipes: Mapping[str, Recipe], done: Callable[[str], None]) -> None:
+def prepare(
+    model_dir: Path, work: Path, recipes: Mapping[str, Recipe], progress: Callable[[int, int], None]
+) -> None:
     """Split the model by each recipe that has no split in `work` yet.
 
     Args:
-        done: called with each recipe's name before its split is made.
+        progress: called with the number of splits done and their number in all.
     """
     work.mkdir(parents=True, exist_ok=True)
     key = work / "key"
     if not key.exists():
         with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-    for name, recipe in recipes.items():
-        done(name)
-        if not (work / name / "vault").exists():
-            split(model_dir, work / name, recipe, key=_key(work))
+    missing = {name: recipe for name, recipe in recipes.items() if not (work / name / "vault").exists()}
+    side_by_side = max(1, min(len(missing), (os.cpu_count() or 1) // _CORES))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(side_by_side, context) as pool:
+        waiting = [
+            pool.submit(split, model_dir, work / name, recipe, key=_key(work))
+            for name, recipe in missing.items()
+        ]
+        for count, future in enumerate(waiting):
+            progress(count, len(waiting))
+            future.result()
 
 
 def _key(work: Path) -> str:

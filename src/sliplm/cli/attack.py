@@ -126,9 +126,10 @@ def command(
     screen = console(json=json)
     out.mkdir(parents=True, exist_ok=True)
     with screen.status("splitting the model") as status:
-        prepare(model, out / "splits", recipes, lambda name: status.update(f"splitting the model: {name}"))
+        splits = out / "splits"
+        prepare(model, splits, recipes, lambda done, of: status.update(f"splits: {done} of {of}"))
         status.update("reading the text")
-        opened = partial(Scene, model, out / "splits", _text(model, text, window), recipes, relatives=kin)
+        opened = partial(Scene, model, splits, _text(model, text, window), recipes, relatives=kin)
     file = out / "runs.jsonl"
     with _Bar(len(plan.lines)) as bar:
         complete = run(opened, plan, file, bar.report, where)
