@@ -25,7 +25,9 @@ class Core:
         if not case.shares:
             return None
         deltas = {name: core_delta(view) for name, view in case.shares.items() if view.rank}
-        return Start(case.guess(), deltas, whole=variant == "core and all", rates=(3e-4, 1e-3, 3e-3, 1e-2))
+        whole = variant == "core and all"
+        rates = (3e-4, 1e-3, 3e-3) if whole else (1e-3, 3e-3, 1e-2)
+        return Start(case.guess(), deltas, whole=whole, rates=rates)
 
 
 @cache

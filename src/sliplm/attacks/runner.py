@@ -1,16 +1,14 @@
-"""Runs attacks line by line: a search at the smallest budget, then every budget with several seeds.
+"""Runs a campaign: each line searches at the smallest budget, the best of each cell go on to the next.
 
 A run that is in the file already is not made again, so that an interrupted call continues.
 """
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -20,30 +18,12 @@ from sliplm.attacks import ATTACKS
 from sliplm.attacks.case import Attack, Case, Start
 from sliplm.attacks.runs import Line, Run, Runs
 from sliplm.attacks.scene import Scene
+from sliplm.attacks.schedule import Job, Plan, Schedule
 from sliplm.attacks.scoring import score
 from sliplm.attacks.student import build_student
 from sliplm.attacks.training import Training, train
 
 Report = Callable[[Run], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run.
-
-    Attributes:
-        lines: in order of importance.
-        budgets: parts of one query token per model parameter, ascending.
-        seeds: runs at each budget with the choice found by seed 0.
-        long_seeds: the same at the largest budget.
-        deadline: time.time() after which no run is begun.
-    """
-
-    lines: tuple[Line, ...]
-    budgets: tuple[float, ...]
-    seeds: int
-    long_seeds: int
-    deadline: float = math.inf
 
 
 def run(
@@ -61,27 +41,29 @@ def run(
         report: called with each finished run.
         devices: one for each process; several on one GPU keep it busy with small models.
     """
-    if len(devices) == 1:
-        stage = _Stage(open_scene(devices[0]), Runs(path), plan)
-        stage.original()
-        return all([stage.line(line, at, report) for at in range(len(plan.budgets)) for line in plan.lines])
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for device in devices:
         free.put(device)
+    runs = Runs(path)
+    schedule = Schedule(plan, runs)
     complete = True
     with ProcessPoolExecutor(len(devices), context, _open_child, (free, open_scene, path, plan)) as pool:
         whole = pool.submit(_original_in_child)
-        waiting = {pool.submit(_in_child, line, 0): (line, 0) for line in plan.lines}
-        while waiting:
+        waiting: dict[Future[tuple[bool, list[Run]]], Job] = {}
+        while True:
+            while len(waiting) < len(devices) and (job := schedule.next()) is not None:
+                waiting[pool.submit(_in_child, job)] = job
+            if not waiting:
+                break
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                line, at = waiting.pop(done)
+                job = waiting.pop(done)
                 finished, made = done.result()
                 complete &= finished
                 for each in made:
                     report(each)
-                if finished and at + 1 < len(plan.budgets):  # needs the choice of the budget before
-                    waiting[pool.submit(_in_child, line, at + 1)] = (line, at + 1)
+                runs.reload()
+                schedule.done(job, finished=finished)
         whole.result()
     return complete
 
@@ -93,27 +75,27 @@ def _open_child(
     free: Queue[torch.device], open_scene: Callable[[torch.device], Scene], path: Path, plan: Plan
 ) -> None:
     torch.set_num_threads(1)
-    _CHILD["stage"] = _Stage(open_scene(free.get()), Runs(path), plan)
+    torch.set_float32_matmul_precision("high")
+    _CHILD["stage"] = _Stage(open_scene(free.get()), Runs(path), plan.deadline)
 
 
 def _original_in_child() -> None:
     _CHILD["stage"].original()
 
 
-def _in_child(line: Line, at: int) -> tuple[bool, list[Run]]:
+def _in_child(job: Job) -> tuple[bool, list[Run]]:
     made: list[Run] = []
     stage = _CHILD["stage"]
     stage.runs.reload()  # the line's choice at a smaller budget may have been made elsewhere
-    finished = stage.line(line, at, made.append)
-    return finished, made
+    return stage.carry_out(job, made.append), made
 
 
 class _Stage:
     """A scene with its cases, and the runs that are made on it."""
 
-    def __init__(self, scene: Scene, runs: Runs, plan: Plan) -> None:
+    def __init__(self, scene: Scene, runs: Runs, deadline: float) -> None:
         self.runs = runs
-        self._scene, self._plan = scene, plan
+        self._scene, self._deadline = scene, deadline
         self._cases: dict[tuple[str, str, str], Case] = {}
         self._begun: tuple[tuple[object, ...], Start | None, int] = ((), None, 0)
 
@@ -123,42 +105,43 @@ class _Stage:
         if (*place, 0.0, "", 0.0, 0) not in self.runs.done:
             text, victim = self._scene.text, self._scene.victim
             valid, test = score(victim, text.valid), score(victim, text.test)
-            self.runs.add(
-                Run(
-                    place, 0.0, "", 0.0, 0, 0, 0, 0, test.perplexity, test.accuracy, valid.perplexity, 0.0, {}
-                )
-            )
+            quality = test.perplexity, test.accuracy, valid.perplexity
+            self.runs.add(Run(place, 0.0, "", 0.0, 0, 0, 0, 0, *quality, 0.0, {}))
 
-    def line(self, line: Line, at: int, report: Report) -> bool:
-        """All runs of a line at one budget; False if time is up."""
-        if time.time() > self._plan.deadline:
-            return False
-        budget = self._plan.budgets[at]
-        before = self.runs.best(line, self._plan.budgets[at - 1]) if at else None
-        if before is None:
-            choices = self._choices(line)
-        else:  # a longer training wants a rate at most as high
-            variant, rate = before
-            choices = [(variant, rate), (variant, rate / 3)] if rate else [before]
+    def carry_out(self, job: Job, report: Report) -> bool:
+        """A search, or the other seeds of what it chose; False if time is up."""
 
         def once(variant: str, rate: float, seed: int) -> bool:
-            if (*line.place, budget, variant, rate, seed) in self.runs.done:
+            if (*job.line.place, job.budget, variant, rate, seed) in self.runs.done:
                 return True
-            if time.time() > self._plan.deadline:
+            if time.time() > self._deadline:
                 return False
-            made = self._once(line, budget, variant, rate, seed)
+            made = self._once(job.line, job.budget, variant, rate, seed)
             if made is not None:
                 self.runs.add(made)
                 report(made)
             return True
 
-        if not all(once(variant, rate, 0) for variant, rate in choices):
+        if time.time() > self._deadline:
             return False
-        best = self.runs.best(line, budget)
+        if not job.seeds:
+            return all(once(variant, rate, 0) for variant, rate in self._choices(job))
+        best = self.runs.best(job.line, job.budget)
         if best is None or not best[1]:  # without training, one seed is all
             return True
-        seeds = self._plan.long_seeds if at == len(self._plan.budgets) - 1 else self._plan.seeds
-        return all(once(*best, seed) for seed in range(1, seeds))
+        return all(once(*best, seed) for seed in range(1, job.seeds))
+
+    def _choices(self, job: Job) -> list[tuple[str, float]]:
+        before = None if job.before is None else self.runs.best(job.line, job.before)
+        if before is not None:  # a longer training wants a rate at most as high
+            variant, rate = before
+            return [(variant, rate), (variant, rate / 3)] if rate else [before]
+        choices = []
+        for variant in _attack(job.line).variants:
+            start, _ = self._start(job.line, variant, 0)
+            if start is not None:
+                choices += [(variant, rate) for rate in start.rates or (0.0,)]
+        return choices
 
     def _case(self, line: Line) -> Case:
         place = (line.recipe, line.placement.name, line.relative)
@@ -175,14 +158,6 @@ class _Stage:
             start = _attack(line).start(self._case(line), oracle, variant, seed)
             self._begun = (key, start, oracle.asked)
         return self._begun[1:]
-
-    def _choices(self, line: Line) -> list[tuple[str, float]]:
-        choices = []
-        for variant in _attack(line).variants:
-            start, _ = self._start(line, variant, 0)
-            if start is not None:
-                choices += [(variant, rate) for rate in start.rates or (0.0,)]
-        return choices
 
     def _once(self, line: Line, budget: float, variant: str, rate: float, seed: int) -> Run | None:
         began = time.perf_counter()

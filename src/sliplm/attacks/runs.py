@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,8 +96,14 @@ class Runs:
 
     def best(self, line: Line, budget: float) -> tuple[str, float] | None:
         """Variant and rate with the lowest perplexity on the validation text, by the runs of seed 0."""
+        run = self._best(line, budget)
+        return None if run is None else (run.variant, run.rate)
+
+    def best_perplexity(self, line: Line, budget: float) -> float:
+        """That perplexity; infinite if there is no run."""
+        run = self._best(line, budget)
+        return math.inf if run is None else run.valid_perplexity
+
+    def _best(self, line: Line, budget: float) -> Run | None:
         found = [run for run in self.of(line, budget) if run.seed == 0]
-        if not found:
-            return None
-        run = min(found, key=lambda run: run.valid_perplexity)
-        return run.variant, run.rate
+        return min(found, key=lambda run: run.valid_perplexity) if found else None

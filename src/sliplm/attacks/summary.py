@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from statistics import mean
 from typing import Any
 
 from sliplm.attacks.campaign import NONE
@@ -72,7 +71,7 @@ def _point(runs: list[Run]) -> Point:
         interval([run.perplexity for run in seeds]),
         interval([run.accuracy for run in seeds]),
         tuple(run.accuracy for run in seeds),
-        mean(run.valid_perplexity for run in seeds),
+        chosen.valid_perplexity,
     )
 
 

@@ -74,8 +74,7 @@ def command(
         str,
         typer.Option(metavar="LIST", help="Tokens for the attacker, in percent of the model's parameters."),
     ] = "0.1%,1%",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each line.")] = 3,
-    long_seeds: Annotated[int | None, typer.Option(min=1, help="The same at the largest budget.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of the best attack of each split.")] = 3,
     text: Annotated[
         Path | None, typer.Option(help="A text in UTF-8; by default a thousand articles of Wikipedia.")
     ] = None,
@@ -98,9 +97,10 @@ def command(
     quiet()
     from sliplm.attacks.campaign import lines, standard_recipes
     from sliplm.attacks.device import devices
-    from sliplm.attacks.runner import Plan, run
+    from sliplm.attacks.runner import run
     from sliplm.attacks.runs import Runs
     from sliplm.attacks.scene import AGAIN, Scene, prepare
+    from sliplm.attacks.schedule import Plan
 
     deadline = time.time() + 60 * minutes if minutes is not None else math.inf
     recipes = standard_recipes() | dict(_named_recipe(given) for given in recipe or [])
@@ -119,7 +119,6 @@ def command(
         lines(tuple(recipes), places, kinds, tuple(kin), attack),
         budgets,
         seeds,
-        seeds if long_seeds is None else long_seeds,
         deadline,
     )
     where = devices(device, jobs)
