@@ -155,7 +155,10 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _show(screen: Console, results: Results, advice: Recommendation) -> None:
+    base, guess = results.base.perplexity, results.vocabulary
+    screen.print(f"[bold]Perplexity without the top k[/]: {base:.2f} with it, {guess:,} for a uniform guess")
     screen.print(_removals(results))
+    screen.print("[bold]Recommended[/]")
     screen.print(_recipe(advice))
     report = advice.report
     costs = Table.grid(padding=(0, 2))
@@ -171,14 +174,7 @@ def _show(screen: Console, results: Results, advice: Recommendation) -> None:
 
 
 def _removals(results: Results) -> Table:
-    base = results.base.perplexity
-    table = Table(
-        title=f"Perplexity without the top k ({base:.2f} with it, a uniform guess {results.vocabulary:,})",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("kind of matrix")
     for measured in results.everything():
         table.add_column(f"k = {measured.rank}", justify="right")
@@ -189,9 +185,7 @@ def _removals(results: Results) -> Table:
 
 
 def _recipe(advice: Recommendation) -> Table:
-    table = Table(
-        title="Recommended", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
-    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("kind of matrix")
     for title in ("groups", "rank", "whole in the vault"):
         table.add_column(title, justify="right")

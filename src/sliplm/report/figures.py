@@ -137,19 +137,24 @@ def save_png(picture: Picture, folder: Path) -> Path:
 
 
 def _scale(axes: Axes, which: str, axis: Axis) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     one = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xlabel if which == "x" else axes.set_ylabel)(axis.title)
     if axis.base is not None:
         (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=axis.base)
         one.set_minor_locator(NullLocator())
-    if axis.ticks is not None:
-        one.set_major_locator(FixedLocator(list(axis.ticks)))
-        one.set_minor_locator(NullLocator())
-    one.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
     if axis.low is not None or axis.high is not None:
         (axes.set_xlim if which == "x" else axes.set_ylim)(axis.low, axis.high)
+    if axis.ticks is not None:
+        one.set_major_locator(FixedLocator(list(axis.ticks)))
+    elif axis.base == 10:
+        low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+        subs = (
+            (1.0,) if high > 1e3 * low else (1.0, 3.0) if high > 30 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        )
+        one.set_major_locator(LogLocator(10, subs=subs, numticks=12))
+    one.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
 
 
 def _number(value: float) -> str:

@@ -1,10 +1,13 @@
-"""A model to measure, wherever it fits: on the device, or left on the disk."""
+"""A model to measure, wherever it fits: on the device, or left on the disk and read layer by layer."""
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -14,6 +17,7 @@ from sliplm.errors import CheckpointError, InputError
 from sliplm.report import need
 
 ROOM = 1.25  # a model, and what a forward pass takes beside it
+_M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def device_named(name: str | None) -> torch.device:
@@ -38,9 +42,10 @@ def open_model(
     """Load a checkpoint in float32, for inference.
 
     Args:
-        offload: leave the weights on the disk and read each layer's when it is reached; None: if they do not
-            fit into free memory.
-        folder: for what has to be converted on the way to the disk.
+        offload: leave the weights where they are on the disk and read each when it is reached (with a GPU:
+            those that do not fit into the GPUs' memory, or else into this machine's); None: if the model does
+            not fit into free memory.
+        folder: for what has to be converted on the way.
 
     Raises:
         CheckpointError: transformers cannot load it.  ReportError: accelerate is wanted and not installed.
@@ -50,19 +55,19 @@ def open_model(
     size = 4 * sum(math.prod(shape) for shape in layout.parameters.values())
     if offload is None:
         offload = size * ROOM > free_memory(device)
-    options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    if offload:
+        need("accelerate")
+        _give_memory_back()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what is wanted here
+        folder.mkdir(mode=0o700, exist_ok=True)
+        options |= {"offload_folder": str(folder), **_places(device)}
     try:
-        if not offload:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, **options).to(device)
-        else:
-            need("accelerate")
-            folder.mkdir(mode=0o700, exist_ok=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                model_dir, device_map={"": "disk"}, offload_folder=str(folder), **options
-            )
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"transformers cannot load {model_dir}: {error}") from error
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model if offload else model.to(device)
 
 
 def free_memory(device: torch.device) -> int:
@@ -77,6 +82,30 @@ def free_memory(device: torch.device) -> int:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
             free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # not Linux, or no such limit
         pass
     return free
+
+
+def _places(device: torch.device) -> dict[str, Any]:
+    """Where accelerate may put the weights."""
+    if device.type == "cpu":
+        return {"device_map": {"": "disk"}}  # what memory is free caches the files' pages by itself
+    room: dict[int | str, int] = {
+        i: int(0.7 * free_memory(torch.device("cuda", i))) for i in range(torch.cuda.device_count())
+    }
+    return {
+        "device_map": "auto",
+        "max_memory": room | {"cpu": free_memory(torch.device("cpu")) // 2},
+    }
+
+
+def _give_memory_back() -> None:
+    """Let a dropped weight's memory go back to the system at once.
+
+    glibc would keep it and, with activations between, use it for nothing else: the process grows by several
+    times the model.  A fixed threshold makes every large block a mapping of its own.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 64 << 10)
