@@ -20,7 +20,8 @@
     │   ├── WorkerTimeout       no answer within the limit
     │   ├── WorkerFault         the worker answered that it cannot
     │   └── VerificationError   the worker's product is wrong
-    └── FetchError              a package that carries an example cannot be fetched
+    ├── FetchError              a package that carries an example cannot be fetched
+    └── ReportError             a report cannot be made: a library is missing
 
 A message says what happened, then what to do.  No message carries a weight, a mask or a key.
 """
@@ -140,3 +141,7 @@ class VerificationError(WorkerError):
 
 class FetchError(SlipError):
     """A package that carries an example model or text cannot be fetched."""
+
+
+class ReportError(SlipError):
+    """A report cannot be made: a library that draws or writes it is missing."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from sliplm.cli import attack, deal, demo, generate, inspect, keys, split, worker
+from sliplm.cli import attack, deal, demo, generate, inspect, keys, plan, split, worker
 from sliplm.errors import SlipError
 from sliplm.share import sliplm_version
 
@@ -67,6 +67,7 @@ def root(
 
 
 app.command("demo", rich_help_panel=TRY)(demo.command)
+app.command("plan", rich_help_panel=OWNER)(plan.command)
 app.command("split", rich_help_panel=OWNER)(split.command)
 app.command("attack", rich_help_panel=OWNER)(attack.command)
 app.command("inspect", rich_help_panel=OWNER)(inspect.command)

@@ -11,15 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from sliplm.counts import SplitReport, report_for
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.engines.transformers.journal import PARTIAL, Journal
-from sliplm.engines.transformers.layout import Group
-from sliplm.engines.transformers.plan import Plan, make_plan, members, stored_as
-from sliplm.errors import CheckpointError, SealError, ShareError
+from sliplm.engines.transformers.plan import Plan, make_plan, members, stack
+from sliplm.errors import SealError, ShareError
 from sliplm.keysource import KeySpec, checked
 from sliplm.manifest import (
     FileRecord,
@@ -187,7 +183,7 @@ def _split_groups(
             continue
         part = split_group(
             group.name,
-            _stack(plan, group),
+            stack(plan.checkpoint, plan.layout, plan.sources, group),
             rank=choice.rank,
             precision=choice.precision,
             rotation=choice.rotation,
@@ -199,20 +195,6 @@ def _split_groups(
         secret.sync()
         journal.finish_group(group.name, (part.error, part.svd_error))
     progress(total, total, "")
-
-
-def _stack(plan: Plan, group: Group) -> npt.NDArray[np.float32]:
-    """The members' weights under each other: float32 [rows, columns]."""
-    stacked = np.empty((group.rows, group.columns), dtype=np.float32)
-    first = 0
-    for member in group.members:
-        key = stored_as(member.weight, plan.layout, plan.sources)
-        if key is None:  # the plan has seen to it
-            raise CheckpointError(f"{member.weight} is not in the checkpoint")
-        weight = plan.checkpoint.read(key)
-        stacked[first : first + member.rows] = weight.T if member.transposed else weight
-        first += member.rows
-    return stacked
 
 
 def _write_companions(plan: Plan, vault: Path) -> None:

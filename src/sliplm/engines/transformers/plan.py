@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from sliplm import rotation
 from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
 from sliplm.engines.transformers.journal import Errors
 from sliplm.engines.transformers.layout import Group, Layout, discover, read_config
-from sliplm.errors import RecipeError, UnsplittableError
+from sliplm.errors import CheckpointError, RecipeError, UnsplittableError
 from sliplm.manifest import FORMAT_VERSION, Member, VaultGroup
 from sliplm.recipe import GroupChoice, Recipe
 from sliplm.share import integer_type, sealed_spec, secret_specs, sliplm_version, worker_spec
@@ -74,7 +77,7 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
     sources = locate(checkpoint, layout)
     consumed = {member.weight for group, _ in chosen for member in group.members}
     _check_stored(consumed, layout, sources)
-    untied = any(alias in consumed or name in consumed for alias, name in layout.tied.items())
+    kept, untied = kept_tensors(layout, sources, consumed)
     return Plan(
         checkpoint=checkpoint,
         layout=layout,
@@ -82,7 +85,7 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
         sources=sources,
         split=chosen,
         whole=tuple(group for group, choice in choices if choice.placement == "vault"),
-        kept=_kept(layout, sources, consumed, untied),
+        kept=kept,
         untied=untied,
     )
 
@@ -129,15 +132,17 @@ def _check_stored(consumed: set[str], layout: Layout, sources: Sources) -> None:
         )
 
 
-def _kept(layout: Layout, sources: Sources, consumed: set[str], untied: bool) -> dict[str, str]:
-    """Every tensor that stays whole: its name in the vault -> its key in the checkpoint."""
+def kept_tensors(layout: Layout, sources: Sources, consumed: set[str]) -> tuple[dict[str, str], bool]:
+    """What stays whole when the weights `consumed` are split: its name in the vault -> its key in the
+    checkpoint; and whether a tied weight is among the consumed."""
+    untied = any(alias in consumed or name in consumed for alias, name in layout.tied.items())
     kept = {name: key for name, key in sources.keys.items() if name not in consumed}
     if untied:
         for name in {*layout.tied, *layout.tied.values()} - consumed - set(kept):
             key = stored_as(name, layout, sources)
             if key is not None:
                 kept[name] = key
-    return kept | {key: key for key in sources.converted}
+    return kept | {key: key for key in sources.converted}, untied
 
 
 def stored_as(name: str, layout: Layout, sources: Sources) -> str | None:
@@ -145,6 +150,24 @@ def stored_as(name: str, layout: Layout, sources: Sources) -> str | None:
     first = layout.tied.get(name, name)
     aliases = [alias for alias, target in layout.tied.items() if target == first]
     return next((sources.keys[n] for n in (name, first, *aliases) if n in sources.keys), None)
+
+
+def stack(checkpoint: Checkpoint, layout: Layout, sources: Sources, group: Group) -> npt.NDArray[np.float32]:
+    """The members' weights under each other: float32 [rows, columns].
+
+    Raises:
+        CheckpointError: a weight holds NaN or infinity, cannot be read, or is not stored as such.
+    """
+    stacked = np.empty((group.rows, group.columns), dtype=np.float32)
+    first = 0
+    for member in group.members:
+        key = stored_as(member.weight, layout, sources)
+        if key is None:
+            raise CheckpointError(f"{member.weight} is not in the checkpoint in a form that can be split")
+        weight = checkpoint.read(key)
+        stacked[first : first + member.rows] = weight.T if member.transposed else weight
+        first += member.rows
+    return stacked
 
 
 def _vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup:

@@ -1,0 +1,1 @@
+"""How much a model depends on the top of its matrices' spectra, and what it costs to keep it in the vault."""

@@ -1,0 +1,155 @@
+"""Spectra and top triplets of the groups, as the split takes them (SPEC split step 1), kept in a folder.
+
+Factors are the secret part of a matrix, in clear: the folder is for whoever may hold the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from sliplm.durable import replace
+from sliplm.engines.transformers.plan import stack
+from sliplm.sensitivity.subject import Part, Subject
+from sliplm.splitting import EXACT_SVD
+from sliplm.tensorfile import write_error
+
+Progress = Callable[[int, int, str], None]
+"""Called with what is done, what is to do in all, and what comes next."""
+
+_OVERSAMPLING, _POWER_STEPS = 16, 4
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Of one group's stacked matrix W [m, n].
+
+    Attributes:
+        values: float64, singular values, descending: all, or the first ones of a very large matrix.
+        energy: |W|^2, the sum of the squares of all of them.
+        a, b: float32 [m, k] and [k, n], A B the best approximation of each rank up to k by its prefixes.
+    """
+
+    values: Tensor
+    energy: float
+    a: Tensor = field(repr=False)
+    b: Tensor = field(repr=False)
+
+    def share(self, rank: int) -> float:
+        """The part of the energy that the top `rank` triplets hold."""
+        return min(1.0, float(self.values[:rank].square().sum()) / self.energy) if self.energy else 0.0
+
+
+def factor(weight: Tensor, rank: int) -> Factors:
+    """Decompose W, float32 [m, n], on its device: exact up to EXACT_SVD on the smaller side, above by a
+    randomised range finder with power steps.  The factors have min(rank, m, n) triplets.
+    """
+    m, n = weight.shape
+    rank = min(rank, m, n)
+    energy = float(_energy(weight))
+    if min(m, n) <= EXACT_SVD:
+        values, right = _exact(weight, rank)
+    else:
+        values, right = _randomised(weight, rank)
+    a = weight @ right
+    return Factors(values.cpu(), energy, a.contiguous().cpu(), right.T.contiguous().cpu())
+
+
+def _exact(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """All singular values, and the top right vectors [n, rank]."""
+    wide = weight.shape[1] > weight.shape[0]
+    squares, vectors = torch.linalg.eigh(_gram(weight.T if wide else weight))
+    values = squares.flip(0).clamp_min(0).sqrt()
+    top = vectors.flip(1)[:, :rank]
+    if wide:
+        top = torch.linalg.qr((weight.T @ top.float()).double())[0]
+    return values, top.float()
+
+
+def _randomised(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The top singular values, and their right vectors [n, rank]."""
+    random = torch.Generator(weight.device).manual_seed(0)
+    width = min(rank + _OVERSAMPLING, *weight.shape)
+    start = torch.randn(weight.shape[1], width, generator=random, device=weight.device)
+    basis = torch.linalg.qr(start)[0]
+    for _ in range(_POWER_STEPS):
+        basis = torch.linalg.qr(weight.T @ (weight @ basis))[0]
+    _, values, right = torch.linalg.svd(weight @ basis, full_matrices=False)
+    return values[:rank].double(), basis @ right[:rank].T
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x^T x in float64, in slices: no float64 copy of a large matrix."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for part in torch.split(x, 4096):
+        wide = part.double()
+        total += wide.T @ wide
+    return total
+
+
+def _energy(x: Tensor) -> Tensor:
+    return sum((part.double().square().sum() for part in torch.split(x, 4096)), torch.zeros(()))
+
+
+class Library:
+    """The factors of all groups, one file for each in a folder; made where they are missing.
+
+    Args:
+        rank: triplets that are wanted; a file with fewer is made anew.
+    """
+
+    def __init__(self, folder: Path, subject: Subject, rank: int) -> None:
+        self._folder, self._subject, self._rank = folder, subject, rank
+
+    def complete(self, device: torch.device, progress: Progress) -> dict[str, Factors]:
+        """Make what is missing, one matrix in memory at a time, and return all.
+
+        Raises:
+            CheckpointError: a weight cannot be read.  ShareError: the folder cannot be written.
+        """
+        parts = self._subject.parts
+        total = sum(part.group.rows * part.group.columns for part in parts)
+        done, found = 0, {}
+        for i, part in enumerate(parts):
+            progress(done, total, part.name)
+            done += part.group.rows * part.group.columns
+            path = self._folder / f"{i:05d}.safetensors"
+            factors = self._read(path, part)
+            if factors is None:
+                subject = self._subject
+                weight = stack(subject.checkpoint, subject.layout, subject.sources, part.group)
+                factors = factor(torch.from_numpy(weight).to(device), self._rank)
+                _write(path, part.name, factors)
+            found[part.name] = factors
+        progress(total, total, "")
+        return found
+
+    def _read(self, path: Path, part: Part) -> Factors | None:
+        """A file's factors, cut to the rank; None where it is missing, damaged or of too small a rank."""
+        rank = min(self._rank, part.group.rows, part.group.columns)
+        try:
+            with safe_open(path, framework="pt") as file:
+                head = json.loads(file.metadata()["sliplm"])
+                if head["group"] != part.name or file.get_slice("b").get_shape()[0] < rank:
+                    return None
+                a, b = file.get_slice("a")[:, :rank], file.get_slice("b")[:rank]
+                return Factors(file.get_tensor("values"), float(head["energy"]), a, b)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return None
+
+
+def _write(path: Path, name: str, factors: Factors) -> None:
+    head = json.dumps({"group": name, "energy": factors.energy})
+    tensors = {"values": factors.values, "a": factors.a, "b": factors.b}
+    data = to_bytes(tensors, metadata={"sliplm": head})
+    try:
+        replace(path, data)
+    except OSError as error:
+        raise write_error(path, len(data), error) from error

@@ -1,0 +1,242 @@
+"""The study of a model: spectra, the loss without the top of its matrices, and what the vault would cost.
+
+Whatever is finished is kept in `out/.work`, and not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sliplm.engines.transformers.plan import kept_tensors
+from sliplm.planner import Piece, Planner, account, blank
+from sliplm.recipe import Recipe, Rule
+from sliplm.sealing import sealed_bytes
+from sliplm.sensitivity.factors import Factors, Library
+from sliplm.sensitivity.opening import free_memory, open_model
+from sliplm.sensitivity.removal import Loss, MixedRowsError, Removal
+from sliplm.sensitivity.results import Cost, Measurement, Results, Spectrum
+from sliplm.sensitivity.subject import Part, Subject
+from sliplm.sensitivity.variants import Grid, Variant, variants
+from sliplm.sensitivity.work import Work
+from sliplm.share import sliplm_version
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with the stage, what is done, what is to do in all, and what comes next."""
+
+SPECTRUM_POINTS = 64  # singular values of a group that the results list
+
+
+def digest(windows: Tensor) -> str:
+    """What tells one text from another: of int64 windows [count, length]."""
+    head = f"{list(windows.shape)}|".encode()
+    return hashlib.sha256(head + windows.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def run_study(
+    subject: Subject,
+    out: Path,
+    windows: Tensor,
+    grid: Grid,
+    device: torch.device,
+    offload: bool | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Measure all variants of a grid.
+
+    Args:
+        windows: int64 [count, length], the text; the first token of each window is not predicted.
+        offload: as `open_model`.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or the model not loaded.
+        MismatchError: `out` is about another checkpoint.  ShareError: it cannot be written, or is in use.
+    """
+    tell = progress or (lambda stage, done, total, name: None)
+    checkpoint = [subject.checkpoint.fingerprint(), sliplm_version()]
+    with Work(out, checkpoint, digest(windows)) as work:
+        library = Library(work.folder, subject, grid.top)
+        factors = library.complete(device, lambda *step: tell("spectra", *step))
+        todo = [v for v in variants(subject, grid) if v.key not in work.losses]
+        if todo:
+            tell("model", 0, 1, subject.checkpoint.path.name)
+            _measure(subject, work, windows, todo, factors, device, offload, tell)
+        losses = {v: work.losses[v.key] for v in variants(subject, grid)}
+    return _results(subject, windows, grid, factors, losses, device)
+
+
+def _measure(
+    subject: Subject,
+    work: Work,
+    windows: Tensor,
+    todo: Sequence[Variant],
+    factors: dict[str, Factors],
+    device: torch.device,
+    offload: bool | None,
+    tell: Progress,
+) -> None:
+    model = open_model(subject.checkpoint.path, subject.layout, device, offload, work.folder / "offload")
+    groups = [part.group for part in subject.parts]
+    rows = _rows(model.config.get_text_config().vocab_size, windows.shape[1], device)
+    side_by_side = max(1, rows // len(windows))
+    done = 0
+    with closing(Removal(model, groups, factors, device)) as removal:
+        while done < len(todo):
+            batch = todo[done : done + side_by_side]
+            tell("losses", done, len(todo), batch[0].key.replace("|", " ").strip())
+            try:
+                losses = removal.losses(batch, windows.to(device), rows)
+            except MixedRowsError:
+                side_by_side = 1
+                continue
+            except torch.cuda.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                torch.cuda.empty_cache()
+                rows //= 2
+                side_by_side = max(1, rows // len(windows))
+                continue
+            for variant, loss in zip(batch, losses, strict=True):
+                work.add(variant, loss)
+            done += len(batch)
+    tell("losses", done, len(todo), "")
+
+
+def _rows(vocabulary: int, length: int, device: torch.device) -> int:
+    """Windows that go through the model at once: what their logits take is the bound."""
+    room = free_memory(device) // 8
+    if device.type == "cpu":
+        room = min(room, 512 << 20)
+    return max(1, room // (4 * vocabulary * length))
+
+
+# --- results -----------------------------------------------------------------------------------------------
+
+
+def _results(
+    subject: Subject,
+    windows: Tensor,
+    grid: Grid,
+    factors: dict[str, Factors],
+    losses: dict[Variant, Loss],
+    device: torch.device,
+) -> Results:
+    config = subject.layout.config
+    return Results(
+        model=subject.checkpoint.path.resolve().name,
+        config_class=type(config).__name__,
+        parameters=sum(math.prod(shape) for shape in subject.layout.parameters.values()),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        tokens=windows.numel(),
+        window=windows.shape[1],
+        vocabulary=config.get_text_config().vocab_size,
+        kinds=subject.kinds,
+        layers=len(subject.layers),
+        whole=subject.whole,
+        cumulative_rank=grid.middle,
+        measurements=tuple(
+            Measurement(table=v.table, of=v.of, rank=v.rank, loss=loss.mean, perplexity=loss.perplexity)
+            for v, loss in losses.items()
+        ),
+        spectra=tuple(_spectrum(part, factors[part.name], grid) for part in subject.parts),
+        costs=tuple(_cost(subject, rank) for rank in sorted({0, *grid.ranks})),
+    )
+
+
+def _spectrum(part: Part, factors: Factors, grid: Grid) -> Spectrum:
+    count = len(factors.values)
+    places = sorted({round(count ** (i / (SPECTRUM_POINTS - 1))) for i in range(SPECTRUM_POINTS)})
+    return Spectrum(
+        group=part.name,
+        kind=part.kind,
+        layer=part.layer,
+        rows=part.group.rows,
+        columns=part.group.columns,
+        energy=factors.energy,
+        places=tuple(places),
+        values=tuple(float(factors.values[place - 1]) for place in places),
+        shares={rank: factors.share(rank) for rank in sorted({*grid.ranks, *grid.layer_ranks})},
+    )
+
+
+# --- costs and worth ---------------------------------------------------------------------------------------
+
+
+def kept_bytes(subject: Subject, consumed: set[str]) -> int:
+    """Bytes that stay whole in the vault when these weights are split."""
+    kept, _ = kept_tensors(subject.layout, subject.sources, consumed)
+    return sum(sealed_bytes(subject.checkpoint.entries[key].nbytes) for key in kept.values())
+
+
+def all_weights(subject: Subject) -> set[str]:
+    """Of all groups that can be split."""
+    return {member.weight for part in subject.parts for member in part.group.members}
+
+
+def pieces(subject: Subject, results: Results | None = None) -> tuple[Piece, ...]:
+    """The groups as the planner takes them; with results, the most sensitive layers are told."""
+    weights = all_weights(subject)
+    least = kept_bytes(subject, weights)
+    tied = {*subject.layout.tied, *subject.layout.tied.values()}
+    by_layer = results.layer_losses() if results else {}
+    found = []
+    for part in subject.parts:
+        mine = {member.weight for member in part.group.members}
+        if mine & tied:
+            whole = kept_bytes(subject, weights - mine) - least
+        else:
+            entries = [subject.checkpoint.entries[subject.sources.keys[weight]] for weight in mine]
+            whole = sum(sealed_bytes(entry.nbytes) for entry in entries)
+        found.append(
+            Piece(
+                name=part.name,
+                modules=part.group.modules,
+                kind=part.kind,
+                pattern=blank(part.name),
+                rows=part.group.rows,
+                columns=part.group.columns,
+                whole_bytes=whole,
+                sensitivity=by_layer.get(part.layer, 0.0) if part.layer is not None else 0.0,
+            )
+        )
+    return tuple(found)
+
+
+def make_planner(subject: Subject, results: Results | None, grid: Grid) -> Planner:
+    """A planner; without results every rank is worth the same, which is enough to check a budget."""
+    if results is None:
+        worth = {kind: dict.fromkeys(grid.ranks, 0.0) for kind in subject.kinds}
+    else:
+        worth = results.worth()
+    least = kept_bytes(subject, all_weights(subject))
+    return Planner(pieces(subject, results), worth, least, subject.whole)
+
+
+def _cost(subject: Subject, rank: int) -> Cost:
+    """The vault's cost with one rank everywhere."""
+    parts = [p for p in pieces(subject)]
+    small = [p for p in parts if min(p.rows, p.columns) < rank]
+    rules = tuple(Rule(pattern=p.name, rank=min(p.rows, p.columns)) for p in small)
+    report = account(parts, Recipe(rank=rank, rules=rules), kept_bytes(subject, all_weights(subject)))
+    macs: dict[str, tuple[int, int]] = {}
+    for part, group in zip(parts, report.groups, strict=True):
+        mine, plain = macs.get(part.kind, (0, 0))
+        macs[part.kind] = (mine + group.vault_macs.total, plain + group.plain_macs)
+    return Cost(
+        rank=rank,
+        macs=report.vault_macs.total,
+        macs_share=report.vault_macs_share,
+        low_rank=report.vault_macs.low_rank,
+        rotations=report.vault_macs.rotations,
+        checks=report.vault_macs.checks + report.vault_macs.fixed_point,
+        secret_bytes=report.vault_bytes - report.kept_bytes,
+        bytes=report.vault_bytes,
+        bytes_share=report.vault_bytes_share,
+        kinds={kind: mine / plain for kind, (mine, plain) in macs.items()},
+    )

@@ -1,0 +1,98 @@
+"""The model under study: its checkpoint, its groups, and which of them are of one kind or in one layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
+from sliplm.engines.transformers.layout import Group, Layout, discover
+from sliplm.engines.transformers.plan import stored_as
+from sliplm.errors import UnsplittableError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group that can be split.
+
+    Attributes:
+        kind: what groups at the same place of different layers share, short: `q+k+v`, `down`, `lm_head`.
+        layer: the first number in its name; None outside the layers.
+    """
+
+    group: Group
+    kind: str
+    layer: int | None
+
+    @property
+    def name(self) -> str:
+        return self.group.name
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is known of a model before any weight is read.
+
+    Attributes:
+        parts: the groups that can be split, in the order of a forward pass.
+        whole: modules and groups that cannot be split, and so stay in the vault whatever the recipe.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    sources: Sources
+    parts: tuple[Part, ...]
+    whole: tuple[str, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """In the order of a forward pass."""
+        return tuple(dict.fromkeys(part.kind for part in self.parts))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Ascending."""
+        return tuple(sorted({part.layer for part in self.parts if part.layer is not None}))
+
+
+def open_subject(model_dir: Path) -> Subject:
+    """Look at a checkpoint.
+
+    Raises:
+        CheckpointError: as `layout.discover`, `Checkpoint` and `checkpoint.locate`.
+        UnsplittableError: nothing in it can be split.
+    """
+    layout = discover(model_dir)
+    checkpoint = Checkpoint(model_dir)
+    sources = locate(checkpoint, layout)
+    fit = [g for g in layout.groups if all(stored_as(m.weight, layout, sources) for m in g.members)]
+    if not fit:
+        raise UnsplittableError(f"{model_dir} has no linear layer that can be split")
+    kinds = kinds_of([group.name for group in fit])
+    parts = tuple(Part(group, kind, _layer(group.name)) for group, kind in zip(fit, kinds, strict=True))
+    whole = [name for name in layout.unsplittable]
+    whole += [group.name for group in layout.groups if group not in fit]
+    return Subject(checkpoint, layout, sources, parts, tuple(whole))
+
+
+def kinds_of(names: Sequence[str]) -> list[str]:
+    """A short label for each group: the same for groups whose names differ in numbers only.
+
+    `model.layers.3.self_attn.q_proj+k_proj` becomes `q+k`; where two kinds would share it, more is kept.
+    """
+    blanks = [re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) for name in names]
+    short: dict[str, str] = {}
+    for blank in dict.fromkeys(blanks):
+        pieces = blank.rpartition("*.")[2].split(".")
+        for take in range(1, len(pieces) + 1):
+            label = re.sub(r"_proj(?=\+|$)", "", ".".join(pieces[-take:]))
+            if label not in short.values():
+                break
+        short[blank] = label if label not in short.values() else blank
+    return [short[blank] for blank in blanks]
+
+
+def _layer(name: str) -> int | None:
+    return next((int(piece) for piece in name.split(".") if piece.isdigit()), None)
