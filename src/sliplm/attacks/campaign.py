@@ -50,7 +50,7 @@ def lines(
     """
     firsts = [name for name in recipes if not name.endswith(AGAIN)]
     found: list[Line] = []
-    for placement, access in product(placements, accesses):
+    for access, placement in product(accesses, placements):
         places = [(NONE, black) for black in _black(placement, access)]
         for name in firsts:
             places += [(name, n) for n in _on_share(placement, access, again=name + AGAIN in recipes)]

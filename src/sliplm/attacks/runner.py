@@ -135,7 +135,7 @@ class _Stage:
         before = None if job.before is None else self.runs.best(job.line, job.before)
         if before is not None:  # a longer training wants a rate at most as high
             variant, rate = before
-            return [(variant, rate), (variant, rate / 3)] if rate else [before]
+            return [(variant, rate), (variant, rate / 3)] if rate and job.again else [before]
         choices = []
         for variant in _attack(job.line).variants:
             start, _ = self._start(job.line, variant, 0)
@@ -171,6 +171,8 @@ class _Stage:
             window = scene.text.train.shape[1]
             tokens = max(1, round(budget * scene.parameters / window)) * window
             steps = train(student, scene, Training(line.access, tokens, rate, seed, start.hidden_layer))
+            if scene.device.type == "cuda":
+                torch.cuda.empty_cache()  # other processes want it
         valid, test = score(student, scene.text.valid), score(student, scene.text.test)
         return Run(
             line=line.place,

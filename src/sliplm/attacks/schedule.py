@@ -15,8 +15,6 @@ from itertools import count
 
 from sliplm.attacks.runs import Line, Runs
 
-KEEP = 2  # attacks of a cell that go on
-
 _Cell = tuple[str, str, str, str]
 
 
@@ -28,12 +26,14 @@ class Plan:
         lines: in order of importance.
         budgets: parts of one query token per model parameter, ascending.
         seeds: runs of each cell's best attack.
+        keep: attacks of each cell that go on to the next budget.
         deadline: time.time() after which no run is begun.
     """
 
     lines: tuple[Line, ...]
     budgets: tuple[float, ...]
     seeds: int
+    keep: int = 2
     deadline: float = math.inf
 
 
@@ -43,11 +43,13 @@ class Job:
 
     Attributes:
         before: the smaller budget whose choice it starts from, if any.
+        again: whether it looks at a smaller learning rate too, as the first larger budget does.
     """
 
     line: Line
     budget: float
     before: float | None
+    again: bool = False
     seeds: int = 0
 
 
@@ -78,15 +80,15 @@ class Schedule:
         at = self._plan.budgets.index(job.budget)
         best = self._ranked(self._lines[cell], job.budget)
         if best and self._plan.seeds > 1:
-            again = Job(best[0], job.budget, job.before, self._plan.seeds)
+            again = Job(best[0], job.budget, job.before, seeds=self._plan.seeds)
             heapq.heappush(self._heap, (at, next(self._order), again))
         if at + 1 < len(self._plan.budgets):
-            for line in best[:KEEP]:
+            for line in best[: self._plan.keep]:
                 self._search(line, at + 1)
 
     def _search(self, line: Line, at: int) -> None:
         budgets = self._plan.budgets
-        job = Job(line, budgets[at], budgets[at - 1] if at else None)
+        job = Job(line, budgets[at], budgets[at - 1] if at else None, again=at == 1)
         self._open[_cell(line), job.budget] += 1
         self._lines[_cell(line), job.budget].append(line)
         heapq.heappush(self._heap, (at, next(self._order), job))

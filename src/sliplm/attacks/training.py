@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,9 +90,7 @@ class _Stepper:
             self._targets.setdefault(layer, torch.empty_like(states)).copy_(states)
         if self._graph is not None:
             self._graph.replay()
-        elif self._cuda and self._done == _EAGER:
-            self._record()
-        else:
+        elif not (self._cuda and self._done == _EAGER and self._recorded()):
             self._whole_step()
         self._done += 1
 
@@ -100,14 +99,22 @@ class _Stepper:
         hidden = self._how.hidden_layer
         return wanted if hidden is None or hidden in wanted else [*wanted, hidden]
 
-    def _record(self) -> None:
-        """Record a step, then play it."""
+    def _recorded(self) -> bool:
+        """Record a step, then play it; False if it cannot be recorded, and is to be run as it is."""
         self._optimiser.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._whole_step()
-        self._graph.replay()
+        torch.cuda.empty_cache()  # a recording has memory of its own
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._whole_step()
+        except RuntimeError as error:
+            warnings.warn(f"a training step cannot be recorded: {error}".splitlines()[0], stacklevel=2)
+            torch.cuda.synchronize()
+            return False
+        self._graph = graph
+        graph.replay()
+        return True
 
     def _whole_step(self) -> None:
         self._optimiser.zero_grad(set_to_none=True)

@@ -75,6 +75,9 @@ def command(
         typer.Option(metavar="LIST", help="Tokens for the attacker, in percent of the model's parameters."),
     ] = "0.1%,1%",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of the best attack of each split.")] = 3,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Attacks of each split that go on to the next budget.")
+    ] = 2,
     text: Annotated[
         Path | None, typer.Option(help="A text in UTF-8; by default a thousand articles of Wikipedia.")
     ] = None,
@@ -119,6 +122,7 @@ def command(
         lines(tuple(recipes), places, kinds, tuple(kin), attack),
         budgets,
         seeds,
+        keep,
         deadline,
     )
     where = devices(device, jobs)
