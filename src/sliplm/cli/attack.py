@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sliplm.attacks.summary import Summary
     from sliplm.attacks.training import Access
 
-LIMIT = 1.05  # Rel.Black up to which a share is said to be of no use
 _HELD_OUT = 64  # windows each for choosing and for testing
 
 
@@ -136,18 +135,20 @@ def command(
     file = out / "runs.jsonl"
     with _Bar(len(plan.lines)) as bar:
         complete = run(opened, plan, file, bar.report, where)
-    _finish(out, Runs(file), screen, complete=complete, json=json)
+    _finish(model, out, Runs(file), screen, complete=complete, json=json)
 
 
-def _finish(out: Path, runs: Runs, screen: Console, *, complete: bool, json: bool) -> None:
+def _finish(model: Path, out: Path, runs: Runs, screen: Console, *, complete: bool, json: bool) -> None:
     """Table on the screen; attack.json, page and pictures in the folder."""
+    from sliplm.attacks.pages import write_report
     from sliplm.attacks.summary import document, summarise
 
     found = summarise(runs.done.values())
     result = document(found, complete=complete)
     (out / "attack.json").write_text(encode(result, indent=1) + "\n", encoding="utf-8")
+    page = write_report(out, model.resolve().name, found, complete=complete)
     screen.print(_table(found))
-    screen.print(Text(f"all runs and the table: {out / 'attack.json'}", style="dim"), soft_wrap=True)
+    screen.print(Text(f"{page}\n{out / 'attack.json'}", style="dim"), soft_wrap=True)
     if not complete:
         screen.print("[yellow]time was up before the end: the same command continues[/yellow]")
     if json:
@@ -156,6 +157,7 @@ def _finish(out: Path, runs: Runs, screen: Console, *, complete: bool, json: boo
 
 def _table(found: Summary) -> Table:
     from sliplm.attacks import ATTACKS
+    from sliplm.attacks.pages import LIMIT
 
     names = {attack.number: attack.name for attack in ATTACKS}
     title = "What a thief restores"
