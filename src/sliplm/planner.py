@@ -143,7 +143,9 @@ class Planner:
         self._kept_bytes, self._whole = kept_bytes, tuple(whole)
         self._kinds = tuple(dict.fromkeys(piece.kind for piece in pieces))
         self._counts = {
-            (piece.name, rank): _count(piece, rank) for piece in pieces for rank in worth[piece.kind]
+            (piece.name, rank): _count(piece, rank)
+            for piece in pieces
+            for rank in {*worth[piece.kind], DEFAULT_RANK}
         }
         self._plain = sum(piece.rows * piece.columns for piece in pieces)
 
@@ -154,7 +156,8 @@ class Planner:
 
     def recommend(self, budget: Budget) -> Recommendation:
         """The best recipe within a budget.  Without a limit of multiply-adds, the limit is what the default
-        rank everywhere would take, with as many groups in the vault as `exchanges` calls for.
+        rank takes wherever it is split, with as many groups in the vault as `exchanges` calls for; or the
+        least that the other limits allow, if that is more.
 
         Raises:
             RecipeError: no recipe meets the budget; the message says what the least is.
@@ -224,7 +227,7 @@ class Planner:
         whole = [piece for piece in pieces if piece.name in placed]
         counts = [self._counts[piece.name, rank] for piece in pieces if piece.name not in placed]
         return _State(
-            worth=self._worth[pieces[0].kind][rank] if counts else 1.0,
+            worth=self._worth[pieces[0].kind].get(rank, 0.0) if counts else 1.0,
             macs=sum(p.rows * p.columns for p in whole) + sum(c.vault_macs.total for c in counts),
             bytes=sum(p.whole_bytes for p in whole) + sum(c.vault_bytes for c in counts),
             worker_bytes=sum(c.worker_bytes for c in counts),
@@ -245,14 +248,9 @@ class Planner:
             return budget.macs.of(self._plain)
         fitting, usual = [], []
         for placed in self._placements(budget.exchanges):
-            ranks = {kind: self._default_rank(kind) for kind in self._kinds}
-            usual.append(self._at(placed, ranks).macs)
+            usual.append(self._at(placed, dict.fromkeys(self._kinds, DEFAULT_RANK)).macs)
             fitting += [state.macs for state in self._states(placed) if self._fits_bytes(state, budget)]
         return max(min(usual), min(fitting, default=0))
-
-    def _default_rank(self, kind: str) -> int:
-        ranks = sorted(self._worth[kind])
-        return max((rank for rank in ranks if rank <= DEFAULT_RANK), default=ranks[0])
 
     def _at(self, placed: frozenset[str], ranks: Mapping[str, int]) -> _State:
         state = _State(0.0, 0, 0, 0, (), placed)
