@@ -396,7 +396,7 @@ from sliplm.sensitivity import pages, study
 from sliplm.sensitivity.run import Wish, plan
 from sliplm.sensitivity.variants import Grid
 model, out, text, stage, number = sys.argv[1:]
-study._rows = lambda *_: 1  # one variant at a time
+study._rows = lambda *_, **__: 1  # one variant at a time
 left = int(number)
 def progress(at, done, total, name):
     global left
@@ -451,7 +451,7 @@ def test_a_killed_plan_is_continued(
     assert not (out / "plan.html").exists()
     with (out / ".work" / "journal").open("a") as file:
         file.write('{"text": "abc", "vari')  # a line cut off by the kill
-    monkeypatch.setattr(study, "_rows", lambda *_: 1)
+    monkeypatch.setattr(study, "_rows", lambda *_, **__: 1)
     told: list[tuple[str, int, int, str]] = []
     found = plan(llama, out, TEXT, WISH, lambda *step: told.append(step))
     assert journal(out)[:8] == before
@@ -537,6 +537,18 @@ def test_a_model_larger_than_memory_is_measured(llama: Path, tmp_path: Path) -> 
     assert loss["yes"] == pytest.approx(loss["no"], rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "mixtral"])
+def test_weights_on_the_disk_give_the_same_losses(family: str, tmp_path: Path) -> None:
+    """In half precision, which is widened on the way; with experts, which are converted."""
+    folder = make(family, tmp_path / "model", dtype=torch.bfloat16)
+    found = [
+        plan(folder, tmp_path / str(offload), TEXT, Wish(Budget(), 60, GRID, CPU, offload)).results
+        for offload in (True, False)
+    ]
+    assert found[0] == found[1]
+    assert not (tmp_path / "True" / ".work" / "offload").exists()
+
+
 # --- the command ------------------------------------------------------------------------------------------
 
 
@@ -549,7 +561,7 @@ def test_the_command_and_its_recipe(
     done = slip("plan", llama, out, *options, "--exchanges", 9, "--json")
     document = last_json(done)
     assert len(done.stdout.splitlines()) == 1
-    assert document["report"]["exchanges"] == 9
+    assert document["report"]["exchanges"] <= 9
     assert document == json.loads((out / "plan.json").read_text())
     assert "Recommended" in done.stderr
     assert f"slip split {llama} SPLIT --recipe {out / 'recipe.json'}" in done.stderr

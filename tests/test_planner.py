@@ -13,16 +13,13 @@ from sliplm.errors import InputError, RecipeError
 from sliplm.planner import (
     Amount,
     Budget,
-    Piece,
     Planner,
     Recommendation,
     account,
-    blank,
-    escape,
-    make_recipe,
     parse_amount,
 )
 from sliplm.recipe import GroupChoice, Recipe
+from sliplm.rules import Piece, blank, escape, make_recipe
 
 SHAPES = {"q+k": (768, 512), "o": (512, 512), "up": (2816, 512), "down": (512, 1408)}
 RANKS = (1, 2, 4, 8, 16)
