@@ -14,6 +14,7 @@ from sliplm.sensitivity.results import Measurement, Results
 from sliplm.sensitivity.variants import ALL
 
 BEYOND = 10  # times a uniform guess: what is worse is drawn there
+_RECIPE_FILE = "recipe.json, beside this page, is for slip split MODEL OUT --recipe recipe.json."
 _DRAWN = "Nothing is drawn above ten times a uniform guess."
 
 
@@ -28,6 +29,7 @@ def sections(results: Results, advice: Recommendation, asked: str) -> list[Secti
     """The page's sections, in order.  `asked`: the budget in words."""
     return [
         _advice(results, advice, asked),
+        Section("The recipe as a file", (_RECIPE_FILE,), code=recipe_text(advice.recipe)),
         _by_kind(results),
         _by_layer(results),
         _cumulative(results),
@@ -60,7 +62,7 @@ def _advice(results: Results, advice: Recommendation, asked: str) -> Section:
             choice.kind,
             f"{choice.groups}",
             "" if choice.in_vault == choice.groups else f"{choice.rank}",
-            f"{choice.in_vault}" if choice.in_vault else "",
+            f"{choice.in_vault}",
             "" if choice.in_vault == choice.groups else _damage(results, choice.kind, choice.rank),
             "" if choice.in_vault == choice.groups else _percent(results.energy(choice.kind, choice.rank)),
         )
@@ -89,9 +91,8 @@ def _advice(results: Results, advice: Recommendation, asked: str) -> Section:
         "away, and how much of the matrices' energy that much holds. Among all combinations of the measured "
         "ranks, with the cheapest groups whole in the vault where exchanges are limited, the one worth most "
         "that meets the budget is taken.",
-        "recipe.json, for slip split MODEL OUT --recipe recipe.json:",
     ]
-    return Section("Recommended recipe", text, tables=(table, costs), code=recipe_text(advice.recipe))
+    return Section("Recommended recipe", text, tables=(table, costs))
 
 
 def _by_kind(results: Results) -> Section:
