@@ -13,9 +13,9 @@ from sliplm.report.page import Section, Table
 from sliplm.sensitivity.results import Measurement, Results
 from sliplm.sensitivity.variants import ALL
 
-BEYOND = 10  # times a uniform guess: what is worse is drawn there
+BEYOND = 10**6  # times a uniform guess: what is worse is drawn there
 _RECIPE_FILE = "recipe.json, beside this page, is for slip split MODEL OUT --recipe recipe.json."
-_DRAWN = "Nothing is drawn above ten times a uniform guess."
+_DRAWN = "Nothing is drawn above a million times a uniform guess."
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -279,7 +279,7 @@ def _perplexity_axis(results: Results) -> Axis:
 
 
 def _levels(results: Results) -> tuple[tuple[str, float], ...]:
-    return ("nothing", results.base.perplexity), ("uniform guess", float(results.vocabulary))
+    return ("whole model", results.base.perplexity), ("uniform guess", float(results.vocabulary))
 
 
 def _damage(results: Results, kind: str, rank: int) -> str:
