@@ -144,7 +144,7 @@ def test_usage_errors() -> None:
 
 
 def test_help_has_examples() -> None:
-    for command in ("demo", "split", "inspect", "generate"):
+    for command in ("demo", "plan", "split", "inspect", "generate"):
         assert f"slip {command}" in slip(command, "--help").stdout.split("Example", 1)[1]
     assert re.fullmatch(r"sliplm \d+\.\d+\S*\n", slip("--version").stdout)
 

@@ -21,7 +21,8 @@ from functools import cached_property
 
 from sliplm.counts import GroupReport, SplitReport, count_group, counts_for_shapes
 from sliplm.errors import InputError, RecipeError
-from sliplm.recipe import GroupChoice, Recipe, Rule
+from sliplm.recipe import GroupChoice, Recipe
+from sliplm.rules import Piece, make_recipe
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 DEFAULT_RANK = Recipe().rank
@@ -73,29 +74,6 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A group that can be split.
-
-    Attributes:
-        modules: its linear layers.
-        kind: pieces of one kind get the same rank.
-        pattern: a glob that matches the groups of its kind, if there is one.
-        whole_bytes: what the vault's file grows by when this group stays whole (0: a tied embedding that is
-            there anyway).
-        sensitivity: of pieces that cost the same, the most sensitive goes to the vault first.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    kind: str
-    pattern: str
-    rows: int
-    columns: int
-    whole_bytes: int
-    sensitivity: float = 0.0
-
-
-@dataclass(frozen=True)
 class Choice:
     """What was chosen for a kind: `rank` where it is split, and how many of its groups are whole."""
 
@@ -143,7 +121,9 @@ class Planner:
         self._kept_bytes, self._whole = kept_bytes, tuple(whole)
         self._kinds = tuple(dict.fromkeys(piece.kind for piece in pieces))
         self._counts = {
-            (piece.name, rank): _count(piece, rank) for piece in pieces for rank in worth[piece.kind]
+            (piece.name, rank): _count(piece, rank)
+            for piece in pieces
+            for rank in {*worth[piece.kind], DEFAULT_RANK}
         }
         self._plain = sum(piece.rows * piece.columns for piece in pieces)
 
@@ -154,7 +134,8 @@ class Planner:
 
     def recommend(self, budget: Budget) -> Recommendation:
         """The best recipe within a budget.  Without a limit of multiply-adds, the limit is what the default
-        rank everywhere would take, with as many groups in the vault as `exchanges` calls for.
+        rank takes wherever it is split, with as many groups in the vault as `exchanges` calls for; or the
+        least that the other limits allow, if that is more.
 
         Raises:
             RecipeError: no recipe meets the budget; the message says what the least is.
@@ -224,7 +205,7 @@ class Planner:
         whole = [piece for piece in pieces if piece.name in placed]
         counts = [self._counts[piece.name, rank] for piece in pieces if piece.name not in placed]
         return _State(
-            worth=self._worth[pieces[0].kind][rank] if counts else 1.0,
+            worth=self._worth[pieces[0].kind].get(rank, 0.0) if counts else 1.0,
             macs=sum(p.rows * p.columns for p in whole) + sum(c.vault_macs.total for c in counts),
             bytes=sum(p.whole_bytes for p in whole) + sum(c.vault_bytes for c in counts),
             worker_bytes=sum(c.worker_bytes for c in counts),
@@ -245,14 +226,9 @@ class Planner:
             return budget.macs.of(self._plain)
         fitting, usual = [], []
         for placed in self._placements(budget.exchanges):
-            ranks = {kind: self._default_rank(kind) for kind in self._kinds}
-            usual.append(self._at(placed, ranks).macs)
+            usual.append(self._at(placed, dict.fromkeys(self._kinds, DEFAULT_RANK)).macs)
             fitting += [state.macs for state in self._states(placed) if self._fits_bytes(state, budget)]
         return max(min(usual), min(fitting, default=0))
-
-    def _default_rank(self, kind: str) -> int:
-        ranks = sorted(self._worth[kind])
-        return max((rank for rank in ranks if rank <= DEFAULT_RANK), default=ranks[0])
 
     def _at(self, placed: frozenset[str], ranks: Mapping[str, int]) -> _State:
         state = _State(0.0, 0, 0, 0, (), placed)
@@ -347,75 +323,3 @@ def _count(piece: Piece, rank: int) -> GroupReport:
     usual = Recipe()
     choice = GroupChoice(rank, usual.precision, usual.rotation, "split")
     return count_group(piece.name, piece.rows, piece.columns, choice)
-
-
-# --- recipes ----------------------------------------------------------------------------------------------
-
-
-def make_recipe(
-    pieces: Sequence[Piece], ranks: Mapping[str, int], placed: frozenset[str], whole: Sequence[str] = ()
-) -> Recipe:
-    """The recipe with few rules that gives each kind its rank and keeps `placed` and `whole` in the vault."""
-    wanted = {
-        piece.name: None if piece.name in placed else min(ranks[piece.kind], piece.rows, piece.columns)
-        for piece in pieces
-    }
-    split = [rank for rank in wanted.values() if rank is not None]
-    base = max(sorted(set(split)), key=split.count) if split else DEFAULT_RANK
-    rules: list[Rule] = []
-    for kind in dict.fromkeys(piece.kind for piece in pieces):
-        rules += _kind_rules([piece for piece in pieces if piece.kind == kind], wanted, base)
-    whole_patterns = dict.fromkeys(blank(name) for name in whole)
-    recipe = Recipe(rank=base, rules=(*rules, *(Rule(pattern=p, placement="vault") for p in whole_patterns)))
-    if all(_agrees(recipe, piece, wanted[piece.name]) for piece in pieces):
-        return recipe
-    exact = [_exact(piece, wanted[piece.name]) for piece in pieces]  # patterns that match too much
-    rest = [Rule(pattern=escape(name), placement="vault") for name in whole]
-    return Recipe(rank=base, rules=(*exact, *rest))
-
-
-def _kind_rules(pieces: Sequence[Piece], wanted: Mapping[str, int | None], base: int) -> list[Rule]:
-    inside = [piece for piece in pieces if wanted[piece.name] is None]
-    pattern = pieces[0].pattern
-    if len(inside) == len(pieces):
-        return [Rule(pattern=pattern, placement="vault")]
-    ranks = [rank for piece in pieces if (rank := wanted[piece.name]) is not None]
-    usual = max(sorted(set(ranks)), key=ranks.count)
-    mostly_inside = 2 * len(inside) > len(pieces)
-    rules = []
-    if mostly_inside or usual != base:
-        rules.append(
-            Rule(
-                pattern=pattern,
-                rank=None if usual == base else usual,
-                placement="vault" if mostly_inside else None,
-            )
-        )
-    for piece in pieces:
-        rank = wanted[piece.name]
-        if rank is None and not mostly_inside:
-            rules.append(Rule(pattern=escape(piece.name), placement="vault"))
-        elif rank is not None and (mostly_inside or rank != usual):
-            rules.append(Rule(pattern=escape(piece.name), rank=None if rank == usual else rank,
-                              placement="split" if mostly_inside else None))  # fmt: skip
-    return rules
-
-
-def _exact(piece: Piece, rank: int | None) -> Rule:
-    pattern = escape(piece.name)
-    return Rule(pattern=pattern, placement="vault") if rank is None else Rule(pattern=pattern, rank=rank)
-
-
-def _agrees(recipe: Recipe, piece: Piece, rank: int | None) -> bool:
-    choice = recipe.for_group(piece.name, piece.modules)
-    return choice.placement == "vault" if rank is None else (choice.placement, choice.rank) == ("split", rank)
-
-
-def escape(name: str) -> str:
-    """A glob that matches a name and nothing else."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-def blank(name: str) -> str:
-    """A glob for all names that differ from this one in numbers only (and perhaps for more)."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", escape(name))

@@ -54,7 +54,7 @@ def command(
         int | None,
         typer.Option(
             min=2,
-            help="Tokens to measure on: 16384 on a GPU, 2048 on a CPU, where a model of 135 M parameters "
+            help="Tokens to measure on: 8192 on a GPU, 2048 on a CPU, where a model of 135 M parameters "
             "then takes about ten minutes on two cores.",
         ),
     ] = None,
@@ -108,7 +108,7 @@ def command(
     place = device_named(device)
     wish = Wish(
         budget=budget,
-        tokens=tokens or (16384 if place.type == "cuda" else 2048),
+        tokens=tokens or (8192 if place.type == "cuda" else 2048),
         grid=_grid(place.type, ranks, layer_ranks),
         device=place,
         offload=offload,

@@ -108,7 +108,7 @@ def line_chart(
             colour, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
             axes.plot(line.x, line.y, dash, color=colour, marker="o" if markers else None)
             if line.band is not None:
-                axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, linewidth=0)
+                axes.fill_between(line.x, *line.band, color=colour, alpha=0.1, linewidth=0)
         for _, level in levels:
             axes.axhline(level, color=GREY, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         _scale(axes, "x", x)

@@ -13,7 +13,9 @@ from sliplm.report.page import Section, Table
 from sliplm.sensitivity.results import Measurement, Results
 from sliplm.sensitivity.variants import ALL
 
-BEYOND = 10  # times a uniform guess: what is worse is drawn there
+BEYOND = 10**6  # times a uniform guess: what is worse is drawn there
+_RECIPE_FILE = "recipe.json, beside this page, is for slip split MODEL OUT --recipe recipe.json."
+_DRAWN = "Nothing is drawn above a million times a uniform guess."
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -27,6 +29,7 @@ def sections(results: Results, advice: Recommendation, asked: str) -> list[Secti
     """The page's sections, in order.  `asked`: the budget in words."""
     return [
         _advice(results, advice, asked),
+        Section("The recipe as a file", (_RECIPE_FILE,), code=recipe_text(advice.recipe)),
         _by_kind(results),
         _by_layer(results),
         _cumulative(results),
@@ -59,7 +62,7 @@ def _advice(results: Results, advice: Recommendation, asked: str) -> Section:
             choice.kind,
             f"{choice.groups}",
             "" if choice.in_vault == choice.groups else f"{choice.rank}",
-            f"{choice.in_vault}" if choice.in_vault else "",
+            f"{choice.in_vault}",
             "" if choice.in_vault == choice.groups else _damage(results, choice.kind, choice.rank),
             "" if choice.in_vault == choice.groups else _percent(results.energy(choice.kind, choice.rank)),
         )
@@ -88,19 +91,18 @@ def _advice(results: Results, advice: Recommendation, asked: str) -> Section:
         "away, and how much of the matrices' energy that much holds. Among all combinations of the measured "
         "ranks, with the cheapest groups whole in the vault where exchanges are limited, the one worth most "
         "that meets the budget is taken.",
-        "recipe.json, for slip split MODEL OUT --recipe recipe.json:",
     ]
-    return Section("Recommended recipe", text, tables=(table, costs), code=recipe_text(advice.recipe))
+    return Section("Recommended recipe", text, tables=(table, costs))
 
 
 def _by_kind(results: Results) -> Section:
-    rows = {kind: results.table("kind", kind) for kind in (ALL, *results.kinds)}
+    rows = {kind: results.table("kind", kind) for kind in (*results.kinds, ALL)}
     ranks = [m.rank for m in results.everything()]
     lines = [Line(_kind(kind), [m.rank for m in row], _shown(results, row)) for kind, row in rows.items()]
     picture = line_chart(
         "removal-by-kind",
         "Perplexity when the top k triplets of one kind of matrix are taken away in all layers, or of all "
-        "kinds at once. Without anything taken away it is the dashed line at the bottom.",
+        f"kinds at once. {_DRAWN}",
         lines,
         Axis("rank k that is taken away", base=2, ticks=ranks),
         _perplexity_axis(results),
@@ -123,7 +125,7 @@ def _by_layer(results: Results) -> Section:
     rows = {rank: sorted((m for m in table if m.rank == rank), key=lambda m: int(m.of)) for rank in ranks}
     picture = line_chart(
         "removal-by-layer",
-        "Perplexity when the top k triplets of all matrices of a single layer are taken away.",
+        f"Perplexity when the top k triplets of all matrices of a single layer are taken away. {_DRAWN}",
         [Line(f"k = {k}", [int(m.of) for m in row], _shown(results, row)) for k, row in rows.items()],
         Axis("layer"),
         _perplexity_axis(results),
@@ -147,7 +149,7 @@ def _cumulative(results: Results) -> Section:
     picture = line_chart(
         "removal-cumulative",
         f"Perplexity when the top {results.cumulative_rank} triplets of all matrices of the first j layers "
-        "are taken away, and of the last j.",
+        "are taken away, and of the last j. " + _DRAWN,
         [
             Line("first j", [int(m.of) for m in first], _shown(results, first)),
             Line("last j", [int(m.of) for m in last], _shown(results, last)),
@@ -203,8 +205,8 @@ def _spectra(results: Results) -> Section:
 def _cost(results: Results, advice: Recommendation) -> Section:
     costs = [cost for cost in results.costs if cost.rank]
     ranks = [cost.rank for cost in costs]
-    lines = [Line("all", ranks, [100 * cost.macs_share for cost in costs])]
-    lines += [Line(kind, ranks, [100 * cost.kinds[kind] for cost in costs]) for kind in results.kinds]
+    lines = [Line(kind, ranks, [100 * cost.kinds[kind] for cost in costs]) for kind in results.kinds]
+    lines.append(Line(_kind(ALL), ranks, [100 * cost.macs_share for cost in costs]))
     picture = line_chart(
         "cost",
         "The vault's multiply-adds for one token over those of the unprotected layer, when every group is "
@@ -277,7 +279,7 @@ def _perplexity_axis(results: Results) -> Axis:
 
 
 def _levels(results: Results) -> tuple[tuple[str, float], ...]:
-    return ("nothing", results.base.perplexity), ("uniform guess", float(results.vocabulary))
+    return ("whole model", results.base.perplexity), ("uniform guess", float(results.vocabulary))
 
 
 def _damage(results: Results, kind: str, rank: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sliplm import durable
-from sliplm.planner import Budget, Recommendation
+from sliplm.planner import DEFAULT_RANK, Budget, Recommendation
 from sliplm.report import need
 from sliplm.report.figures import save_png
 from sliplm.report.page import write_page
@@ -71,7 +71,7 @@ def plan(model_dir: Path, out: Path, text: str, wish: Wish, progress: Progress |
 
 def in_words(budget: Budget, advice: Recommendation) -> str:
     """The budget for a reader."""
-    macs = budget.macs or f"{advice.limit_macs:,.0f} (no limit was given: what rank 16 everywhere takes)"
+    macs = budget.macs or f"{advice.limit_macs:,.0f} (no limit was given: what rank {DEFAULT_RANK} takes)"
     words = [f"multiply-adds a token at most {macs}"]
     if budget.bytes is not None:
         words.append(f"bytes of the vault at most {budget.bytes}")

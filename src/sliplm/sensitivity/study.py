@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sliplm.engines.transformers.plan import kept_tensors
-from sliplm.planner import Piece, Planner, account, blank
+from sliplm.planner import Planner, account
 from sliplm.recipe import Recipe, Rule
+from sliplm.rules import Piece, blank, escape
 from sliplm.sealing import sealed_bytes
 from sliplm.sensitivity.factors import Factors, Library
 from sliplm.sensitivity.opening import free_memory, open_model
@@ -81,15 +83,16 @@ def _measure(
     offload: bool | None,
     tell: Progress,
 ) -> None:
-    model = open_model(subject.checkpoint.path, subject.layout, device, offload, work.folder / "offload")
+    converted = work.folder / "offload"
+    model = open_model(subject.checkpoint.path, subject.layout, device, offload, converted)
     groups = [part.group for part in subject.parts]
-    rows = _rows(model.config.get_text_config().vocab_size, windows.shape[1], device)
+    rows = _rows(subject, windows.shape[1], device, offloaded=hasattr(model, "hf_device_map"))
     side_by_side = max(1, rows // len(windows))
     done = 0
     with closing(Removal(model, groups, factors, device)) as removal:
         while done < len(todo):
             batch = todo[done : done + side_by_side]
-            tell("losses", done, len(todo), batch[0].key.replace("|", " ").strip())
+            tell("losses", done, len(todo), str(batch[0]))
             try:
                 losses = removal.losses(batch, windows.to(device), rows)
             except MixedRowsError:
@@ -106,14 +109,19 @@ def _measure(
                 work.add(variant, loss)
             done += len(batch)
     tell("losses", done, len(todo), "")
+    shutil.rmtree(converted, ignore_errors=True)
 
 
-def _rows(vocabulary: int, length: int, device: torch.device) -> int:
-    """Windows that go through the model at once: what their logits take is the bound."""
-    room = free_memory(device) // 8
-    if device.type == "cpu":
-        room = min(room, 512 << 20)
-    return max(1, room // (4 * vocabulary * length))
+def _rows(subject: Subject, length: int, device: torch.device, *, offloaded: bool) -> int:
+    """Windows that go through the model at once, all variants' together.
+
+    Many keep a GPU busy, and are worth it where every pass reads the weights from the disk; on a CPU a few
+    are as fast as many, and show that the work goes on.  An eighth of the free memory is the bound.
+    """
+    widest = max(part.group.columns for part in subject.parts)
+    token = 4 * (int(subject.layout.config.get_text_config().vocab_size) + 8 * widest)
+    usual = 65536 if device.type == "cuda" else 16384 if offloaded else 2048
+    return max(1, min(usual, free_memory(device) // 8 // token) // length)
 
 
 # --- results -----------------------------------------------------------------------------------------------
@@ -128,6 +136,7 @@ def _results(
     device: torch.device,
 ) -> Results:
     config = subject.layout.config
+    parts, kept = pieces(subject), kept_bytes(subject, all_weights(subject))
     return Results(
         model=subject.checkpoint.path.resolve().name,
         config_class=type(config).__name__,
@@ -145,7 +154,7 @@ def _results(
             for v, loss in losses.items()
         ),
         spectra=tuple(_spectrum(part, factors[part.name], grid) for part in subject.parts),
-        costs=tuple(_cost(subject, rank) for rank in sorted({0, *grid.ranks})),
+        costs=tuple(_cost(parts, kept, rank) for rank in sorted({0, *grid.ranks})),
     )
 
 
@@ -218,12 +227,11 @@ def make_planner(subject: Subject, results: Results | None, grid: Grid) -> Plann
     return Planner(pieces(subject, results), worth, least, subject.whole)
 
 
-def _cost(subject: Subject, rank: int) -> Cost:
-    """The vault's cost with one rank everywhere."""
-    parts = [p for p in pieces(subject)]
+def _cost(parts: Sequence[Piece], kept: int, rank: int) -> Cost:
+    """The vault's cost with one rank everywhere, or all of it where a matrix has less."""
     small = [p for p in parts if min(p.rows, p.columns) < rank]
-    rules = tuple(Rule(pattern=p.name, rank=min(p.rows, p.columns)) for p in small)
-    report = account(parts, Recipe(rank=rank, rules=rules), kept_bytes(subject, all_weights(subject)))
+    rules = tuple(Rule(pattern=escape(p.name), rank=min(p.rows, p.columns)) for p in small)
+    report = account(parts, Recipe(rank=rank, rules=rules), kept)
     macs: dict[str, tuple[int, int]] = {}
     for part, group in zip(parts, report.groups, strict=True):
         mine, plain = macs.get(part.kind, (0, 0))

@@ -80,18 +80,25 @@ def open_subject(model_dir: Path) -> Subject:
 def kinds_of(names: Sequence[str]) -> list[str]:
     """A short label for each group: the same for groups whose names differ in numbers only.
 
-    `model.layers.3.self_attn.q_proj+k_proj` becomes `q+k`; where two kinds would share it, more is kept.
+    `model.layers.3.self_attn.q_proj+k_proj` becomes `q+k`; kinds that would share a label keep more of their
+    names.
     """
     blanks = [re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) for name in names]
     short: dict[str, str] = {}
-    for blank in dict.fromkeys(blanks):
-        pieces = blank.rpartition("*.")[2].split(".")
-        for take in range(1, len(pieces) + 1):
-            label = re.sub(r"_proj(?=\+|$)", "", ".".join(pieces[-take:]))
-            if label not in short.values():
-                break
-        short[blank] = label if label not in short.values() else blank
+    waiting = list(dict.fromkeys(blanks))
+    take = 1
+    while waiting:
+        labels = [_last(blank, take) for blank in waiting]
+        unique = [label for label in labels if labels.count(label) == 1 and label not in short.values()]
+        short |= {blank: label for blank, label in zip(waiting, labels, strict=True) if label in unique}
+        waiting = [blank for blank in waiting if blank not in short]
+        take += 1
     return [short[blank] for blank in blanks]
+
+
+def _last(blank: str, take: int) -> str:
+    """The last pieces of a name, without `_proj` (GPT-2's `c_proj` is a name of its own)."""
+    return re.sub(r"(?<!\bc)_proj(?=\+|$)", "", ".".join(blank.split(".")[-take:]))
 
 
 def _layer(name: str) -> int | None:

@@ -35,6 +35,12 @@ class Variant:
         """Names the measurement in a journal."""
         return f"{self.table}|{self.of}|{self.rank}"
 
+    def __str__(self) -> str:
+        if self.table == "whole":
+            return "nothing taken away"
+        what = {"kind": self.of, "layer": f"layer {self.of}"}
+        return f"{what.get(self.table, f'{self.table} {self.of} layers')}, k = {self.rank}"
+
 
 @dataclass(frozen=True)
 class Grid:
