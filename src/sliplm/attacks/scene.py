@@ -164,7 +164,10 @@ class Scene:
             key.touch(mode=0o600)
             key.write_text(secrets.token_hex(32))
         if not (out / "vault" / "manifest.json").exists():
-            split(self._model_dir, out, self._recipes[name], key=f"file:{key}")
+            split(
+                self._model_dir, out, self._recipes[name], key=f"file:{key}",
+                i_know=True, ledger=self._work / "ledger",
+            )  # fmt: skip
         return out, f"file:{key}"
 
     def _view(self, name: str) -> dict[str, ShareView]:

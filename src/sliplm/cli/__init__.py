@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from sliplm.cli import deal, demo, generate, inspect, keys, split, worker
+from sliplm.cli import deal, demo, generate, inspect, keys, ledger, split, worker
 from sliplm.errors import SlipError
 from sliplm.share import sliplm_version
 
@@ -69,6 +69,7 @@ def root(
 app.command("demo", rich_help_panel=TRY)(demo.command)
 app.command("split", rich_help_panel=OWNER)(split.command)
 app.command("inspect", rich_help_panel=OWNER)(inspect.command)
+app.add_typer(ledger.app, name="ledger", rich_help_panel=OWNER)
 app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
 app.command("worker", rich_help_panel=RUN)(worker.command)
 app.command("deal", rich_help_panel=RUN)(deal.command)
