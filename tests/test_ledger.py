@@ -26,7 +26,7 @@ from sliplm import durable, sealing
 from sliplm.cli import main
 from sliplm.engines.transformers import convert
 from sliplm.engines.transformers.origin import named_base
-from sliplm.errors import CredentialError, LedgerError, SealError, ShareError, SlipWarning
+from sliplm.errors import CheckpointError, CredentialError, LedgerError, SealError, ShareError, SlipWarning
 from sliplm.keysource import Key, find
 from sliplm.ledger import VAULT_FILE, Ledger, add, default_folder
 from sliplm.recipe import Recipe, Rule
@@ -491,6 +491,13 @@ def test_nothing_of_it_lies_in_clear(model: Path, tmp_path: Path) -> None:
         assert hidden not in shown
 
 
+def test_any_name_of_a_folder_is_noted(model: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9 \x1b[31m")
+    split(model, odd)
+    with pytest.raises(LedgerError, match="caf"):
+        split(model, tmp_path / "again")
+
+
 def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SLIPLM_LEDGER")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -524,7 +531,7 @@ def test_what_is_not_warned_about(model: Path, tmp_path: Path) -> None:
     """Another architecture says nothing; a proven rotation needs no warning."""
     wide = make(tmp_path / "wide", vocab_size=500)
     gpt2 = families.make("gpt2", tmp_path / "gpt2", n_layer=1)
-    report = sliplm.split(model, tmp_path / "a", RECIPE, public=[gpt2], i_know=True)
+    report = sliplm.split(model, tmp_path / "a", RECIPE, public=str(gpt2), i_know=True)
     assert report.public[str(gpt2)].distance is None
     report = sliplm.split(model, tmp_path / "b", Recipe(rank=2, rotation="haar"), public=[model], i_know=True)
     assert report.public[str(model)].same
@@ -558,6 +565,8 @@ def test_the_base_that_a_card_names(card: str, tmp_path: Path) -> None:
 def test_a_named_base_is_a_hint(model: Path, tmp_path: Path) -> None:
     assert named_base(tmp_path) is None
     mine = shutil.copytree(model, tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        split(mine, tmp_path / "out", public=tmp_path / "none")
     (mine / "adapter_config.json").write_text('{"base_model_name_or_path": "meta/llama-7b"}')
     with pytest.warns(SlipWarning, match=r"adapter_config\.json says .* made from meta/llama-7b.*--public"):
         split(mine, tmp_path / "out")

@@ -342,15 +342,17 @@ def register(
     ledger.check_room()
     known = [] if i_know else ledger.entries()[0]
     keys = [ledger.sketch_key, *(bytes.fromhex(entry.sketch_key) for entry in known)]
+    if not i_know:
+        ledger.refuse_kin({}, split_id)  # damage is found before the weights are read
     sketches = of_weights(weights, keys)
     if not i_know:
         ledger.refuse_kin(sketches, split_id)
     entry = Entry(
         split_id=split_id,
         date=_now(),
-        source=source[:4096],
+        source=_text(source),
         recipe=in_words(recipe),
-        folder=str(folder.absolute())[:4096],
+        folder=_text(str(folder.absolute())),
         sketch_key=ledger.sketch_key.hex(),
         groups=tuple(GroupEntry.of(one) for one in sketches[ledger.sketch_key]),
     )
@@ -396,6 +398,11 @@ def _refusal(close: list[tuple[Entry, Likeness]]) -> str:
 
 def _label(split_id: str) -> str:
     return f"ledger/{split_id}"
+
+
+def _text(name: str) -> str:
+    """A file's name as JSON can hold it: names need not be Unicode."""
+    return name.encode(errors="replace").decode()[:4096]
 
 
 def _now() -> str:

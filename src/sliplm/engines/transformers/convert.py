@@ -64,9 +64,9 @@ def split(
     recipe: Recipe | None = None,
     *,
     key: KeySpec = None,
-    public: Iterable[Path | str] = (),
+    public: Path | str | Iterable[Path | str] = (),
     i_know: bool = False,
-    ledger: Path | None = None,
+    ledger: Path | str | None = None,
     progress: Progress | None = None,
 ) -> SplitReport:
     """Split a checkpoint into `out_dir/vault` (secret, sealed) and `out_dir/worker` (assume it is public).
@@ -80,8 +80,8 @@ def split(
         recipe: how to split; Recipe() if None.
         key: what seals the vault share, see `keysource`; None takes the user's key file, and makes it if
             there is none.  **Without it the vault share is lost.**
-        public: checkpoint folders of public models that this one may come from.  How close it is to each is
-            in the report; a SlipWarning says what follows.
+        public: checkpoint folders of one or several public models that this one may come from.  How close it
+            is to each is in the report; a SlipWarning says what follows.
         i_know: split a model again of which the ledger has a share, or a close relative's.  The two shares
             together show what they differ by, which is what each of them hides.
         ledger: the folder that remembers splits; None for the owner's, see `ledger`.
@@ -134,14 +134,16 @@ def _hides(plan: Plan) -> bool:
     return bool(plan.split)
 
 
-def _registered(plan: Plan, journal: Journal, owner: Key, ledger: Path | None, i_know: bool) -> Registration:
+def _registered(
+    plan: Plan, journal: Journal, owner: Key, ledger: Path | str | None, i_know: bool
+) -> Registration:
     """The entry of this split, unless its model was split before.
 
     Raises: LedgerError; what this run has begun is removed then.
     """
     try:
         return register(
-            Ledger(owner, ledger),
+            Ledger(owner, None if ledger is None else Path(ledger)),
             _weights(plan, (group for group, _ in plan.split)),
             split_id=journal.split_id,
             source=plan.checkpoint.path.resolve().name,
@@ -155,10 +157,11 @@ def _registered(plan: Plan, journal: Journal, owner: Key, ledger: Path | None, i
         raise
 
 
-def _relatives(plan: Plan, public: Iterable[Path | str]) -> dict[str, Likeness]:
+def _relatives(plan: Plan, public: Path | str | Iterable[Path | str]) -> dict[str, Likeness]:
     """How close the model is to public ones, with the warnings that this calls for."""
     proven = all(choice.rotation == "haar" for _, choice in plan.split)
-    plans = {str(folder): make_plan(Path(folder), Recipe(placement="vault")) for folder in public}
+    folders = [public] if isinstance(public, str | Path) else list(public)
+    plans = {str(folder): make_plan(Path(folder), Recipe(placement="vault")) for folder in folders}
     if not plans:
         if not proven:
             warn_of_named_base(plan.checkpoint.path, level=3)
