@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,7 @@ from sliplm.ledger import VAULT_FILE, Ledger, add, default_folder
 from sliplm.recipe import Recipe, Rule
 from sliplm.sealing import reseal
 from sliplm.share import open_sealed_file, open_vault
+from sliplm.splitting import split_group
 
 RECIPE = Recipe(rank=2)
 OTHER = bytes(range(32))
@@ -176,6 +178,16 @@ def test_forgetting_needs_one_id(model: Path, first: Path) -> None:
         with pytest.raises(LedgerError, match="give at least 4 digits"):
             own().forget(wrong)
     assert own().forget(entry.split_id) == entry.split_id
+
+
+def test_why_two_plain_shares_differ_by_what_one_of_them_hides() -> None:
+    """SPEC section 2: shares of ranks 2 and 4 without a secret basis give the triplets 3 and 4 away."""
+    weight = np.random.default_rng(0).standard_normal((40, 30), dtype=np.float32)
+    two, four = (split_group("g", weight, rank=k, precision=12, rotation="none") for k in (2, 4))
+    public = [part.w * part.secrets.scale[:, None] for part in (two, four)]
+    u, s, v = np.linalg.svd(weight)
+    between = (u[:, 2:4] * s[2:4]) @ v[2:4]
+    assert np.linalg.norm(public[0] - public[1] - between) < 0.01 * np.linalg.norm(between)
 
 
 # --- whose entries -----------------------------------------------------------------------------------------
