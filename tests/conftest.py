@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does, before torch is loaded
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from sliplm.examples import cache_dir
@@ -13,6 +19,21 @@ from sliplm.examples import cache_dir
 # the tests' own key file, never the user's; it stays, for the split models in the cache.  Not in a fixture:
 # test modules copy the environment when they are imported
 os.environ["SLIPLM_KEY_FILE"] = str(cache_dir() / "tests" / "key")
+
+# the ledger of splits is on, and each test and each module's fixture begins with an empty one: they split the
+# same few models under one key.  Whoever splits one twice says `i_know`, as a user would
+LEDGER = Path(tempfile.mkdtemp(prefix="slip-ledger-"))
+os.environ["SLIPLM_LEDGER"] = str(LEDGER)
+atexit.register(shutil.rmtree, LEDGER, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def empty_ledger() -> Iterator[None]:
+    """Forget the splits of the module's fixtures, and then those of the test."""
+    shutil.rmtree(LEDGER, ignore_errors=True)
+    yield
+    shutil.rmtree(LEDGER, ignore_errors=True)
+
 
 # compiled loops take a second at their first call; examples stay the same from run to run
 settings.register_profile(

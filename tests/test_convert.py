@@ -94,6 +94,7 @@ def test_the_vault_is_a_model_folder(tmp_path: Path) -> None:
     assert {file.name for file in vault.iterdir()} == {
         "config.json", "generation_config.json", "manifest.json", "model.safetensors", "seal.json",
         "share.safetensors", "tokenizer.json", "tokenizer_config.json", "merges.txt", "spiece.model",
+        "ledger.sealed",
     }  # fmt: skip
     config = json.loads((vault / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "slip"}
@@ -346,13 +347,15 @@ def progress(done, total, name):
         print("waiting", flush=True)
         time.sleep(600)
     calls += 1
-split(sys.argv[1], sys.argv[2], Recipe(rank=4), progress=progress)
+split(sys.argv[1], sys.argv[2], Recipe(rank=4), progress=progress, i_know="i_know" in sys.argv)
 """
 
 
-def kill_before_group(number: int, model: Path, out: Path) -> None:
+def kill_before_group(number: int, model: Path, out: Path, *more: str) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(model), str(out), str(number)], env=ENV, stdout=subprocess.PIPE
+        [sys.executable, "-c", CHILD, str(model), str(out), str(number), *more],
+        env=ENV,
+        stdout=subprocess.PIPE,
     )
     try:
         assert child.stdout is not None
@@ -481,7 +484,7 @@ def test_a_crash_between_the_last_two_renames_is_made_good(tmp_path: Path) -> No
     model, out = families.make("llama", tmp_path / "model"), tmp_path / "out"
     split(model, out, RECIPE)
     other = tmp_path / "other"
-    kill_before_group(2, model, other)  # for a journal with this model's key
+    kill_before_group(2, model, other, "i_know")  # for a journal with this model's key
     shutil.move(out / "worker", other / "worker")
     shutil.rmtree(other / ".partial" / "vault")
     shutil.rmtree(other / ".partial" / "worker")

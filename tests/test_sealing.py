@@ -442,7 +442,7 @@ def test_slip_split_says_which_key_it_used_and_that_a_new_one_needs_a_copy(tmp_p
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'key'} was made just now. Keep a copy of it" in done.stderr
     assert f"sealed with the key from {tmp_path / 'key'}" in done.stderr
-    done = slip("split", model, tmp_path / "b", "--rank", 2, **mine)
+    done = slip("split", model, tmp_path / "b", "--rank", 2, "--i-know", **mine)
     assert "made just now" not in done.stderr
     assert f"sealed with the key from {tmp_path / 'key'}" in done.stderr
     secret = (tmp_path / "key").read_text().strip()

@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = families.make("llama", folder / "model", num_hidden_layers=1)
     rules = (Rule(pattern="*.o_proj", precision=8), Rule(pattern="*.down_proj", rank=0))
     for name in ("one", "two"):
-        split(model, folder / name, Recipe(rank=3, rules=rules))
+        split(model, folder / name, Recipe(rank=3, rules=rules), i_know=True)
     return folder
 
 

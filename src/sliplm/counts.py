@@ -21,6 +21,7 @@ from sliplm.manifest import Attention, VaultGroup, VaultManifest
 from sliplm.recipe import GroupChoice, Placement, Recipe, RotationKind
 from sliplm.sealing import sealed_bytes
 from sliplm.share import integer_type
+from sliplm.sketch import Likeness
 from sliplm.splitting import CHALLENGE_SETS, CHALLENGES
 from sliplm.tensorfile import ITEM_BYTES
 
@@ -86,6 +87,7 @@ class SplitReport(_Count):
         exchanges: masked products per token.
         bytes_to_worker, bytes_from_worker: payload per token, online.
         mask_bytes: payload per token from the dealer to the vault, ahead of time.
+        public: folder -> how close the model is to the public one there: only what `split` has compared.
     """
 
     groups: tuple[GroupReport, ...]
@@ -101,6 +103,7 @@ class SplitReport(_Count):
     bytes_to_worker: int
     bytes_from_worker: int
     mask_bytes: int
+    public: dict[str, Likeness] = {}
 
     def to_json(self) -> str:
         """One JSON document."""

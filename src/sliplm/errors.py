@@ -5,6 +5,7 @@
     ├── CheckpointError         the folder is not a checkpoint, or a shard is missing or damaged
     │   └── UnsplittableError   modules that hold weights in a form that cannot be split, by name
     ├── RecipeError             the recipe asks for what the model does not allow
+    ├── LedgerError             this model was split before, or the ledger that would know cannot be used
     ├── ShareError              a share on disk is missing, incomplete or damaged
     │   ├── MismatchError       two shares, or a share and a worker, of different splits
     │   └── SealError           a sealed file does not open: another key, or altered bytes
@@ -24,6 +25,8 @@
     └── ReportError             a report cannot be made: a library is missing
 
 A message says what happened, then what to do.  No message carries a weight, a mask or a key.
+
+`SlipWarning` is no error: what a split is warned about, and goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +34,10 @@ from __future__ import annotations
 
 class SlipError(Exception):
     """Base of all errors of sliplm."""
+
+
+class SlipWarning(UserWarning):
+    """What the owner should know about a split that goes on."""
 
 
 class InputError(SlipError, ValueError):
@@ -55,6 +62,18 @@ class UnsplittableError(CheckpointError):
 
 class RecipeError(SlipError, ValueError):
     """The recipe asks for what the model does not allow."""
+
+
+class LedgerError(SlipError):
+    """This model, or a close relative, was split before; or the ledger of splits cannot be read or written.
+
+    Attributes:
+        splits: ids of the earlier splits, the closest first; empty if the ledger itself is the trouble.
+    """
+
+    def __init__(self, message: str, splits: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.splits = splits
 
 
 class ShareError(SlipError):

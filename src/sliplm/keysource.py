@@ -148,8 +148,13 @@ def default_path() -> Path:
     chosen = os.environ.get(KEY_FILE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser().absolute()
+    return default_config() / "key"
+
+
+def default_config() -> Path:
+    """The user's folder for what belongs to the owner of models; it may not exist yet."""
     home = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(home) if home else Path.home() / ".config") / "sliplm" / "key"
+    return (Path(home) if home else Path.home() / ".config") / "sliplm"
 
 
 # --- files and the environment -------------------------------------------------------------------------

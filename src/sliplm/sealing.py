@@ -22,6 +22,7 @@ The data key is in the vault's memory while it runs: Python cannot wipe it, and 
 from __future__ import annotations
 
 import hmac
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -182,11 +183,13 @@ def check_manifest(folder: Path, seal: Seal, data_key: bytes, manifest: bytes) -
         raise SealError(f"{folder / 'manifest.json'} is not the one that was sealed with {SEAL}; {_AGAIN}")
 
 
-def reseal(vault_dir: Path | str, key: KeySpec, new_key: KeySpec) -> None:
+def reseal(vault_dir: Path | str, key: KeySpec, new_key: KeySpec) -> Key:
     """Wrap the data key of a vault folder under another key, in one step that a crash cannot halve.
 
     The data key stays: whoever has the old key *and* a copy of the old `seal.json` can still open this vault.
     Against that, split again.
+
+    Returns: the new key.
 
     Raises:
         CredentialError: one of the keys cannot be had.
@@ -196,15 +199,13 @@ def reseal(vault_dir: Path | str, key: KeySpec, new_key: KeySpec) -> None:
     folder = Path(vault_dir)
     seal = read_seal(folder)
     data_key = open_seal(folder, key, seal)
-    _write(folder, _wrap(data_key, find(new_key, new=True), seal.manifest))
+    found = find(new_key, new=True)
+    _write(folder, _wrap(data_key, found, seal.manifest))
+    return found
 
 
 def _wrap(data_key: bytes, key: Key, manifest: str | None) -> Seal:
-    numbers = None
-    if key.kind == "passphrase":
-        numbers = Argon2Numbers(
-            memory_kib=PASSPHRASE_MEMORY_KIB, iterations=PASSPHRASE_ITERATIONS, lanes=PASSPHRASE_LANES
-        )
+    numbers = default_numbers() if key.kind == "passphrase" else None
     blank = Seal(
         kind=key.kind, argon2id=numbers, salt=new_key().hex(), check="0" * 64, wrapped="0" * 96,
         manifest=manifest,
@@ -215,15 +216,27 @@ def _wrap(data_key: bytes, key: Key, manifest: str | None) -> Seal:
     return seal.model_copy(update={"wrapped": wrapped.hex()})
 
 
+def default_numbers() -> Argon2Numbers:
+    """What this release takes for a new passphrase."""
+    return Argon2Numbers(
+        memory_kib=PASSPHRASE_MEMORY_KIB, iterations=PASSPHRASE_ITERATIONS, lanes=PASSPHRASE_LANES
+    )
+
+
 def _wrapping_keys(seal: Seal, key: Key) -> tuple[bytes, bytes]:
     """The key that wraps the data key, and the value that commits to the owner's key."""
     salt = bytes.fromhex(seal.salt)
-    secret = key.secret if seal.argon2id is None else _stretch(key.secret, salt, seal.argon2id)
+    secret = key.secret if seal.argon2id is None else stretch(key.secret, salt, seal.argon2id)
     both = HKDF(algorithm=SHA256(), length=64, salt=salt, info=b"sliplm/1/seal").derive(secret)
     return both[:32], both[32:]
 
 
-def _stretch(passphrase: bytes, salt: bytes, numbers: Argon2Numbers) -> bytes:
+def stretch(passphrase: bytes, salt: bytes, numbers: Argon2Numbers) -> bytes:
+    """A key of 32 bytes from a passphrase: Argon2id.
+
+    Raises:
+        CredentialError: this machine cannot, for want of memory or of the algorithm.
+    """
     try:
         return Argon2id(
             salt=salt, length=32, iterations=numbers.iterations, lanes=numbers.lanes,
@@ -306,6 +319,18 @@ def open_blob(data_key: bytes, label: str, source: _Readable, sealed: int, out: 
                 raise SealError(f"{label} was altered, or sealed for another place; {_AGAIN}") from None
             view[done : done + len(plain)] = plain
             number, done = number + 1, done + len(plain)
+
+
+def open_bytes(data_key: bytes, label: str, sealed: bytes) -> bytes:
+    """The plain bytes of a small sealed blob.
+
+    Raises:
+        SealError: it was altered or cut off, or is that of another place or key.
+    """
+    chunks = -(-max(0, len(sealed) - SALT_BYTES) // _SEALED_CHUNK)
+    out = bytearray(max(0, len(sealed) - SALT_BYTES - TAG_BYTES * chunks))
+    open_blob(data_key, label, io.BytesIO(sealed), len(sealed), memoryview(out))
+    return bytes(out)
 
 
 def _read(source: _Readable, buffer: bytearray | memoryview, label: str) -> memoryview:

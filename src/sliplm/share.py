@@ -39,7 +39,7 @@ from sliplm.manifest import (
     WorkerManifest,
 )
 from sliplm.recipe import problems
-from sliplm.sealing import check_manifest, open_blob, open_seal, read_seal, sealed_bytes
+from sliplm.sealing import check_manifest, open_blob, open_bytes, open_seal, read_seal, sealed_bytes
 from sliplm.splitting import CHALLENGE_SETS, CHALLENGES, GroupSecrets
 from sliplm.tensorfile import NUMPY, TensorEntry, TensorSpec, map_file, read_header
 
@@ -122,6 +122,32 @@ def open_vault(path: Path | str, key: KeySpec = None) -> VaultShare:
         members={group.name: group.members for group in manifest.groups},
         data_key=data_key,
     )
+
+
+def open_sealed_file(path: Path | str, name: str, key: KeySpec, limit: int) -> bytes:
+    """The plain bytes of one small sealed file of a vault folder, which is authenticated like the rest.
+
+    Args:
+        limit: bytes above which it is refused unread.
+
+    Raises:
+        CredentialError: the key cannot be had.
+        SealError: the key is another one, or sealed bytes were altered.
+        ShareError: the folder has no such file, or it cannot be read.
+    """
+    path = Path(path)
+    data, manifest = _read_manifest(path / MANIFEST, VaultManifest)
+    seal = read_seal(path)
+    data_key = open_seal(path, key, seal)
+    check_manifest(path, seal, data_key, data)
+    expected = manifest.files.get(name)
+    if expected is None or expected.bytes > limit:
+        raise ShareError(f"{path} has no {name}: it was made by a release of sliplm that wrote none")
+    _verify(path, {name: expected}, ())
+    try:
+        return open_bytes(data_key, name, (path / name).read_bytes())
+    except OSError as error:
+        raise ShareError(f"{path / name} cannot be read ({error.strerror}); {AGAIN}") from error
 
 
 def open_worker(path: Path | str) -> WorkerShare:

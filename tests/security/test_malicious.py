@@ -67,7 +67,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("malicious")
     make("llama", folder / "model")
     for out in ("out", "other"):
-        sliplm.split(folder / "model", folder / out)
+        sliplm.split(folder / "model", folder / out, i_know=True)
     for keys in ("keys", "strangers"):
         authority.init(folder / keys)
     for party in ("rogue", "honest"):

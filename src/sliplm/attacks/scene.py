@@ -216,7 +216,9 @@ def prepare(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(side_by_side, context) as pool:
         waiting = [
-            pool.submit(split, model_dir, work / name, recipe, key=_key(work))
+            pool.submit(
+                split, model_dir, work / name, recipe, key=_key(work), i_know=True, ledger=work / "ledger"
+            )
             for name, recipe in missing.items()
         ]
         for count, future in enumerate(waiting):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from sliplm.cli import attack, deal, demo, generate, inspect, keys, plan, split, worker
+from sliplm.cli import attack, deal, demo, generate, inspect, keys, ledger, plan, split, worker
 from sliplm.errors import SlipError
 from sliplm.share import sliplm_version
 
@@ -71,6 +71,7 @@ app.command("plan", rich_help_panel=OWNER)(plan.command)
 app.command("split", rich_help_panel=OWNER)(split.command)
 app.command("attack", rich_help_panel=OWNER)(attack.command)
 app.command("inspect", rich_help_panel=OWNER)(inspect.command)
+app.add_typer(ledger.app, name="ledger", rich_help_panel=OWNER)
 app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
 app.command("worker", rich_help_panel=RUN)(worker.command)
 app.command("deal", rich_help_panel=RUN)(deal.command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Self
@@ -39,6 +40,7 @@ from sliplm.examples.demo import (
     prepare,
     trio,
 )
+from sliplm.examples.fetch import cache_dir
 from sliplm.keysource import find
 
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ def command(
     began = time.monotonic()
     if find(None, new=True).made:
         warn_of_new_key()
-    prepared = prepare(prepare_only, split_with_progress)
+    # a public model's split is of no account: it must not stand in the way of one that the user makes
+    prepared = prepare(prepare_only, partial(split_with_progress, i_know=True, ledger=cache_dir() / "ledger"))
     out = prepared.out
     paths = {"model": str(prepared.model), "vault": str(out / "vault"), "worker": str(out / "worker")}
     if prepare_only is not None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from sliplm import authority
 from sliplm.authority import Issued
 from sliplm.cli.screen import console, print_json
+from sliplm.errors import LedgerError
 from sliplm.keys import now
 
 app = typer.Typer(help="Keys for the link between vault and worker.", no_args_is_help=True)
@@ -139,13 +140,20 @@ def reseal(
     """Seal a vault folder with another key.
 
     A key is file:PATH, env:NAME, command:CMD, passphrase, passphrase:env:NAME or passphrase:file:PATH.
-    The old key still opens old copies of the folder's seal.json: against that, split again.
+    The old key still opens old copies of the folder's seal.json: against that, split again. The ledger knows
+    the split under the new key too.
 
     Example: slip keys reseal out/vault --new-key passphrase
     """
+    from sliplm.ledger import VAULT_FILE, add
     from sliplm.sealing import reseal as change
 
-    change(vault, key, new_key)
+    new = change(vault, key, new_key)
+    if (vault / VAULT_FILE).exists():
+        try:
+            add(vault, new)
+        except LedgerError as error:  # the vault is sealed all the same
+            typer.echo(f"not noted in the ledger: {error}; then: slip ledger add {vault}", err=True)
     if json:
         print_json({"resealed": str(vault)})
         return

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sliplm.errors import SlipWarning
 from sliplm.keysource import default_path, described
 from sliplm.tensorfile import read_header
 
@@ -51,15 +53,27 @@ def warn_of_new_key() -> None:
     Console(stderr=True, highlight=False).print(Text(text, style="bold yellow"), soft_wrap=True)
 
 
-def split_with_progress(model: Path, out: Path, recipe: Recipe, key: str | None = None) -> SplitReport:
+def split_with_progress(
+    model: Path,
+    out: Path,
+    recipe: Recipe,
+    key: str | None = None,
+    *,
+    warned: list[str] | None = None,
+    **options: Any,
+) -> SplitReport:
     """`sliplm.split` with a bar on stderr; says which key seals, and if it continues an earlier run.
+
+    Args:
+        warned: takes the text of each SlipWarning, which is also shown.
+        options: further ones of `sliplm.split`.
 
     Raises: as `sliplm.split`.
     """
     import sliplm
 
     missing = key is None and not default_path().exists()
-    with _SplitBar(out) as bar:
+    with _SplitBar(out) as bar, _warnings_to(bar, warned):
 
         def progress(done: int, total: int, name: str) -> None:
             nonlocal missing
@@ -68,7 +82,11 @@ def split_with_progress(model: Path, out: Path, recipe: Recipe, key: str | None 
             missing = False
             bar.update(done, total, name)
 
-        report = sliplm.split(model, out, recipe, key=key, progress=progress)
+        try:
+            report = sliplm.split(model, out, recipe, key=key, progress=progress, **options)
+        finally:
+            if missing and default_path().exists():  # made, but the split failed before its first group
+                warn_of_new_key()
     used = Text(f"the vault share is sealed with {described(key)}", style="dim")
     Console(stderr=True, highlight=False).print(used, soft_wrap=True)
     return report
@@ -100,6 +118,25 @@ def percent(share: float) -> str:
 def printable(text: str) -> str:
     """Without control characters: a model's text must not drive the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+@contextlib.contextmanager
+def _warnings_to(bar: _SplitBar, warned: list[str] | None) -> Iterator[None]:
+    """Show what a split warns of at once, in yellow; other libraries' warnings stay as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SlipWarning)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if not issubclass(category, SlipWarning):
+                usual(message, category, *where)
+                return
+            bar.say(f"warning: {message}", "yellow")
+            if warned is not None:
+                warned.append(str(message))
+
+        warnings.showwarning = show  # type: ignore[assignment]  # put back by catch_warnings
+        yield
 
 
 class _SplitBar(contextlib.AbstractContextManager["_SplitBar"]):
@@ -134,6 +171,10 @@ class _SplitBar(contextlib.AbstractContextManager["_SplitBar"]):
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def say(self, text: str, style: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(Text(text, style=style), soft_wrap=True)
 
     def update(self, done: int, total: int, name: str) -> None:
         """As `sliplm.split` calls it: before each group, and at the end with no name."""

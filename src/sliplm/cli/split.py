@@ -51,12 +51,27 @@ def command(
             "key file ~/.config/sliplm/key, which is made if there is none.",
         ),
     ] = None,
+    public: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="A public model that this one may come from: says how close it is. May be repeated.",
+        ),
+    ] = None,
+    i_know: Annotated[
+        bool,
+        typer.Option(
+            "--i-know",
+            help="Split a model again, or a relative: two shares show what they differ by.",
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Split a model into OUT/vault, which stays with you, and OUT/worker, which may go anywhere.
 
     Run it on a machine that you trust. A run that was interrupted continues where it stopped. OUT/vault is
-    sealed: whoever has it still needs the key.
+    sealed: whoever has it still needs the key. A model that was split before, or a close relative of one, is
+    refused: `slip ledger list` shows what was.
 
     Example: slip split ~/models/SmolLM2-135M-Instruct out --rank 16
 
@@ -64,10 +79,11 @@ def command(
     """
     chosen = _recipe(recipe, rank=rank, precision=precision, rotation=rotation)
     quiet()
-    report = split_with_progress(model, out, chosen, key)
+    warned: list[str] = []
+    report = split_with_progress(model, out, chosen, key, warned=warned, public=public or (), i_know=i_know)
     _show(console(json=json), out, report)
     if json:
-        print_json(report.model_dump(mode="json"))
+        print_json(report.model_dump(mode="json") | {"warnings": warned})
 
 
 def _recipe(file: Path | None, **options: Any) -> Recipe:
@@ -102,4 +118,7 @@ def _show(screen: Console, out: Path, report: SplitReport) -> None:
     if any(group.placement == "split" and group.rotation == "none" for group in report.groups):
         warning = "rotation none: the removed part can be restored from this share. Do not give it away."
         screen.print(f"\n{warning}", style="bold red", soft_wrap=True)
+    for name, how in report.public.items():
+        if not how.close:
+            screen.print(f"\nagainst {name}: {how}", style="dim", markup=False, soft_wrap=True)
     screen.print(f"\nTry it: slip generate {out} --prompt 'Hello'", style="dim", markup=False, soft_wrap=True)

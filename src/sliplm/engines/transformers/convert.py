@@ -7,16 +7,22 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from sliplm.counts import SplitReport, report_for
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.engines.transformers.journal import PARTIAL, Journal
-from sliplm.engines.transformers.plan import Plan, make_plan, members, stack
-from sliplm.errors import SealError, ShareError
-from sliplm.keysource import KeySpec, checked
+from sliplm.engines.transformers.layout import Group
+from sliplm.engines.transformers.origin import compare, warn_of_named_base, warn_of_relatives
+from sliplm.engines.transformers.plan import Plan, make_plan, members, stack, stored_as
+from sliplm.errors import LedgerError, SealError, ShareError
+from sliplm.keysource import Key, KeySpec, checked, find
+from sliplm.ledger import VAULT_FILE, Ledger, Registration, register
 from sliplm.manifest import (
     FileRecord,
     KeptGroup,
@@ -38,6 +44,7 @@ from sliplm.share import (
     secret_tensors,
     sliplm_version,
 )
+from sliplm.sketch import Likeness
 from sliplm.splitting import split_group
 from sliplm.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
 
@@ -57,6 +64,9 @@ def split(
     recipe: Recipe | None = None,
     *,
     key: KeySpec = None,
+    public: Path | str | Iterable[Path | str] = (),
+    i_know: bool = False,
+    ledger: Path | str | None = None,
     progress: Progress | None = None,
 ) -> SplitReport:
     """Split a checkpoint into `out_dir/vault` (secret, sealed) and `out_dir/worker` (assume it is public).
@@ -70,6 +80,11 @@ def split(
         recipe: how to split; Recipe() if None.
         key: what seals the vault share, see `keysource`; None takes the user's key file, and makes it if
             there is none.  **Without it the vault share is lost.**
+        public: checkpoint folders of one or several public models that this one may come from.  How close it
+            is to each is in the report; a SlipWarning says what follows.
+        i_know: split a model again of which the ledger has a share, or a close relative's.  The two shares
+            together show what they differ by, which is what each of them hides.
+        ledger: the folder that remembers splits; None for the owner's, see `ledger`.
         progress: called before each group and at the end.
 
     Raises:
@@ -78,6 +93,8 @@ def split(
             the vault.
         RecipeError: a rank above a group's, or a rule that matches nothing.
         CredentialError: the key cannot be had.
+        LedgerError: the same weights or a close relative were split before under this key; or the ledger
+            cannot be read or written.
         SealError: an earlier run that is to be continued was sealed with another key.
         ShareError: the folders exist, or the disk is full or cannot be written.
     """
@@ -85,17 +102,22 @@ def split(
     if not (out / PARTIAL).exists():
         _refuse_existing(out)
     plan = make_plan(Path(model_dir), recipe or Recipe())
+    relatives = _relatives(plan, public)
     with Journal(out, plan.key, secrets.token_hex(16)) as journal:
         if not journal.done:
             _refuse_existing(out)
-            data_key = _data_key(plan, journal, key)
-            _write_shares(plan, journal, data_key, progress or (lambda done, total, name: None))
+            owner = find(key, new=not _sealed(journal))
+            data_key = _data_key(plan, journal, owner)
+            entry = _registered(plan, journal, owner, ledger, i_know) if _hides(plan) else None
+            _write_shares(plan, journal, data_key, entry, progress or (lambda done, total, name: None))
+            if entry is not None:
+                entry.record()  # before anything is published: a crash in between costs nothing
             journal.finish()
         elif (journal.folder / "vault").exists():
             _continued(journal, key)
         _publish(journal.folder, out)
         journal.remove()
-    return report_for(read_vault_manifest(out / "vault"))
+    return report_for(read_vault_manifest(out / "vault")).model_copy(update={"public": relatives})
 
 
 def _refuse_existing(out: Path) -> None:
@@ -104,13 +126,76 @@ def _refuse_existing(out: Path) -> None:
             raise ShareError(f"{out / name} exists; remove it or choose another folder")
 
 
+# --- one model, one split: SPEC section 8 -----------------------------------------------------------------
+
+
+def _hides(plan: Plan) -> bool:
+    """Whether two different worker shares of this model would show anything together."""
+    return bool(plan.split)
+
+
+def _registered(
+    plan: Plan, journal: Journal, owner: Key, ledger: Path | str | None, i_know: bool
+) -> Registration:
+    """The entry of this split, unless its model was split before.
+
+    Raises: LedgerError; what this run has begun is removed then.
+    """
+    try:
+        return register(
+            Ledger(owner, None if ledger is None else Path(ledger)),
+            _weights(plan, (group for group, _ in plan.split)),
+            split_id=journal.split_id,
+            source=plan.checkpoint.path.resolve().name,
+            recipe=plan.recipe,
+            folder=journal.folder.parent,
+            i_know=i_know,
+        )
+    except LedgerError:
+        if not journal.resumed:
+            journal.remove()
+        raise
+
+
+def _relatives(plan: Plan, public: Path | str | Iterable[Path | str]) -> dict[str, Likeness]:
+    """How close the model is to public ones, with the warnings that this calls for."""
+    proven = all(choice.rotation == "haar" for _, choice in plan.split)
+    folders = [public] if isinstance(public, str | Path) else list(public)
+    plans = {str(folder): make_plan(Path(folder), Recipe(placement="vault")) for folder in folders}
+    if not plans:
+        if not proven:
+            warn_of_named_base(plan.checkpoint.path, level=3)
+        return {}
+    ours = _weights(plan, (group for group, _ in plan.split))
+    found = compare(ours, {name: _weights(other, _whole(other)) for name, other in plans.items()})
+    warn_of_relatives(found, proven=proven, level=3)
+    return found
+
+
+def _whole(plan: Plan) -> Iterator[Group]:
+    """The groups of a public model, but for those that the checkpoint stores in another form."""
+    for group in plan.whole:
+        if all(stored_as(member.weight, plan.layout, plan.sources) for member in group.members):
+            yield group
+
+
+def _weights(plan: Plan, groups: Iterable[Group]) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    for group in groups:
+        yield group.name, stack(plan.checkpoint, plan.layout, plan.sources, group)
+
+
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def _data_key(plan: Plan, journal: Journal, key: KeySpec) -> bytes:
+def _sealed(journal: Journal) -> bool:
+    """Whether there is an earlier run to continue."""
+    return journal.resumed and (journal.folder / "vault" / SEAL).exists()
+
+
+def _data_key(plan: Plan, journal: Journal, key: Key) -> bytes:
     """What seals the vault share: an earlier run's, if there is something to continue, else a fresh one."""
     vault, worker = journal.folder / "vault", journal.folder / "worker"
-    if journal.resumed and (vault / SEAL).exists():
+    if _sealed(journal):
         return _continued(journal, key)
     journal.errors.clear()  # what was sealed with a key that is gone cannot be continued
     if not journal.resumed:
@@ -133,7 +218,9 @@ def _continued(journal: Journal, key: KeySpec) -> bytes:
         ) from error
 
 
-def _write_shares(plan: Plan, journal: Journal, data_key: bytes, progress: Progress) -> None:
+def _write_shares(
+    plan: Plan, journal: Journal, data_key: bytes, entry: Registration | None, progress: Progress
+) -> None:
     vault, worker = journal.folder / "vault", journal.folder / "worker"
     resume = journal.resumed
     with (
@@ -148,6 +235,8 @@ def _write_shares(plan: Plan, journal: Journal, data_key: bytes, progress: Progr
         kept_file.sync()
         _split_groups(plan, journal, data_key, secret_file, public_file, progress)
     _write_companions(plan, vault)
+    if entry is not None:
+        _write_file(vault / VAULT_FILE, entry.entry.sealed(data_key, VAULT_FILE), 0o600)
     _write_manifests(plan, journal, data_key, vault, worker)
 
 
