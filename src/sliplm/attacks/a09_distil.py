@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from sliplm.attacks.case import Case, Start, Teacher
+from sliplm.attacks.case import Case, Delta, Start, Teacher
 from sliplm.attacks.student import blank_model
+
+_RANK = 16  # of what is trained on random matrices
 
 
 class Distil:
     """Protected matrices start untrained: as the library's own initialisation has them, or scaled to keep
-    variances. Applies only to the attacker without a share.
+    variances; trained whole, or left random with a trained low-rank part, as attack 2 has it. Applies only to
+    the attacker without a share.
     """
 
     number, name, title = 9, "distil", "Distillation within a query budget, no share"
-    variants: tuple[str, ...] = ("library", "scaled")
+    variants: tuple[str, ...] = ("library", "scaled", "scaled, low rank")
 
     def start(self, case: Case, teacher: Teacher, variant: str, seed: int) -> Start | None:
         if case.shares:
@@ -23,12 +26,28 @@ class Distil:
             state = {name: value for name, value in case.relative.items() if name not in case.known}
             rates = (0.0, 3e-5, 1e-4, 3e-4)
             return Start(state, whole=True, rates=rates) if variant == self.variants[0] else None
-        state = {}
+        if variant == "library":
+            return Start({}, whole=True, rates=(3e-4, 1e-3, 3e-3))
+        generator = torch.Generator().manual_seed(seed)
+        shapes = _shapes(case)
+        state = {
+            name: torch.randn(shape, generator=generator) / shape[1] ** 0.5
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name not in case.known
+        }
         if variant == "scaled":
-            generator = torch.Generator().manual_seed(seed)
-            with torch.device("meta"):
-                shapes = {name: value.shape for name, value in blank_model(case.config).named_parameters()}
-            for name, shape in shapes.items():
-                if len(shape) == 2 and name not in case.known:
-                    state[name] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-        return Start(state, whole=True, rates=(3e-4, 1e-3, 3e-3))
+            return Start(state, whole=True, rates=(3e-4, 1e-3, 3e-3))
+        deltas = {}
+        for name, members in case.groups.items():
+            n = shapes[f"{members[0].module}.weight"][0 if members[0].transposed else 1]
+            left = torch.zeros(sum(member.rows for member in members), _RANK)
+            right = torch.randn(_RANK, n, generator=generator) / n**0.5
+            deltas[name] = Delta(left, right, None, frozenset({"left", "right"}))
+        return Start(state, deltas, rates=(3e-3, 1e-2))
+
+
+def _shapes(case: Case) -> dict[str, torch.Size]:
+    """Parameter -> shape, tied ones under each of their names."""
+    with torch.device("meta"):
+        parameters = blank_model(case.config).named_parameters(remove_duplicate=False)
+    return {name: value.shape for name, value in parameters}

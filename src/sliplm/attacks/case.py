@@ -89,6 +89,7 @@ class Case:
     Attributes:
         recipe: name of the split: "plain", "default", "haar"; "none" for an attacker without a share.
         config: the architecture, public.
+        groups: protected group -> its linear layers.
         shares: protected group -> view; empty for an attacker without a share.
         known: parameter -> value, for all that is not protected.
         relative: parameter -> value of a public relative of the model, where there is one.
@@ -98,6 +99,7 @@ class Case:
     recipe: str
     placement: Placement
     config: PretrainedConfig
+    groups: Mapping[str, tuple[Part, ...]]
     shares: Mapping[str, ShareView]
     known: Mapping[str, Tensor]
     relative: Mapping[str, Tensor] | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sliplm.attacks.device import autocast
 
-Relative = Path | float | Literal["tuned"]
-"""A checkpoint folder; how far a perturbed copy is (of each parameter, in Frobenius norm); or a fine-tune of
-the victim on Python source code.
-"""
+Relative = Path | float
+"""A checkpoint folder; or how far a perturbed copy is (of each parameter, in Frobenius norm)."""
 
-_STEPS, _BATCH, _WINDOW, _RATE = 200, 8, 256, 5e-5
+_STEPS, _STEPS_CPU, _BATCH, _WINDOW, _RATE = 200, 30, 8, 256, 5e-5
 
 
 def perturbed(victim: PreTrainedModel, distance: float) -> dict[str, Tensor]:
@@ -32,14 +29,17 @@ def perturbed(victim: PreTrainedModel, distance: float) -> dict[str, Tensor]:
     return state
 
 
-def tuned(model_dir: Path, device: torch.device) -> dict[str, Tensor]:
-    """The victim, fine-tuned whole on the source code of Python's standard library: parameter -> value."""
+def tune(model_dir: Path, out: Path, device: torch.device) -> None:
+    """Fine-tune the victim whole on the source code of Python's standard library, into a checkpoint folder;
+    200 steps on a GPU, 30 on a CPU.
+    """
+    steps = _STEPS if device.type == "cuda" else _STEPS_CPU
     model = read_model(model_dir).to(device).train()
-    tokens = _source_code(model_dir, (_STEPS * _BATCH + 1) * _WINDOW)
+    tokens = _source_code(model_dir, (steps * _BATCH + 1) * _WINDOW)
     windows = tokens[: len(tokens) // _WINDOW * _WINDOW].reshape(-1, _WINDOW)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     optimiser = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
-    for step in range(_STEPS):
+    for step in range(steps):
         at = order[torch.arange(step * _BATCH, (step + 1) * _BATCH) % len(order)]
         part = windows[at].to(device)
         with autocast(device):
@@ -47,7 +47,7 @@ def tuned(model_dir: Path, device: torch.device) -> dict[str, Tensor]:
         optimiser.zero_grad()
         cross_entropy(logits.float(), part[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-    return {name: value.detach() for name, value in model.named_parameters()}
+    model.save_pretrained(out)
 
 
 def distance(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -76,7 +76,7 @@ def _open_child(
 ) -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    _CHILD["stage"] = _Stage(open_scene(free.get()), Runs(path), plan.deadline)
+    _CHILD["stage"] = _Stage(open_scene(free.get()), Runs(path), plan)
 
 
 def _original_in_child() -> None:
@@ -93,9 +93,9 @@ def _in_child(job: Job) -> tuple[bool, list[Run]]:
 class _Stage:
     """A scene with its cases, and the runs that are made on it."""
 
-    def __init__(self, scene: Scene, runs: Runs, deadline: float) -> None:
+    def __init__(self, scene: Scene, runs: Runs, plan: Plan) -> None:
         self.runs = runs
-        self._scene, self._deadline = scene, deadline
+        self._scene, self._plan = scene, plan
         self._cases: dict[tuple[str, str, str], Case] = {}
         self._begun: tuple[tuple[object, ...], Start | None, int] = ((), None, 0)
 
@@ -114,7 +114,7 @@ class _Stage:
         def once(variant: str, rate: float, seed: int) -> bool:
             if (*job.line.place, job.budget, variant, rate, seed) in self.runs.done:
                 return True
-            if time.time() > self._deadline:
+            if time.time() > self._plan.deadline:
                 return False
             made = self._once(job.line, job.budget, variant, rate, seed)
             if made is not None:
@@ -122,7 +122,7 @@ class _Stage:
                 report(made)
             return True
 
-        if time.time() > self._deadline:
+        if time.time() > self._plan.deadline:
             return False
         if not job.seeds:
             return all(once(variant, rate, 0) for variant, rate in self._choices(job))
@@ -140,7 +140,8 @@ class _Stage:
         for variant in _attack(job.line).variants:
             start, _ = self._start(job.line, variant, 0)
             if start is not None:
-                choices += [(variant, rate) for rate in start.rates or (0.0,)]
+                rates = (0.0,) if self._plan.untrained else start.rates or (0.0,)
+                choices += [(variant, rate) for rate in rates]
         return choices
 
     def _case(self, line: Line) -> Case:

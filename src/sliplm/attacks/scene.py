@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sliplm.attacks.case import Case, Part, Placement, ShareView
 from sliplm.attacks.device import autocast
-from sliplm.attacks.relatives import Relative, perturbed, read_model, tuned
+from sliplm.attacks.relatives import Relative, perturbed, read_model
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import InputError
 from sliplm.recipe import Recipe
@@ -133,7 +133,7 @@ class Scene:
         relatives: Mapping[str, Relative] | None = None,
     ) -> None:
         self.text, self.device = text, device
-        self._model_dir, self._work, self._recipes = model_dir, work, dict(recipes)
+        self._work, self._recipes = work, dict(recipes)
         self._relatives = dict(relatives or {})
         self._views: dict[str, dict[str, ShareView]] = {}
         self._kin: dict[str, dict[str, Tensor]] = {}
@@ -150,6 +150,7 @@ class Scene:
         # without a share the same groups are protected; any split names them
         views = self._view(recipe if recipe != "none" else next(iter(self._recipes)))
         protected = {name: view for name, view in views.items() if placement.protects(name)}
+        members = {name: view.members for name, view in protected.items()}
         known = {}
         if placement.patterns is not None:
             every = dict(self.victim.named_parameters(remove_duplicate=False))  # tied ones by all their names
@@ -161,7 +162,7 @@ class Scene:
             second = {name: again[name] for name in protected}
         kin = self._relative(relative) if relative else None
         shares = {} if recipe == "none" else protected
-        return Case(recipe, placement, self.victim.config, shares, known, kin, second)
+        return Case(recipe, placement, self.victim.config, members, shares, known, kin, second)
 
     def _view(self, name: str) -> dict[str, ShareView]:
         """The worker's share of a split, with the granted scales: group -> view."""
@@ -186,12 +187,10 @@ class Scene:
         """Parameter -> value of a public relative."""
         if name not in self._kin:
             made = self._relatives[name]
-            if made == "tuned":
-                state = tuned(self._model_dir, self.device)
-            elif isinstance(made, Path):
+            if isinstance(made, Path):
                 state = dict(read_model(made).to(self.device).requires_grad_(False).named_parameters())
             else:
-                state = perturbed(self.victim, float(made))
+                state = perturbed(self.victim, made)
             first = {id(p): name for name, p in self.victim.named_parameters()}
             every = self.victim.named_parameters(remove_duplicate=False)
             self._kin[name] = {alias: state[first[id(p)]] for alias, p in every}

@@ -28,6 +28,7 @@ class Plan:
         seeds: runs of each cell's best attack.
         keep: attacks of each cell that go on to the next budget.
         deadline: time.time() after which no run is begun.
+        untrained: only score what attacks know before they train.
     """
 
     lines: tuple[Line, ...]
@@ -35,6 +36,7 @@ class Plan:
     seeds: int
     keep: int = 2
     deadline: float = math.inf
+    untrained: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sliplm.attacks.case import Case, Delta, ShareView, Start
+from sliplm.attacks.case import Case, Delta, Part, Start
 
 
 def blank_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -26,11 +26,11 @@ def build_student(case: Case, start: Start, device: torch.device, seed: int) -> 
     for name in case.known:
         model.get_parameter(name).requires_grad_(False)
     if not start.whole:
-        for view in case.shares.values():
-            for name in view.parts():
-                model.get_parameter(name).requires_grad_(False)
+        for members in case.groups.values():
+            for member in members:
+                model.get_parameter(f"{member.module}.weight").requires_grad_(False)
     for group, delta in start.deltas.items():
-        _add_delta(model, case.shares[group], delta, device)
+        _add_delta(model, case.groups[group], delta, device)
     return model
 
 
@@ -59,14 +59,14 @@ class LowRank(nn.Module):
         return weight + (part.T if self.transposed else part)
 
 
-def _add_delta(model: PreTrainedModel, view: ShareView, delta: Delta, device: torch.device) -> None:
+def _add_delta(model: PreTrainedModel, members: tuple[Part, ...], delta: Delta, device: torch.device) -> None:
     factors = {
         name: nn.Parameter(value.to(device, copy=True), requires_grad=name in delta.train)
         for name, value in (("left", delta.left), ("core", delta.core), ("right", delta.right))
         if value is not None
     }
     first = 0
-    for member in view.members:
+    for member in members:
         part = LowRank(factors, slice(first, first + member.rows), member.transposed)
         weight = model.get_parameter(f"{member.module}.weight")
         for module in model.modules():  # a tied weight has a second user, which must see the same matrix

@@ -109,7 +109,8 @@ class _Stepper:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._whole_step()
         except RuntimeError as error:
-            warnings.warn(f"a training step cannot be recorded: {error}".splitlines()[0], stacklevel=2)
+            first = error.__context__ or error  # the end of a recording hides what broke it
+            warnings.warn(f"a training step cannot be recorded: {first}".splitlines()[0], stacklevel=2)
             torch.cuda.synchronize()
             return False
         self._graph = graph

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sliplm.attacks.summary import Summary
     from sliplm.attacks.training import Access
 
+TUNED = "tuned"
 _HELD_OUT = 64  # windows each for choosing and for testing
 
 
@@ -85,6 +86,9 @@ def command(
     jobs: Annotated[
         int, typer.Option(min=1, help="Processes, spread over the GPUs, which several keep busy.")
     ] = 1,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Only what the attacks know before they train: quick.")
+    ] = False,
     minutes: Annotated[float | None, typer.Option(help="Begin no run after so long.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -99,6 +103,7 @@ def command(
     quiet()
     from sliplm.attacks.campaign import lines, standard_recipes
     from sliplm.attacks.device import devices
+    from sliplm.attacks.relatives import tune
     from sliplm.attacks.runner import run
     from sliplm.attacks.runs import Runs
     from sliplm.attacks.scene import AGAIN, Scene, prepare
@@ -113,7 +118,7 @@ def command(
                 f"--only {only}: there is no split {min(unknown)}; there are {', '.join(recipes)}"
             )
         recipes = {name: given for name, given in recipes.items() if name.removesuffix(AGAIN) in kept}
-    kin = dict(_named_relative(given) for given in relative or [])
+    kin = dict(_named_relative(given, out) for given in relative or [])
     budgets = tuple(sorted(_share("--budget", part) for part in budget.split(",")))
     places = [_placement(given, model) for given in placement or ["all"]]
     kinds = [_access(kind) for kind in access.split(",")]
@@ -123,6 +128,7 @@ def command(
         seeds,
         keep,
         deadline,
+        untrained,
     )
     where = devices(device, jobs)
     screen = console(json=json)
@@ -130,6 +136,9 @@ def command(
     with screen.status("splitting the model") as status:
         splits = out / "splits"
         prepare(model, splits, recipes, lambda done, of: status.update(f"splits: {done} of {of}"))
+        if TUNED in kin and not (out / TUNED).exists():
+            status.update("fine-tuning a relative")
+            tune(model, out / TUNED, where[0])
         status.update("reading the text")
         opened = partial(Scene, model, splits, _text(model, text, window), recipes, relatives=kin)
     file = out / "runs.jsonl"
@@ -232,9 +241,9 @@ def _named_recipe(given: str) -> tuple[str, Recipe]:
     return name, Recipe.read(file)
 
 
-def _named_relative(given: str) -> tuple[str, Relative]:
-    if given == "tuned":
-        return given, "tuned"
+def _named_relative(given: str, out: Path) -> tuple[str, Relative]:
+    if given == TUNED:
+        return given, out / TUNED
     if given.endswith("%"):
         return given, _share("--relative", given)
     name, _, folder = given.partition("=")
