@@ -16,7 +16,7 @@ closeness on, and at which rank the fast transform gives way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,19 +66,26 @@ class Trial:
     error: float
 
 
-def study(weight: Matrix, n: int, seed: int = 0) -> Iterator[Trial]:
+def study(
+    weight: Matrix,
+    n: int,
+    *,
+    ranks: Sequence[int] = RANKS,
+    close: Sequence[float] = CLOSE,
+    given: Sequence[float] = GIVEN,
+) -> Iterator[Trial]:
     """Trials on the upper left n x n of a real matrix: closeness and rank with all signs given, then unknown
     signs where that succeeds.
 
     Args:
         n: such that blocks tile it: a power of two from 16 on.
     """
-    random = np.random.default_rng(seed)  # of the trials; the transforms have keys of their own
-    for rank in RANKS:
-        for closeness in CLOSE:
+    random = np.random.default_rng(0)  # of the trials; the transforms have keys of their own
+    for rank in ranks:
+        for closeness in close:
             yield _trial(weight[:n, :n], rank, closeness, 1.0, random)
-    for given in GIVEN:
-        yield _trial(weight[:n, :n], 0, CLOSE[0], given, random)
+    for told in given:
+        yield _trial(weight[:n, :n], 0, close[0], told, random)
 
 
 def fit(share: Matrix, base: Matrix, rank: int, signs: Signs, free: npt.NDArray[np.bool_]) -> Fit:

@@ -53,8 +53,9 @@ def tune(model_dir: Path, out: Path, device: torch.device) -> None:
 def distance(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """|a - b| / |b| over all matrices, Frobenius."""
     names = [name for name, value in other.items() if value.ndim == 2]
-    wrong = sum(float((state[name] - other[name]).square().sum()) for name in names)
-    return float((wrong / sum(float(other[name].square().sum()) for name in names)) ** 0.5)
+    with torch.no_grad():
+        wrong = sum(float((state[name] - other[name]).square().sum()) for name in names)
+        return float((wrong / sum(float(other[name].square().sum()) for name in names)) ** 0.5)
 
 
 def read_model(folder: Path) -> PreTrainedModel:
