@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from sliplm.counts import SplitReport, report_for
 from sliplm.engines.transformers.checkpoint import Checkpoint
+from sliplm.engines.transformers.finetune import plan_against, refuse_without_base, source_model
 from sliplm.engines.transformers.journal import PARTIAL, Journal
 from sliplm.engines.transformers.layout import Group
-from sliplm.engines.transformers.plan import Plan, make_plan, members, stored_as
-from sliplm.errors import CheckpointError, SealError, ShareError
+from sliplm.engines.transformers.plan import Plan, make_plan, members, stack
+from sliplm.errors import SealError, ShareError
 from sliplm.keysource import KeySpec, checked
 from sliplm.manifest import (
     FileRecord,
     KeptGroup,
     KeptTensor,
-    SourceModel,
     VaultManifest,
     WorkerGroup,
     WorkerManifest,
+    public_split_id,
 )
-from sliplm.recipe import Recipe
+from sliplm.recipe import GroupChoice, Recipe
 from sliplm.sealing import SEAL, make_seal, open_seal, seal_blob, seal_manifest
 from sliplm.share import (
     MANIFEST,
@@ -42,7 +39,7 @@ from sliplm.share import (
     secret_tensors,
     sliplm_version,
 )
-from sliplm.splitting import split_group
+from sliplm.splitting import GroupSplit, split_group
 from sliplm.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
 
 Progress = Callable[[int, int, str], None]
@@ -62,6 +59,8 @@ def split(
     *,
     key: KeySpec = None,
     progress: Progress | None = None,
+    base: Path | str | None = None,
+    adapters: Mapping[str, Path | str] | None = None,
 ) -> SplitReport:
     """Split a checkpoint into `out_dir/vault` (secret, sealed) and `out_dir/worker` (assume it is public).
 
@@ -75,12 +74,17 @@ def split(
         key: what seals the vault share, see `keysource`; None takes the user's key file, and makes it if
             there is none.  **Without it the vault share is lost.**
         progress: called before each group and at the end.
+        base: the folder of the public model that this one was trained from, or this one itself.  The worker's
+            share is then the base alone, whatever was trained, and the vault holds the difference.
+        adapters: by name the folders of LoRA adapters to the model, as peft saves them; only with a base.
 
     Raises:
+        AdapterError: an adapter is incomplete, of another model or of no kind that can be kept exactly.
         CheckpointError: the checkpoint is incomplete, damaged or of no kind that can be split.
         UnsplittableError: modules hold matrices that cannot be split, and the recipe does not place them in
             the vault.
-        RecipeError: a rank above a group's, or a rule that matches nothing.
+        RecipeError: a rank above a group's, a rule that matches nothing, or what has no meaning with a base,
+            or without one.
         CredentialError: the key cannot be had.
         SealError: an earlier run that is to be continued was sealed with another key.
         ShareError: the folders exist, or the disk is full or cannot be written.
@@ -88,7 +92,7 @@ def split(
     out, key = Path(out_dir), checked(key)
     if not (out / PARTIAL).exists():
         _refuse_existing(out)
-    plan = make_plan(Path(model_dir), recipe or Recipe())
+    plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {})
     with Journal(out, plan.key, secrets.token_hex(16)) as journal:
         if not journal.done:
             _refuse_existing(out)
@@ -100,6 +104,15 @@ def split(
         _publish(journal.folder, out)
         journal.remove()
     return report_for(read_vault_manifest(out / "vault"))
+
+
+def _planned(
+    model: Path, recipe: Recipe, base: Path | str | None, adapters: Mapping[str, Path | str]
+) -> Plan:
+    if base is not None:
+        return plan_against(model, recipe, Path(base), adapters)
+    refuse_without_base(recipe, adapters)
+    return make_plan(model, recipe)
 
 
 def _refuse_existing(out: Path) -> None:
@@ -180,39 +193,36 @@ def _split_groups(
 ) -> None:
     total = sum(group.rows * group.columns for group, _ in plan.split)
     done = 0
+    found = {group.name: group for group in plan.groups({})}
     for group, choice in plan.split:
         progress(done, total, group.name)
         done += group.rows * group.columns
         if group.name in journal.errors:
             continue
-        part = split_group(
-            group.name,
-            _stack(plan, group),
-            rank=choice.rank,
-            precision=choice.precision,
-            rotation=choice.rotation,
-        )
+        part, norms = _split_group(plan, group, choice)
         public.write(group.name, part.w)
-        for name, array in secret_tensors(part.secrets).items():
+        arrays = secret_tensors(part.secrets)
+        if plan.base is not None:
+            arrays |= plan.base.adapter_arrays(group, found[group.name])
+        for name, array in arrays.items():
             _write_sealed(secret, data_key, name, [array.tobytes()])
         public.sync()
         secret.sync()
-        journal.finish_group(group.name, (part.error, part.svd_error))
+        journal.finish_group(group.name, (part.error, part.svd_error, *norms))
     progress(total, total, "")
 
 
-def _stack(plan: Plan, group: Group) -> npt.NDArray[np.float32]:
-    """The members' weights under each other: float32 [rows, columns]."""
-    stacked = np.empty((group.rows, group.columns), dtype=np.float32)
-    first = 0
-    for member in group.members:
-        key = stored_as(member.weight, plan.layout, plan.sources)
-        if key is None:  # the plan has seen to it
-            raise CheckpointError(f"{member.weight} is not in the checkpoint")
-        weight = plan.checkpoint.read(key)
-        stacked[first : first + member.rows] = weight.T if member.transposed else weight
-        first += member.rows
-    return stacked
+def _split_group(plan: Plan, group: Group, choice: GroupChoice) -> tuple[GroupSplit, tuple[float, ...]]:
+    if plan.base is not None:
+        return plan.base.split_group(plan, group, choice)
+    part = split_group(
+        group.name,
+        stack(plan.checkpoint, plan.layout, plan.sources, group),
+        rank=choice.rank,
+        precision=choice.precision,
+        rotation=choice.rotation,
+    )
+    return part, ()
 
 
 def _write_companions(plan: Plan, vault: Path) -> None:
@@ -239,21 +249,20 @@ def _dtype(checkpoint: Checkpoint) -> str:
 
 def _write_manifests(plan: Plan, journal: Journal, data_key: bytes, vault: Path, worker: Path) -> None:
     groups = plan.groups(journal.errors)
+    seen = tuple(WorkerGroup(name=g.name, rows=g.rows, columns=g.columns, dtype=g.dtype) for g in groups)
+    files = _records(worker)
+    alone = plan.base is not None and plan.base.alone
     public = WorkerManifest(
-        split_id=journal.split_id,
-        groups=tuple(WorkerGroup(name=g.name, rows=g.rows, columns=g.columns, dtype=g.dtype) for g in groups),
-        files=_records(worker),
+        split_id=public_split_id(seen, files[SHARE]) if alone else journal.split_id, groups=seen, files=files
     )
     _write_file(worker / MANIFEST, public.model_dump_json(indent=1).encode(), 0o644)
-    config = plan.layout.config
+    base = plan.base
     manifest = VaultManifest(
-        split_id=journal.split_id,
+        split_id=public.split_id,
         sliplm=sliplm_version(),
-        source=SourceModel(
-            name=plan.checkpoint.path.resolve().name,
-            config_class=type(config).__name__,
-            parameters=sum(math.prod(shape) for shape in plan.layout.parameters.values()),
-        ),
+        source=source_model(plan.checkpoint, plan.layout),
+        base=None if base is None else base.source,
+        adapters=() if base is None else tuple(adapter.name for adapter in base.adapters),
         recipe=plan.recipe,
         groups=groups,
         kept=tuple(
