@@ -5,6 +5,8 @@ sockets.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,7 @@ from sliplm.field import Elements, accepts, add_mod, sub_centred
 from sliplm.fixedpoint import Floats, row_alpha, scale_limit, to_field
 from sliplm.jit import fast_jit, jit
 from sliplm.kernels.threads import default_threads, in_parallel
-from sliplm.splitting import CHALLENGE_SETS, GroupSecrets
+from sliplm.splitting import CHALLENGE_SETS, GroupSecrets, LowRank
 
 Scales = npt.NDArray[np.float64]
 
@@ -30,7 +32,8 @@ class GroupCodec:
         self._limit = scale_limit(secrets.norm, secrets.n)
         self._rotation_in, self._rotation_out = secrets.rotation_in(), secrets.rotation_out()
         self._scale = secrets.scale.astype(np.float64)
-        self._a_transposed, self._b = np.ascontiguousarray(secrets.a.T), secrets.b
+        self._kept = _laid_out([LowRank(0, secrets.a, secrets.b)])
+        self._adapters = {name: self._kept + _laid_out(parts) for name, parts in secrets.adapters.items()}
         self._secrets = secrets
         self._set = 0
         self._challenges = secrets.challenges(0), secrets.challenge_products(0)
@@ -109,18 +112,35 @@ class GroupCodec:
         )
         return all(verdicts)
 
-    def opened(self, x: Floats, alpha: Scales, y: Elements, u: Elements, out: Floats) -> None:
-        """Step 5: Q_out^T (s * centre(y - u) / alpha) + A (B x) into out, float32 [rows, m]."""
+    def opened(
+        self, x: Floats, alpha: Scales, y: Elements, u: Elements, out: Floats, adapter: str | None = None
+    ) -> None:
+        """Step 5: Q_out^T (s * centre(y - u) / alpha) + A (B x) into out, float32 [rows, m]; and what the
+        adapter adds, if it changes this group.
+        """
+        added = self._kept if adapter is None else self._adapters.get(adapter, self._kept)
 
         def part(start: int, end: int) -> None:
             for first in range(start, end, _ROWS_AT_ONCE):
                 rows = slice(first, min(end, first + _ROWS_AT_ONCE))
                 opened = _unmask(y[rows], u[rows], self._scale, alpha[rows])
                 out[rows] = self._rotation_out.apply_transpose(opened)
-                if len(self._b):
-                    _add_low_rank(self._a_transposed, self._b, x[rows], out[rows])
+                for low in added:
+                    _add_low_rank(low.a_transposed, low.b, x[rows], out[rows], low.first)
 
         in_parallel(part, len(x), _threads(len(x)))
+
+
+class _LowRank(NamedTuple):
+    """A `LowRank` as the loop below reads it."""
+
+    first: int
+    a_transposed: Floats
+    b: Floats
+
+
+def _laid_out(parts: Iterable[LowRank]) -> list[_LowRank]:
+    return [_LowRank(part.first, np.ascontiguousarray(part.a.T), part.b) for part in parts if len(part.b)]
 
 
 def _threads(rows: int) -> int:
@@ -156,10 +176,11 @@ def _unmask(y: Elements, u: Elements, scale: Scales, alpha: Scales) -> Floats:
 
 
 @fast_jit
-def _add_low_rank(a_transposed: Floats, b: Floats, x: Floats, out: Floats) -> None:
+def _add_low_rank(a_transposed: Floats, b: Floats, x: Floats, out: Floats, first: int) -> None:
+    last = first + a_transposed.shape[1]
     for i in range(x.shape[0]):
         for k in range(b.shape[0]):
-            row, vector, factors, result = b[k], x[i], a_transposed[k], out[i]
+            row, vector, factors, result = b[k], x[i], a_transposed[k], out[i, first:last]
             factor = np.float32(0)
             for j in range(row.size):
                 factor += row[j] * vector[j]

@@ -6,19 +6,21 @@ Multiply-adds of the vault for one token and a group of m rows, n columns and ra
     rotations     as the transforms count themselves, additions included
     checks        t (m + n)          <e, y~> and <c, x~>, t = 2 challenges
     fixed point   2 n + 3 m          norm and rounding of x; removing u, row scale and 1/alpha of y
+    an adapter    r (m_i + n)        for each member of m_i rows that it changes at rank r; counted apart
 
 Masks are counted apart: the vault derives them with AES, and the dealer does m n multiply-adds per token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from sliplm import rotation
-from sliplm.manifest import Attention, VaultGroup, VaultManifest
-from sliplm.recipe import GroupChoice, Placement, Recipe, RotationKind
+from sliplm.manifest import Attention, Difference, GroupAdapter, VaultGroup, VaultManifest
+from sliplm.recipe import GroupChoice, Placement, Recipe, RotationKind, Tail
 from sliplm.sealing import sealed_bytes
 from sliplm.share import integer_type
 from sliplm.sketch import Likeness
@@ -51,7 +53,9 @@ class GroupReport(_Count):
     """One group.  Bytes are of the shares on disk; traffic is payload per token, without framing.
 
     `error` is the relative Frobenius error of quantisation and `svd_error` that of the kept directions
-    (`splitting.direction_error`); None where nothing was split.
+    (`splitting.direction_error`); None where nothing was split.  Of a full fine-tune with the difference D,
+    `change` is |D| / |W_base| and `left_out` |D - A B| / |D|, Frobenius: 1 - left_out^2 of its energy is
+    kept.
     """
 
     name: str
@@ -63,6 +67,8 @@ class GroupReport(_Count):
     placement: Placement
     error: float | None
     svd_error: float | None
+    change: float | None = None
+    left_out: float | None = None
     vault_bytes: int
     worker_bytes: int
     plain_macs: int
@@ -70,6 +76,18 @@ class GroupReport(_Count):
     vault_macs_share: float
     bytes_to_worker: int
     bytes_from_worker: int
+
+
+class AdapterReport(_Count):
+    """One adapter: the groups that it changes, its bytes in the vault's share, and the multiply-adds for a
+    token that takes it, beside `SplitReport.vault_macs`.
+    """
+
+    name: str
+    groups: int
+    bytes: int
+    macs: int
+    macs_share: float
 
 
 class SplitReport(_Count):
@@ -88,6 +106,10 @@ class SplitReport(_Count):
         bytes_to_worker, bytes_from_worker: payload per token, online.
         mask_bytes: payload per token from the dealer to the vault, ahead of time.
         public: folder -> how close the model is to the public one there: only what `split` has compared.
+        base: name of the public model that the split was made against, if any.
+        tail: what became of what the ranks leave out of the difference to it: lost, or at the worker.
+        change, left_out: as of a group, over all groups; None without a full fine-tune.
+        adapters: what each adapter costs.
     """
 
     groups: tuple[GroupReport, ...]
@@ -104,6 +126,11 @@ class SplitReport(_Count):
     bytes_from_worker: int
     mask_bytes: int
     public: dict[str, Likeness] = {}
+    base: str | None = None
+    tail: Tail = "drop"
+    change: float | None = None
+    left_out: float | None = None
+    adapters: tuple[AdapterReport, ...] = ()
 
     def to_json(self) -> str:
         """One JSON document."""
@@ -129,12 +156,24 @@ def counts_for_shapes(
 
 def report_for(manifest: VaultManifest) -> SplitReport:
     """The report of a split, recomputed from the vault's manifest alone."""
-    groups = [
-        count_group(g.name, g.rows, g.columns, _choice(g), g.error, g.svd_error) for g in manifest.groups
-    ]
+    groups = [_group(group) for group in manifest.groups]
     whole = GroupChoice(rank=0, precision=12, rotation="none", placement="vault")
     groups += [count_group(g.name, g.rows, g.columns, whole) for g in manifest.kept]
-    return _total(groups, manifest.kept_bytes, manifest.attention)
+    total = _total(groups, manifest.kept_bytes, manifest.attention)
+    if manifest.base is None:
+        return total
+    change, left_out = _loss([group.difference for group in manifest.groups])
+    return total.model_copy(
+        update={
+            "base": manifest.base.name,
+            "tail": manifest.recipe.tail,
+            "change": change,
+            "left_out": left_out,
+            "adapters": tuple(
+                _adapter(name, manifest.groups, total.plain_macs) for name in manifest.adapters
+            ),
+        }
+    )
 
 
 def count_group(
@@ -189,8 +228,47 @@ def _secret_bytes(m: int, n: int, rank: int) -> int:
     return sum(sealed_bytes(count) for count in plain)
 
 
-def _choice(group: VaultGroup) -> GroupChoice:
-    return GroupChoice(group.rank, group.precision, group.rotation, "split")
+def _group(group: VaultGroup) -> GroupReport:
+    choice = GroupChoice(group.rank, group.precision, group.rotation, "split")
+    found = count_group(group.name, group.rows, group.columns, choice, group.error, group.svd_error)
+    change, left_out = _loss([group.difference])
+    extra = sum(_adapter_bytes(group, adapter) for adapter in group.adapters)
+    return found.model_copy(
+        update={"vault_bytes": found.vault_bytes + extra, "change": change, "left_out": left_out}
+    )
+
+
+def _loss(differences: Sequence[Difference | None]) -> tuple[float | None, float | None]:
+    """How large the differences are beside the base, and what part of them is left out; None without any."""
+    there = [difference for difference in differences if difference is not None]
+    if not there:
+        return None, None
+    norm, base, tail = (math.hypot(*(getattr(d, kind) for d in there)) for kind in ("norm", "base", "tail"))
+    return (norm / base if base else 0.0), (tail / norm if norm else 0.0)
+
+
+def _adapter(name: str, groups: Sequence[VaultGroup], plain_macs: int) -> AdapterReport:
+    parts = [(group, part) for group in groups for part in group.adapters if part.name == name]
+    macs = sum(
+        rank * (member.rows + group.columns)
+        for group, part in parts
+        for member, rank in zip(group.members, part.ranks, strict=True)
+    )
+    return AdapterReport(
+        name=name,
+        groups=len(parts),
+        bytes=sum(_adapter_bytes(group, part) for group, part in parts),
+        macs=macs,
+        macs_share=macs / max(1, plain_macs),
+    )
+
+
+def _adapter_bytes(group: VaultGroup, adapter: GroupAdapter) -> int:
+    return sum(
+        sealed_bytes(4 * rank * member.rows) + sealed_bytes(4 * rank * group.columns)
+        for member, rank in zip(group.members, adapter.ranks, strict=True)
+        if rank
+    )
 
 
 def _total(groups: Sequence[GroupReport], kept_bytes: int, attention: Sequence[Attention]) -> SplitReport:

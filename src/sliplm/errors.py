@@ -3,7 +3,8 @@
     SlipError
     ├── InputError              a tensor, token or argument that cannot be used (NaN, wrong shape)
     ├── CheckpointError         the folder is not a checkpoint, or a shard is missing or damaged
-    │   └── UnsplittableError   modules that hold weights in a form that cannot be split, by name
+    │   ├── UnsplittableError   modules that hold weights in a form that cannot be split, by name
+    │   └── AdapterError        an adapter that is incomplete, of another model or of another kind
     ├── RecipeError             the recipe asks for what the model does not allow
     ├── LedgerError             this model was split before, or the ledger that would know cannot be used
     ├── ShareError              a share on disk is missing, incomplete or damaged
@@ -58,6 +59,10 @@ class UnsplittableError(CheckpointError):
     def __init__(self, message: str, modules: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.modules = modules
+
+
+class AdapterError(CheckpointError):
+    """An adapter is incomplete, belongs to another model, or is of no kind that can be kept exactly."""
 
 
 class RecipeError(SlipError, ValueError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -11,6 +14,7 @@ from sliplm.recipe import Recipe, RotationKind
 from sliplm.tensorfile import ITEM_BYTES, TensorSpec
 
 FORMAT_VERSION = 2
+ADAPTER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 
 
 def _known_dtype(name: str) -> str:
@@ -23,6 +27,7 @@ Hex = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 SplitId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
+AdapterName = Annotated[str, Field(pattern=f"^{ADAPTER_NAME}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=255)]
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], Field(fail_fast=True)]  # a million wrong ones are one error
@@ -58,11 +63,27 @@ class WorkerGroup(_Model):
     dtype: IntegerType
 
 
+class Difference(_Model):
+    """Frobenius norms of a full fine-tune: `norm` of D = W - W_base, `base` of W_base, `tail` of D - A B."""
+
+    norm: float = Field(ge=0)
+    base: float = Field(ge=0)
+    tail: float = Field(ge=0)
+
+
+class GroupAdapter(_Model):
+    """What an adapter does to a group: the rank of what it adds to each member, 0 for none."""
+
+    name: AdapterName
+    ranks: Several[Annotated[int, Field(ge=0, lt=1 << 31)]]
+
+
 class VaultGroup(WorkerGroup):
     """A split group as the vault knows it.
 
     `error` is the relative Frobenius error of quantisation, `svd_error` that of the kept directions
-    (`splitting.direction_error`).
+    (`splitting.direction_error`).  `difference` is there where a full fine-tune was split, `adapters` has
+    those that change the group.
     """
 
     members: Several[Member]
@@ -71,11 +92,15 @@ class VaultGroup(WorkerGroup):
     rotation: RotationKind
     error: float = Field(ge=0)
     svd_error: float = Field(ge=0)
+    difference: Difference | None = None
+    adapters: Several[GroupAdapter] = ()
 
     @model_validator(mode="after")
     def _members_fill_the_group(self) -> Self:
         if sum(member.rows for member in self.members) != self.rows:
             raise ValueError(f"the members of {self.name} do not have {self.rows} rows together")
+        if any(len(adapter.ranks) != len(self.members) for adapter in self.adapters):
+            raise ValueError(f"an adapter of {self.name} does not have a rank for each member")
         return self
 
 
@@ -117,7 +142,10 @@ class SourceModel(_Model):
 
 
 class WorkerManifest(_Model):
-    """`worker/manifest.json`: names, shapes and types only."""
+    """`worker/manifest.json`: names, shapes and types only.
+
+    `split_id` is random, or `public_split_id` where the share is that of a public base alone.
+    """
 
     format: Literal["sliplm-worker"] = "sliplm-worker"
     version: Literal[2] = 2
@@ -127,13 +155,19 @@ class WorkerManifest(_Model):
 
 
 class VaultManifest(_Model):
-    """`vault/manifest.json`: the whole account of a split.  `kept_bytes`: of `kept_tensors`, sealed."""
+    """`vault/manifest.json`: the whole account of a split.
+
+    `kept_bytes`: of `kept_tensors`, sealed.  `base`: the public model that it was split against, if any, and
+    `adapters` to it.
+    """
 
     format: Literal["sliplm-vault"] = "sliplm-vault"
     version: Literal[2] = 2
     split_id: SplitId
     sliplm: str = Field(max_length=64)
     source: SourceModel
+    base: SourceModel | None = None
+    adapters: Several[AdapterName] = ()
     recipe: Recipe
     groups: Several[VaultGroup]
     kept: Several[KeptGroup]
@@ -142,3 +176,25 @@ class VaultManifest(_Model):
     attention: Several[Attention]
     files: dict[FileName, FileRecord]
     worker_files: dict[FileName, FileRecord]
+
+    @model_validator(mode="after")
+    def _adapters_are_named(self) -> Self:
+        named = {adapter.name for group in self.groups for adapter in group.adapters}
+        if named - set(self.adapters) or len(set(self.adapters)) != len(self.adapters):
+            raise ValueError("the adapters of the groups are not those of the split")
+        return self
+
+
+def public_split_id(groups: Iterable[WorkerGroup], share: FileRecord) -> str:
+    """The split id of a worker share that is a public base and nothing else (SPEC section 2, M41).
+
+    A function of what lies there, so that every owner of a fine-tune of one base has one and the same worker
+    share.
+
+    Args:
+        groups: in the share's order.
+        share: length and digest of `share.safetensors`.
+    """
+    text = json.dumps([[g.name, g.rows, g.columns, g.dtype] for g in groups], separators=(",", ":"))
+    data = "\n".join(("sliplm/1/public base", text, share.sha256))
+    return hashlib.sha256(data.encode()).hexdigest()[:32]

@@ -23,6 +23,7 @@ from sliplm.errors import RecipeError
 
 RotationKind = Literal["fast", "haar", "none"]
 Placement = Literal["split", "vault"]
+Tail = Literal["drop", "worker"]
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -46,6 +47,7 @@ class Rule(_Strict):
 
     pattern: str = Field(min_length=1, max_length=1024)
     rank: int | None = Field(default=None, ge=0)
+    energy: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     precision: int | None = Field(default=None, ge=4, le=12)
     rotation: RotationKind | None = None
     placement: Placement | None = None
@@ -57,22 +59,29 @@ class Rule(_Strict):
 
 @dataclass(frozen=True)
 class GroupChoice:
-    """What a recipe says about one group."""
+    """What a recipe says about one group; `energy`, where there is one, decides the rank (until then 0)."""
 
     rank: int
     precision: int
     rotation: RotationKind
     placement: Placement
+    energy: float | None = None
 
 
 class Recipe(_Strict):
     """How to split a model.
 
     Attributes:
-        rank: singular triplets of each group that stay in the vault (k of SPEC split step 1); at least 0.
+        rank: singular triplets of each group, or of its difference to a public base, that stay in the vault
+            (k of SPEC split step 1); at least 0.
         precision: bits of the worker's integers (b of SPEC split step 3), 4 to 12; up to 8 take a byte each.
-        rotation: secret basis (SPEC split step 2): "fast", "haar" (n*n work in the vault) or "none".
+        rotation: secret basis (SPEC split step 2): "fast", "haar" (n*n work in the vault) or "none", which is
+            what a split against a public base has.
         placement: "split" (vault and worker) or "vault" (the whole matrix stays in the vault).
+        energy: only for a full fine-tune of a public base, and there in the place of `rank`: the smallest
+            rank that keeps this part of the difference's squared Frobenius norm, above 0 and up to 1.
+        tail: only for a full fine-tune of a public base: what the rank leaves out is dropped ("drop"), or
+            goes to the worker ("worker"), **where whoever has the base reads it**.
         rules: exceptions by name; the last match wins.
 
     Raises:
@@ -83,15 +92,20 @@ class Recipe(_Strict):
     precision: int = Field(default=12, ge=4, le=12)
     rotation: RotationKind = "fast"
     placement: Placement = "split"
+    energy: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    tail: Tail = "drop"
     rules: tuple[Rule, ...] = Field(default=(), strict=False, fail_fast=True)
 
     def for_group(self, name: str, member_names: Sequence[str] = ()) -> GroupChoice:
         """The choice for the group `name` whose linear layers are `member_names`."""
         names = (name, *member_names)
-        choice: dict[str, Any] = self.model_dump(exclude={"rules"})
+        choice: dict[str, Any] = self.model_dump(exclude={"rules", "tail"})
         for rule in self.rules:
             if rule.matches(names):
-                choice.update(rule.model_dump(exclude={"pattern"}, exclude_none=True))
+                fields = rule.model_dump(exclude={"pattern"}, exclude_none=True)
+                choice.update({"energy": None} | fields if "rank" in fields else fields)
+        if choice["energy"] is not None:
+            choice["rank"] = 0
         return GroupChoice(**choice)
 
     def unmatched(self, names: Iterable[str]) -> tuple[str, ...]:

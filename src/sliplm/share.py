@@ -5,8 +5,10 @@
 
 The worker's `share.safetensors` has one integer tensor per group, named by its group.  The vault's has, per
 group G of m rows, n columns and rank k: `G/a` F32 [m,k], `G/b` F32 [k,n], `G/scale` F32 [m], `G/c` U32 [4t,n]
-(4 sets of challenges), `G/norm` F64 [1] and `G/seed` U8 [32].  In both files of the vault a tensor lies
-sealed, as U8 [sealed bytes] under its name; its true type and shape are in the manifest (`sealing`).
+(4 sets of challenges), `G/norm` F64 [1] and `G/seed` U8 [32]; and for each adapter N and member i that it
+changes, `G/adapter/N/i/a` F32 [rows of i, its rank] and `G/adapter/N/i/b` F32 [its rank, n].  In both files
+of the vault a tensor lies sealed, as U8 [sealed bytes] under its name; its true type and shape are in the
+manifest (`sealing`).
 
 A manifest holds the sha256 of every other file of its folder, but not of `seal.json`, which authenticates the
 manifest; the vault's also holds those of the worker's two files, which binds the pair.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +33,7 @@ from sliplm.field import derive_key
 from sliplm.keysource import KeySpec
 from sliplm.manifest import (
     FileRecord,
+    GroupAdapter,
     IntegerType,
     Member,
     VaultGroup,
@@ -40,7 +43,7 @@ from sliplm.manifest import (
 )
 from sliplm.recipe import problems
 from sliplm.sealing import check_manifest, open_blob, open_bytes, open_seal, read_seal, sealed_bytes
-from sliplm.splitting import CHALLENGE_SETS, CHALLENGES, GroupSecrets
+from sliplm.splitting import CHALLENGE_SETS, CHALLENGES, GroupSecrets, LowRank
 from sliplm.tensorfile import NUMPY, TensorEntry, TensorSpec, map_file, read_header
 
 MANIFEST = "manifest.json"
@@ -69,6 +72,15 @@ class VaultShare:
     @property
     def split_id(self) -> str:
         return self.manifest.split_id
+
+    @property
+    def pool_name(self) -> str:
+        """The name of this vault's pools: the split id, which the vaults of one public base have in common,
+        or there a name of its own.
+        """
+        return (
+            self.split_id if self.manifest.base is None else derive_key(self.data_key, "pool name")[:16].hex()
+        )
 
     def __repr__(self) -> str:
         return f"VaultShare({str(self.path)!r}, groups={len(self.groups)}, secrets hidden)"
@@ -220,7 +232,22 @@ def secret_specs(group: VaultGroup) -> tuple[TensorSpec, ...]:
         ("a", "F32", (m, k)), ("b", "F32", (k, n)), ("scale", "F32", (m,)),
         ("c", "U32", (CHALLENGE_SETS * CHALLENGES, n)), ("norm", "F64", (1,)), ("seed", "U8", (32,)),
     )  # fmt: skip
-    return tuple(TensorSpec(f"{group.name}/{field}", dtype, shape) for field, dtype, shape in fields)
+    own = tuple(TensorSpec(f"{group.name}/{field}", dtype, shape) for field, dtype, shape in fields)
+    return own + tuple(
+        TensorSpec(f"{place}/{field}", "F32", shape)
+        for adapter in group.adapters
+        for place, _, rows, rank in _places(group, adapter)
+        for field, shape in (("a", (rows, rank)), ("b", (rank, n)))
+    )
+
+
+def _places(group: VaultGroup, adapter: GroupAdapter) -> Iterator[tuple[str, int, int, int]]:
+    """Of each member that an adapter changes: where it lies, its first row, its rows, and the rank."""
+    first = 0
+    for i, (member, rank) in enumerate(zip(group.members, adapter.ranks, strict=True)):
+        if rank:
+            yield f"{group.name}/adapter/{adapter.name}/{i}", first, member.rows, rank
+        first += member.rows
 
 
 def sealed_spec(spec: TensorSpec) -> TensorSpec:
@@ -252,7 +279,7 @@ def open_tensors(
 
 
 def secret_tensors(secrets: GroupSecrets) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a group under the names of `secret_specs`."""
+    """The arrays of a group under the names of `secret_specs`, those of adapters apart."""
     arrays: dict[str, npt.NDArray[Any]] = {
         "a": secrets.a,
         "b": secrets.b,
@@ -262,6 +289,17 @@ def secret_tensors(secrets: GroupSecrets) -> dict[str, npt.NDArray[Any]]:
         "seed": np.frombuffer(secrets.seed, dtype=np.uint8),
     }
     return {f"{secrets.name}/{field}": array for field, array in arrays.items()}
+
+
+def adapter_tensors(
+    group: VaultGroup, adapters: Mapping[str, tuple[LowRank, ...]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The arrays of a group's adapters under the names of `secret_specs`."""
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for adapter in group.adapters:
+        for (place, *_), part in zip(_places(group, adapter), adapters[adapter.name], strict=True):
+            found |= {f"{place}/a": part.a, f"{place}/b": part.b}
+    return found
 
 
 def integer_type(precision: int) -> IntegerType:
@@ -285,6 +323,13 @@ def _secrets(group: VaultGroup, tensors: Mapping[str, npt.NDArray[Any]]) -> Grou
         name=group.name, m=group.rows, n=group.columns, precision=group.precision, rotation=group.rotation,
         a=get("a"), b=get("b"), scale=get("scale"), norm=float(get("norm")[0]), c=get("c"),
         seed=get("seed").tobytes(),
+        adapters={
+            adapter.name: tuple(
+                LowRank(first, tensors[f"{place}/a"], tensors[f"{place}/b"])
+                for place, first, _, _ in _places(group, adapter)
+            )
+            for adapter in group.adapters
+        },
     )  # fmt: skip
 
 

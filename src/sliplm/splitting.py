@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,18 @@ _OVERSAMPLING, _POWER_STEPS = 16, 4
 
 
 @dataclass(frozen=True, repr=False)
+class LowRank:
+    """A [m, k] times B [k, n], float32, added to the `m` rows of a group's product from row `first` on."""
+
+    first: int
+    a: Floats
+    b: Floats
+
+    def __repr__(self) -> str:
+        return f"LowRank(first={self.first}, rank={self.b.shape[0]}, secrets hidden)"
+
+
+@dataclass(frozen=True, repr=False)
 class GroupSecrets:
     """The vault's part of one split group: all that is needed beside the worker's integers w.
 
@@ -30,6 +43,7 @@ class GroupSecrets:
         scale: float32 [m], row scales of the fixed point.  norm: N, the largest row norm of w.
         c: uint32 [CHALLENGE_SETS * t, n], products of the challenge vectors with w, one set after the other.
         seed: 32 bytes from which the rotations and the challenge vectors are derived.
+        adapters: by name what an adapter adds, one part for each member that it changes.
     """
 
     name: str
@@ -43,6 +57,7 @@ class GroupSecrets:
     norm: float
     c: Elements
     seed: bytes
+    adapters: Mapping[str, tuple[LowRank, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"GroupSecrets({self.name!r}, m={self.m}, n={self.n}, rank={self.b.shape[0]}, secrets hidden)"
@@ -96,6 +111,15 @@ def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotatio
     # 2. hide the basis
     seed = new_key()
     hidden = rotate_both(rest, rotation, seed)
+    secrets, w, error = in_integers(name, hidden, a, b, precision=precision, rotation=rotation, seed=seed)
+    return GroupSplit(secrets, w, error, direction_error(weight, a, b))
+
+
+def in_integers(
+    name: str, hidden: Floats, a: Floats, b: Floats, *, precision: int, rotation: str, seed: bytes
+) -> tuple[GroupSecrets, npt.NDArray[np.integer], float]:
+    """Steps 3 and 4 for W_R = `hidden`, float32 [m, n]: the secrets, w and w's relative error."""
+    m, n = hidden.shape
     # 3. fixed point
     w, scale = quantise_rows(hidden, precision)
     norm = norm_bound(w)
@@ -103,7 +127,7 @@ def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotatio
     # 4. verification
     c = np.concatenate([challenge_products(_challenges(seed, i, m), w) for i in range(CHALLENGE_SETS)])
     secrets = GroupSecrets(name, m, n, precision, rotation, a, b, scale, norm, c, seed)
-    return GroupSplit(secrets, w, _relative_error(hidden, w, scale), direction_error(weight, a, b))
+    return secrets, w, _relative_error(hidden, w, scale)
 
 
 def top_triplets(weight: Floats, rank: int) -> tuple[Floats, Floats]:
@@ -133,8 +157,8 @@ def _right_vectors(weight: Floats, rank: int) -> Floats:
     if min(m, n) <= EXACT_SVD:
         # the top of the spectrum loses nothing in a float64 Gram matrix, and costs a tenth of an SVD
         if n <= m:
-            return np.linalg.eigh(_gram(weight))[1][:, -1 : -rank - 1 : -1].astype(np.float32)
-        left = np.linalg.eigh(_gram(weight.T))[1][:, -1 : -rank - 1 : -1]
+            return np.linalg.eigh(gram(weight))[1][:, -1 : -rank - 1 : -1].astype(np.float32)
+        left = np.linalg.eigh(gram(weight.T))[1][:, -1 : -rank - 1 : -1]
         return np.linalg.qr((weight.T @ left.astype(np.float32)).astype(np.float64))[0].astype(np.float32)
     start = gaussians(new_key(), n * min(rank + _OVERSAMPLING, m, n)).reshape(n, -1).astype(np.float32)
     basis = np.linalg.qr(start)[0]
@@ -145,7 +169,8 @@ def _right_vectors(weight: Floats, rank: int) -> Floats:
     return top
 
 
-def _gram(x: Floats) -> npt.NDArray[np.float64]:
+def gram(x: Floats) -> npt.NDArray[np.float64]:
+    """X^T X in float64."""
     total = np.zeros((x.shape[1], x.shape[1]))
     for first in range(0, x.shape[0], 4096):  # in slices: no float64 copy of a large matrix
         part = x[first : first + 4096].astype(np.float64)

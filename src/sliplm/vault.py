@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 
 from sliplm import kernels, masks
+from sliplm.adapters import Adapters
 from sliplm.attestation import Attester, Verifier
 from sliplm.audit import AuditLog
 from sliplm.codec import GroupCodec, Scales
@@ -78,9 +79,13 @@ class Vault:
         audit: where events are recorded.
         attester: gives this vault's evidence to workers that ask for it.
         verifier: judges the workers' and dealers' evidence.
+        adapter: the one that products take where no other is chosen; None for none.
 
-    Raises: MismatchError for shares of different splits; InputError without a worker or without masks; what
-        `Link.open` raises.
+    Attributes:
+        adapter: what it has, and how to choose for a block: `with vault.adapter("fr"): ...`
+
+    Raises: MismatchError for shares of different splits; InputError without a worker, without masks or for
+        an unknown adapter; what `Link.open` raises.
     """
 
     def __init__(
@@ -98,7 +103,9 @@ class Vault:
         audit: AuditLog | Path | str | None = None,
         attester: Attester | None = None,
         verifier: Verifier | None = None,
+        adapter: str | None = None,
     ) -> None:
+        self.adapter = Adapters(share.manifest.adapters, adapter)
         if dealing_share is not None:
             check_pair(share, dealing_share)
         _check_arguments(workers, dealers, dealing_share, pool, ahead, timeout, fallback, pad_to)
@@ -181,7 +188,7 @@ class Vault:
         Raises: InputError for a wrong shape, NaN or infinity; MaskError; WorkerError when no worker is
             left that serves.
         """
-        codec = self._codec(group, x)
+        codec, adapter = self._codec(group, x), self.adapter.current
         rows = len(x)
         if rows > 1 and rows % self._pad_to:
             x = np.concatenate([x, np.zeros((-rows % self._pad_to, codec.n), np.float32)])
@@ -189,7 +196,8 @@ class Vault:
         asked = [link for link in self._workers.links if link.barred is None]  # the others slow nobody down
         step = min((link.max_rows(self._index[group]) for link in asked), default=max(1, len(x)))
         for first in range(0, len(x), step):
-            self._exchange(self._index[group], codec, x[first : first + step], out[first : first + step])
+            part = slice(first, first + step)
+            self._exchange(self._index[group], codec, x[part], out[part], adapter)
         return out[:rows]
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:
@@ -229,7 +237,7 @@ class Vault:
             raise InputError(f"{group} takes float32 [rows, {codec.n}], not {x.dtype} {list(x.shape)}")
         return codec
 
-    def _exchange(self, index: int, codec: GroupCodec, x: Floats, out: Floats) -> None:
+    def _exchange(self, index: int, codec: GroupCodec, x: Floats, out: Floats, adapter: str | None) -> None:
         start = time.perf_counter()
         z, alpha = codec.scaled(x)  # (1)
         taken = time.perf_counter()
@@ -248,7 +256,7 @@ class Vault:
                     came = time.perf_counter()
                     self._verify(codec, link, hidden, claim)  # (4): nothing of it is used before
                     checked = time.perf_counter()
-                    codec.opened(x, alpha, claim, mask.u, out)  # (5)
+                    codec.opened(x, alpha, claim, mask.u, out, adapter)  # (5)
             except FAILURES as error:
                 failure = error
                 self._workers.failed(link, error, codec.name)
@@ -265,7 +273,8 @@ class Vault:
             return
         if self._fallback == "fail":
             raise self._workers.refusal(failure)
-        self._compute(index, x, z, alpha, out, failure or self._workers.nobody())
+        y = self._compute(index, z, alpha, failure or self._workers.nobody())
+        codec.opened(x, alpha, y, np.zeros_like(y), out, adapter)
 
     def _verify(self, codec: GroupCodec, link: Link, x: Elements, y: Elements) -> None:
         challenges = codec.challenge_set
@@ -280,16 +289,15 @@ class Vault:
             self._workers.failed(link, error, codec.name)  # now, while nobody else has his turn with it
             raise error
 
-    def _compute(self, index: int, x: Floats, z: Floats, alpha: Scales, out: Floats, why: SlipError) -> None:
+    def _compute(self, index: int, z: Floats, alpha: Scales, why: SlipError) -> Elements:
         """The owner's choice for want of a worker: the product from the worker share, on this machine."""
         codec = self._codecs[index]
         with self._lock:
             first = self.counters.rows_here == 0
-            self.counters.rows_here += len(x)
+            self.counters.rows_here += len(z)
         if first:
             self.audit.write("computed here", f"slowly, for want of a worker: {why}", group=codec.name)
-        y = self._dealing.compute(index, codec.in_field(z, alpha))
-        codec.opened(x, alpha, y, np.zeros_like(y), out)
+        return self._dealing.compute(index, codec.in_field(z, alpha))
 
     # --- masks -------------------------------------------------------------------------------------------
 
@@ -360,8 +368,9 @@ class LocalProducts:
     What every hybrid run is compared with, bit for bit; it needs both shares, so it protects nothing.
     """
 
-    def __init__(self, share: VaultShare, worker: WorkerShare) -> None:
+    def __init__(self, share: VaultShare, worker: WorkerShare, adapter: str | None = None) -> None:
         check_pair(share, worker)
+        self.adapter = Adapters(share.manifest.adapters, adapter)
         self._codecs = {name: GroupCodec(secrets) for name, secrets in share.groups.items()}
         self._matrices = {name: kernels.prepare(worker.matrices[name]) for name in share.groups}
 
@@ -373,7 +382,7 @@ class LocalProducts:
         z, alpha = codec.scaled(x)
         y = self._matrices[group].product(codec.in_field(z, alpha))
         out = np.empty((len(x), codec.m), np.float32)
-        codec.opened(x, alpha, y, np.zeros_like(y), out)
+        codec.opened(x, alpha, y, np.zeros_like(y), out, self.adapter.current)
         return out
 
 

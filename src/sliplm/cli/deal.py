@@ -102,7 +102,7 @@ def command(
             share = vault.parent / "worker"
         with _dealing(opened, shapes, share, dealer or []) as dealing:
             _deal(opened, pool, shapes, tokens, dealing, most, anchor)
-    stocks = stock(pool, opened.split_id, opened.pool_key, shapes)
+    stocks = stock(pool, opened.pool_name, opened.pool_key, shapes)
     _show(console(json=json), list(opened.groups), stocks)
     if json:
         named = zip(opened.groups, stocks, strict=True)
@@ -151,8 +151,8 @@ def _deal(
     from sliplm.poolfolder import PoolWriter, stock
 
     place = file_anchor() if anchor is None else CommandAnchor(anchor)
-    with PoolWriter(pool, vault.split_id, vault.pool_key, shapes, place) as writer:
-        there = stock(pool, vault.split_id, vault.pool_key, shapes)
+    with PoolWriter(pool, vault.pool_name, vault.pool_key, shapes, place) as writer:
+        there = stock(pool, vault.pool_name, vault.pool_key, shapes)
         ready = [group.ready for group in there]
         _check_room(pool, shapes, there, _missing_bytes(shapes, ready, tokens), limit, tokens)
         batches = _plan(shapes, ready, tokens)

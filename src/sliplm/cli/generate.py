@@ -65,6 +65,10 @@ def command(
         typer.Option(min=1, help="Pad prompts to a multiple of so many tokens, so that workers do not see "
         "their length."),
     ] = 1,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The adapter to answer with; by default the base without any."),
+    ] = None,
     key: Annotated[
         str | None,
         typer.Option(metavar="SPEC", help="What the vault share is sealed with, as slip split takes it."),
@@ -85,7 +89,7 @@ def command(
     vault = out / "vault" if (out / "vault").is_dir() else out
     options = {
         "share": share, "dealers": dealer or [], "pool": pool, "anchor": anchor, "fallback": fallback,
-        "audit": audit, "pad_to": pad_to, "key": key,
+        "audit": audit, "pad_to": pad_to, "key": key, "adapter": adapter,
     }  # fmt: skip
     with _model(out, vault, worker or [], options) as model:
         tokenizer = load_tokenizer(vault)

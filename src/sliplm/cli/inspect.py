@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sliplm.cli.screen import console, number, percent, print_json, size
+from sliplm.cli.screen import add_difference, console, number, percent, print_json, size, warn_of_tail
 from sliplm.errors import ShareError
-from sliplm.manifest import WorkerGroup
+from sliplm.manifest import WorkerGroup, public_split_id
 from sliplm.sealing import read_seal
-from sliplm.share import MANIFEST, open_worker, read_vault_manifest
+from sliplm.share import MANIFEST, SHARE, open_worker, read_vault_manifest
 
 if TYPE_CHECKING:
     from sliplm.counts import GroupReport, SplitReport
@@ -67,6 +67,7 @@ def command(
     _head(screen, manifest, seal)
     screen.print(_groups(report, all_groups))
     screen.print(_totals(report))
+    warn_of_tail(screen, report)
 
 
 def _is_worker(path: Path) -> bool:
@@ -96,6 +97,13 @@ def _head(screen: Console, manifest: VaultManifest, seal: Seal) -> None:
         f"split {manifest.split_id[:8]} by sliplm {manifest.sliplm}; "
         f"the vault share is sealed {_sealed(seal)}"
     )
+    if manifest.base is not None and manifest.recipe.tail == "drop":
+        screen.print(
+            f"The worker's share is the public {escape(manifest.base.name)} alone, rounded: it hides "
+            "nothing, and nothing of yours is in it.\nEvery split against it with these groups and bits has "
+            "the same.",
+            soft_wrap=True,
+        )
 
 
 def _groups(report: SplitReport, all_groups: bool) -> Table:
@@ -112,12 +120,16 @@ def _groups(report: SplitReport, all_groups: bool) -> Table:
             )
             continue
         errors = [g.error for g in same if g.error is not None]
+        ranks = sorted({g.rank for g in same})
+        how = [f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"]
+        how += [f"{group.precision} bits", group.rotation]
+        if report.base is not None:  # the head of the page says in what basis the base is, and what is kept
+            how = how[0 if ranks[-1] else 1 : 2]
         table.add_row(
             _name(same),
-            f"{group.rows} x {group.columns}\n"
-            f"[dim]rank {group.rank}, {group.precision} bits, {group.rotation}[/]",
-            f"{size(group.worker_bytes)}\n{size(group.vault_bytes)}",
-            percent(group.vault_macs_share),
+            f"{group.rows} x {group.columns}\n[dim]{', '.join(how)}[/]",
+            f"{size(group.worker_bytes)}\n{size(max(g.vault_bytes for g in same))}",
+            percent(max(g.vault_macs_share for g in same)),
             f"{size(group.bytes_to_worker)}\n{size(group.bytes_from_worker)}",
             f"{max(errors):.1e}" if errors else "",
         )
@@ -150,6 +162,7 @@ def _totals(report: SplitReport) -> Table:
                   f"a token in {report.exchanges} exchanges: {size(report.bytes_to_worker)} out, "
                   f"{size(report.bytes_from_worker)} back")  # fmt: skip
     table.add_row("masks", size(report.mask_bytes), "of memory for each token dealt ahead")
+    add_difference(table, report)
     return table
 
 
@@ -159,9 +172,11 @@ def _totals(report: SplitReport) -> Table:
 def _worker(screen: Console, share: WorkerShare, all_groups: bool, json: bool) -> None:
     groups = share.manifest.groups
     total = sum(share.matrices[group.name].nbytes for group in groups)
+    public = share.split_id == public_split_id(groups, share.manifest.files[SHARE])
     if json:
         document = json_format.loads(share.manifest.model_dump_json())
-        print_json({key: document[key] for key in ("split_id", "groups", "files")} | {"worker_bytes": total})
+        fields = {key: document[key] for key in ("split_id", "groups", "files")}
+        print_json(fields | {"worker_bytes": total, "public_base": public})
         return
     screen.print(
         f"[bold]What the operator of this worker sees[/], split {share.split_id[:8]}; digests are right\n"
@@ -182,6 +197,12 @@ def _worker(screen: Console, share: WorkerShare, all_groups: bool, json: bool) -
         f"{len(groups)} integer matrices, {size(total)}; and, while it serves, uniform field elements: how\n"
         "many, and when. No scale, basis, removed part, embedding, norm or bias; no token; no tokenizer."
     )
+    if public:
+        screen.print(
+            "\nBy its split id these matrices are a public model's, in clear: they hide nothing. To see that "
+            "they are\nnothing else, split that model yourself (slip split BASE OUT --base BASE) and compare "
+            "the files."
+        )
 
 
 # --- folding ---------------------------------------------------------------------------------------------
@@ -215,11 +236,13 @@ def _range(parts: Sequence[str]) -> str:
     return "{" + ",".join(f"{a}..{b}" if b > a else f"{a}" for a, b in runs) + "}"
 
 
-_OWN = {"name", "error", "svd_error", "vault_macs"}  # what differs between groups that look the same
+# what differs between groups that look the same
+_OWN = {"name", "error", "svd_error", "vault_macs", "change", "left_out"}
+_RANKED = {"rank", "vault_bytes", "vault_macs_share"}  # and where the ranks follow from an energy
 
 
 def _look(group: GroupReport) -> Hashable:
-    return tuple(group.model_dump(exclude=_OWN).values())
+    return tuple(group.model_dump(exclude=_OWN if group.left_out is None else _OWN | _RANKED).values())
 
 
 def _name(same: Sequence[Any]) -> Text:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from sliplm.errors import SlipWarning
@@ -90,6 +91,33 @@ def split_with_progress(
     used = Text(f"the vault share is sealed with {described(key)}", style="dim")
     Console(stderr=True, highlight=False).print(used, soft_wrap=True)
     return report
+
+
+def add_difference(table: Table, report: SplitReport) -> None:
+    """What a split against a public base keeps and loses, as rows of (name, figure, text)."""
+    if report.left_out is not None and report.change is not None:
+        worst = max((g.left_out or 0.0 for g in report.groups), default=0.0)
+        ranks = [group.rank for group in report.groups if group.placement == "split"]
+        table.add_row("difference", percent(report.change), Text(f"of the norm of {report.base}'s matrices"))
+        table.add_row("kept of it", percent(1 - report.left_out**2),
+                      f"of its energy, at ranks {min(ranks)} to {max(ranks)}")  # fmt: skip
+        gone = "at the worker" if report.tail == "worker" else "lost"
+        table.add_row(
+            gone, percent(report.left_out), f"of its norm; of the matrix that loses most {percent(worst)}"
+        )
+    for adapter in report.adapters:
+        where = f"in {adapter.groups} groups, whole; {percent(adapter.macs_share)} of work for its tokens"
+        table.add_row(Text(f"adapter {adapter.name}"), size(adapter.bytes), where)
+
+
+def warn_of_tail(screen: Console, report: SplitReport) -> None:
+    """Say loudly what the owner asked for by name."""
+    if report.tail == "worker":
+        text = (
+            f"The tail of your difference is at the worker: whoever has {report.base} subtracts it, reads "
+            "the tail in clear, and learns the span of what was kept. Do not give this share away."
+        )
+        screen.print(Text(f"\n{text}", style="bold red"), soft_wrap=True)
 
 
 def size(count: float) -> str:

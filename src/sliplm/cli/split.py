@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sliplm.cli.screen import (
+    add_difference,
     console,
     number,
     percent,
@@ -18,6 +19,7 @@ from sliplm.cli.screen import (
     quiet,
     size,
     split_with_progress,
+    warn_of_tail,
 )
 from sliplm.errors import RecipeError
 from sliplm.recipe import Recipe
@@ -31,7 +33,9 @@ def command(
     out: Annotated[Path, typer.Argument(help="Where to write the folders vault and worker.")],
     *,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="Singular triplets of each matrix that stay in the vault (16).")
+        int | None,
+        typer.Option(min=0, help="Singular triplets of each matrix, or of its difference to --base, that "
+        "stay in the vault (16)."),
     ] = None,
     precision: Annotated[
         int | None, typer.Option(min=4, max=12, help="Bits of the worker's integers (12); 8 is faster.")
@@ -40,6 +44,27 @@ def command(
         str | None,
         typer.Option(help="How the basis is hidden (fast): fast, haar (provable, slow), none (to compare)."),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The public model that this one was trained from, or this one "
+        "itself: the worker's share is then the base alone, and the vault holds the difference.",
+        rich_help_panel="A fine-tune of a public model"),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FOLDER", help="A LoRA adapter, as peft saves it; by default it has its "
+        "folder's name. May be given several times.", rich_help_panel="A fine-tune of a public model"),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="In the place of --rank: keep this part, up to 1, of the energy of each matrix's "
+        "difference.", rich_help_panel="A fine-tune of a public model"),
+    ] = None,
+    tail_to_worker: Annotated[
+        bool,
+        typer.Option("--tail-to-worker", help="Give the worker what the rank leaves out of the difference. "
+        "Whoever has the base reads it.", rich_help_panel="A fine-tune of a public model"),
+    ] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe in JSON or TOML; the options above override its fields.")
     ] = None,
@@ -66,7 +91,7 @@ def command(
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Split a model into OUT/vault, which stays with you, and OUT/worker, which may go anywhere.
 
     Run it on a machine that you trust. A run that was interrupted continues where it stopped. OUT/vault is
@@ -76,11 +101,23 @@ def command(
     Example: slip split ~/models/SmolLM2-135M-Instruct out --rank 16
 
     Example: slip split ~/models/SmolLM2-135M-Instruct out --key passphrase
+
+    Example: slip split base out --base base --adapter fr=adapters/french
+
+    Example: slip split my-finetune out --base base --energy 0.99
     """
-    chosen = _recipe(recipe, rank=rank, precision=precision, rotation=rotation)
+    if rank is not None and energy is not None:
+        raise RecipeError("--rank and --energy both decide how much is kept: give one of them")
+    chosen = _recipe(
+        recipe, rank=rank, precision=precision, rotation=rotation, energy=energy,
+        tail="worker" if tail_to_worker else None,
+    )  # fmt: skip
     quiet()
     warned: list[str] = []
-    report = split_with_progress(model, out, chosen, key, warned=warned, public=public or (), i_know=i_know)
+    report = split_with_progress(
+        model, out, chosen, key, warned=warned, public=public or (), i_know=i_know,
+        base=base, adapters=_adapters(adapter or []),
+    )  # fmt: skip
     _show(console(json=json), out, report)
     if json:
         print_json(report.model_dump(mode="json") | {"warnings": warned})
@@ -92,7 +129,29 @@ def _recipe(file: Path | None, **options: Any) -> Recipe:
         raise RecipeError(f"--rotation {options['rotation']}: choose fast, haar or none")
     if file is None:
         return Recipe(**given)
-    return Recipe(**(dict(Recipe.read(file)) | given))
+    read = Recipe.read(file)
+    # only what the file sets: with a base it matters what was asked for
+    return Recipe(**({name: getattr(read, name) for name in read.model_fields_set} | given))
+
+
+def _adapters(options: list[str]) -> dict[str, Path]:
+    """NAME=FOLDER or FOLDER, by name."""
+    found: dict[str, Path] = {}
+    for option in options:
+        name, sign, folder = option.partition("=")
+        path = Path(folder if sign else option)
+        name = name if sign else path.resolve().name
+        if name in found:
+            raise RecipeError(f"two adapters are called {name}: name one of them otherwise, as NAME=FOLDER")
+        found[name] = path
+    return found
+
+
+def _seen(report: SplitReport) -> str:
+    if report.base is None:
+        return "integers that may be public"
+    return f"{report.base}, rounded to integers" + (" with your tail in it" if report.tail == "worker" else
+                                                    ": nothing of yours")  # fmt: skip
 
 
 def _show(screen: Console, out: Path, report: SplitReport) -> None:
@@ -103,7 +162,7 @@ def _show(screen: Console, out: Path, report: SplitReport) -> None:
     table.add_column()
     kept = f"secret, sealed: {size(report.kept_bytes)} kept whole, the rest shares of the split matrices"
     table.add_row(Text(str(out / "vault")), size(report.vault_bytes), kept)
-    table.add_row(Text(str(out / "worker")), size(report.worker_bytes), "integers that may be public")
+    table.add_row(Text(str(out / "worker")), size(report.worker_bytes), _seen(report))
     share = f"of the {number(report.plain_macs)} multiply-adds that a token takes in linear layers"
     table.add_row("vault's work", percent(report.vault_macs_share), share)
     out_bytes, back = report.bytes_to_worker, report.bytes_from_worker
@@ -113,9 +172,13 @@ def _show(screen: Console, out: Path, report: SplitReport) -> None:
     if errors:
         table.add_row("rounding", f"{max(errors):.1e}", "largest relative error of a matrix")
     directions = max((group.svd_error or 0.0 for group in report.groups), default=0.0)
-    table.add_row("directions", f"{directions:.1e}", "largest error of the kept singular directions")
+    if report.base is None or report.left_out is not None:
+        table.add_row("directions", f"{directions:.1e}", "largest error of the kept singular directions")
+    add_difference(table, report)
     screen.print(table)
-    if any(group.placement == "split" and group.rotation == "none" for group in report.groups):
+    warn_of_tail(screen, report)
+    unhidden = any(group.placement == "split" and group.rotation == "none" for group in report.groups)
+    if report.base is None and unhidden:
         warning = "rotation none: the removed part can be restored from this share. Do not give it away."
         screen.print(f"\n{warning}", style="bold red", soft_wrap=True)
     for name, how in report.public.items():

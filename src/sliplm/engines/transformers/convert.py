@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from sliplm.counts import SplitReport, report_for
 from sliplm.engines.transformers.checkpoint import Checkpoint
+from sliplm.engines.transformers.finetune import plan_against, refuse_without_base, source_model
 from sliplm.engines.transformers.journal import PARTIAL, Journal
 from sliplm.engines.transformers.layout import Group
 from sliplm.engines.transformers.origin import compare, warn_of_named_base, warn_of_relatives
@@ -27,12 +27,12 @@ from sliplm.manifest import (
     FileRecord,
     KeptGroup,
     KeptTensor,
-    SourceModel,
     VaultManifest,
     WorkerGroup,
     WorkerManifest,
+    public_split_id,
 )
-from sliplm.recipe import Recipe
+from sliplm.recipe import GroupChoice, Recipe
 from sliplm.sealing import SEAL, make_seal, open_seal, seal_blob, seal_manifest
 from sliplm.share import (
     MANIFEST,
@@ -45,7 +45,7 @@ from sliplm.share import (
     sliplm_version,
 )
 from sliplm.sketch import Likeness
-from sliplm.splitting import split_group
+from sliplm.splitting import GroupSplit, split_group
 from sliplm.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
 
 Progress = Callable[[int, int, str], None]
@@ -68,6 +68,8 @@ def split(
     i_know: bool = False,
     ledger: Path | str | None = None,
     progress: Progress | None = None,
+    base: Path | str | None = None,
+    adapters: Mapping[str, Path | str] | None = None,
 ) -> SplitReport:
     """Split a checkpoint into `out_dir/vault` (secret, sealed) and `out_dir/worker` (assume it is public).
 
@@ -86,12 +88,17 @@ def split(
             together show what they differ by, which is what each of them hides.
         ledger: the folder that remembers splits; None for the owner's, see `ledger`.
         progress: called before each group and at the end.
+        base: the folder of the public model that this one was trained from, or this one itself.  The worker's
+            share is then the base alone, whatever was trained, and the vault holds the difference.
+        adapters: by name the folders of LoRA adapters to the model, as peft saves them; only with a base.
 
     Raises:
+        AdapterError: an adapter is incomplete, of another model or of no kind that can be kept exactly.
         CheckpointError: the checkpoint is incomplete, damaged or of no kind that can be split.
         UnsplittableError: modules hold matrices that cannot be split, and the recipe does not place them in
             the vault.
-        RecipeError: a rank above a group's, or a rule that matches nothing.
+        RecipeError: a rank above a group's, a rule that matches nothing, or what has no meaning with a base,
+            or without one.
         CredentialError: the key cannot be had.
         LedgerError: the same weights or a close relative were split before under this key; or the ledger
             cannot be read or written.
@@ -101,7 +108,7 @@ def split(
     out, key = Path(out_dir), checked(key)
     if not (out / PARTIAL).exists():
         _refuse_existing(out)
-    plan = make_plan(Path(model_dir), recipe or Recipe())
+    plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {})
     relatives = _relatives(plan, public)
     with Journal(out, plan.key, secrets.token_hex(16)) as journal:
         if not journal.done:
@@ -120,6 +127,15 @@ def split(
     return report_for(read_vault_manifest(out / "vault")).model_copy(update={"public": relatives})
 
 
+def _planned(
+    model: Path, recipe: Recipe, base: Path | str | None, adapters: Mapping[str, Path | str]
+) -> Plan:
+    if base is not None:
+        return plan_against(model, recipe, Path(base), adapters)
+    refuse_without_base(recipe, adapters)
+    return make_plan(model, recipe)
+
+
 def _refuse_existing(out: Path) -> None:
     for name in ("vault", "worker"):
         if (out / name).exists():
@@ -130,8 +146,8 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _hides(plan: Plan) -> bool:
-    """Whether two different worker shares of this model would show anything together."""
-    return bool(plan.split)
+    """Whether two different worker shares of this model would show anything together: a public base never."""
+    return bool(plan.split) and (plan.base is None or not plan.base.alone)
 
 
 def _registered(
@@ -163,7 +179,7 @@ def _relatives(plan: Plan, public: Path | str | Iterable[Path | str]) -> dict[st
     folders = [public] if isinstance(public, str | Path) else list(public)
     plans = {str(folder): make_plan(Path(folder), Recipe(placement="vault")) for folder in folders}
     if not plans:
-        if not proven:
+        if not proven and plan.base is None:
             warn_of_named_base(plan.checkpoint.path, level=3)
         return {}
     ours = _weights(plan, (group for group, _ in plan.split))
@@ -265,25 +281,36 @@ def _split_groups(
 ) -> None:
     total = sum(group.rows * group.columns for group, _ in plan.split)
     done = 0
+    found = {group.name: group for group in plan.groups({})}
     for group, choice in plan.split:
         progress(done, total, group.name)
         done += group.rows * group.columns
         if group.name in journal.errors:
             continue
-        part = split_group(
-            group.name,
-            stack(plan.checkpoint, plan.layout, plan.sources, group),
-            rank=choice.rank,
-            precision=choice.precision,
-            rotation=choice.rotation,
-        )
+        part, norms = _split_group(plan, group, choice)
         public.write(group.name, part.w)
-        for name, array in secret_tensors(part.secrets).items():
+        arrays = secret_tensors(part.secrets)
+        if plan.base is not None:
+            arrays |= plan.base.adapter_arrays(group, found[group.name])
+        for name, array in arrays.items():
             _write_sealed(secret, data_key, name, [array.tobytes()])
         public.sync()
         secret.sync()
-        journal.finish_group(group.name, (part.error, part.svd_error))
+        journal.finish_group(group.name, (part.error, part.svd_error, *norms))
     progress(total, total, "")
+
+
+def _split_group(plan: Plan, group: Group, choice: GroupChoice) -> tuple[GroupSplit, tuple[float, ...]]:
+    if plan.base is not None:
+        return plan.base.split_group(plan, group, choice)
+    part = split_group(
+        group.name,
+        stack(plan.checkpoint, plan.layout, plan.sources, group),
+        rank=choice.rank,
+        precision=choice.precision,
+        rotation=choice.rotation,
+    )
+    return part, ()
 
 
 def _write_companions(plan: Plan, vault: Path) -> None:
@@ -310,21 +337,20 @@ def _dtype(checkpoint: Checkpoint) -> str:
 
 def _write_manifests(plan: Plan, journal: Journal, data_key: bytes, vault: Path, worker: Path) -> None:
     groups = plan.groups(journal.errors)
+    seen = tuple(WorkerGroup(name=g.name, rows=g.rows, columns=g.columns, dtype=g.dtype) for g in groups)
+    files = _records(worker)
+    alone = plan.base is not None and plan.base.alone
     public = WorkerManifest(
-        split_id=journal.split_id,
-        groups=tuple(WorkerGroup(name=g.name, rows=g.rows, columns=g.columns, dtype=g.dtype) for g in groups),
-        files=_records(worker),
+        split_id=public_split_id(seen, files[SHARE]) if alone else journal.split_id, groups=seen, files=files
     )
     _write_file(worker / MANIFEST, public.model_dump_json(indent=1).encode(), 0o644)
-    config = plan.layout.config
+    base = plan.base
     manifest = VaultManifest(
-        split_id=journal.split_id,
+        split_id=public.split_id,
         sliplm=sliplm_version(),
-        source=SourceModel(
-            name=plan.checkpoint.path.resolve().name,
-            config_class=type(config).__name__,
-            parameters=sum(math.prod(shape) for shape in plan.layout.parameters.values()),
-        ),
+        source=source_model(plan.checkpoint, plan.layout),
+        base=None if base is None else base.source,
+        adapters=() if base is None else tuple(adapter.name for adapter in base.adapters),
         recipe=plan.recipe,
         groups=groups,
         kept=tuple(

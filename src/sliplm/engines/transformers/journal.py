@@ -19,7 +19,7 @@ from sliplm.tensorfile import write_error
 
 PARTIAL = ".partial"
 
-Errors = tuple[float, float]  # of quantisation, of the decomposition
+Errors = tuple[float, ...]  # of quantisation, of the decomposition; the norms of a `Difference`, if any
 
 
 class Journal:
@@ -30,7 +30,7 @@ class Journal:
     Attributes:
         folder: `out_dir/.partial`, 0700.
         split_id: of the earlier run, or the one given.
-        errors: finished group -> its errors of quantisation and of the decomposition.
+        errors: finished group -> its `Errors`.
         done: both shares were complete when the earlier run ended.
 
     Raises:
@@ -96,7 +96,7 @@ class Journal:
                 entry = json.loads(line)
                 self.done = self.done or entry.get("done", False)
                 if "group" in entry:
-                    self.errors[entry["group"]] = (float(entry["errors"][0]), float(entry["errors"][1]))
+                    self.errors[entry["group"]] = tuple(float(error) for error in entry["errors"])
             if lines[-1]:
                 os.truncate(self.path, sum(len(line) + 1 for line in lines[:-1]))
         except (OSError, ValueError, KeyError, TypeError, IndexError):

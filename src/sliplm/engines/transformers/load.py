@@ -33,6 +33,7 @@ class Running(TypedDict, total=False):
     audit: Folder | None
     attester: Attester | None
     verifier: Verifier | None
+    adapter: str | None
 
 
 def load(
@@ -47,7 +48,7 @@ def load(
     """Load a vault folder; the split layers ask the workers for their products.
 
     The result is a `PreTrainedModel` like any other, in evaluation mode, on the CPU, without gradients.
-    Its vault is `model.slip` (`counters`, `deal`, `close`): close it when done.
+    Its vault is `model.slip` (`counters`, `deal`, `adapter`, `close`): close it when done.
 
     Args:
         vault_dir: the folder `vault` that `split` wrote.
@@ -55,8 +56,8 @@ def load(
         key: what the vault share is sealed with, see `keysource`; None takes the user's key file.
         dtype: of what the vault computes itself; products are computed in float32 whatever it is.
         model_class: the class that was split, or its Auto class.
-        options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, audit, attester, verifier, as
-            `SlipConfig` takes them.
+        options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, audit, attester, verifier,
+            adapter, as `SlipConfig` takes them.
 
     Raises:
         InputError: an argument cannot be used.
@@ -105,6 +106,7 @@ def reference(
     key: KeySpec = None,
     dtype: torch.dtype = torch.float32,
     model_class: Any = AutoModelForCausalLM,
+    adapter: str | None = None,
 ) -> PreTrainedModel:
     """Load the quantised model that a split stands for, from both shares in this process, without a worker.
 
@@ -113,7 +115,7 @@ def reference(
     Raises:
         CredentialError, ShareError: as `load`.
     """
-    settings = {"quant_method": REFERENCE, "key": checked(key)}
+    settings = {"quant_method": REFERENCE, "key": checked(key), "adapter": adapter}
     return _from_pretrained(Path(out_dir) / "vault", settings, dtype, model_class)
 
 

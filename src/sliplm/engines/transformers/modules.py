@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sliplm.adapters import Chosen, chosen
 from sliplm.errors import InputError, ShareError
 from sliplm.manifest import Member
 
@@ -35,7 +36,8 @@ class GroupProduct:
     An input is recognised by identity and version: this object holds the tensor, so its id cannot be
     recycled, and PyTorch counts the changes made in place.  (Writes that PyTorch does not count, through
     `.data` or a numpy view, between the calls of q and k are not seen; no model does that.)  Each
-    thread has its own product at hand, so that several `generate` may run at once.
+    thread has its own product at hand, so that several `generate` may run at once; it counts for the adapter
+    that was chosen when it was made.
 
     Args:
         name: the group's name in the share.
@@ -186,8 +188,10 @@ class _Held(threading.local):
     _input: Tensor | None = None
     _version = 0
     _copy: Tensor | None = None
+    _chosen: Chosen | None = None
 
     def keep(self, x: Tensor, product: Floats, waiting: int) -> None:
+        self._chosen = chosen()
         self.product, self.waiting, self._input = product, waiting, x
         if x.is_inference():  # has no version: compare what it holds
             self._copy = x.clone()
@@ -195,7 +199,7 @@ class _Held(threading.local):
             self._version = x._version
 
     def holds(self, x: Tensor) -> bool:
-        if x is not self._input:
+        if x is not self._input or self._chosen is not chosen():
             return False
         if self._copy is not None:
             return torch.equal(x, self._copy)

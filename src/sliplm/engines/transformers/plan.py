@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,13 @@ from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
 from sliplm.engines.transformers.journal import Errors
 from sliplm.engines.transformers.layout import Group, Layout, discover, read_config
 from sliplm.errors import CheckpointError, RecipeError, UnsplittableError
-from sliplm.manifest import FORMAT_VERSION, Member, VaultGroup
+from sliplm.manifest import FORMAT_VERSION, Difference, Member, VaultGroup
 from sliplm.recipe import GroupChoice, Recipe
 from sliplm.share import integer_type, sealed_spec, secret_specs, sliplm_version, worker_spec
 from sliplm.tensorfile import TensorSpec
+
+if TYPE_CHECKING:
+    from sliplm.engines.transformers.finetune import PublicBase
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,21 @@ class Plan:
     whole: tuple[Group, ...]
     kept: dict[str, str]  # tensor in the vault's model file -> tensor of the checkpoint
     untied: bool  # a tied weight is split off, so that its other user needs a copy of its own
+    base: PublicBase | None = None
 
     @property
     def key(self) -> object:
         """Whatever the result depends on: work of an earlier run is only used where this is the same."""
         version = [sliplm_version(), FORMAT_VERSION]
-        return [self.checkpoint.fingerprint(), self.recipe.model_dump(mode="json"), version]
+        base = [] if self.base is None else [self.base.key]
+        return [self.checkpoint.fingerprint(), self.recipe.model_dump(mode="json"), version, *base]
 
     def groups(self, errors: Mapping[str, Errors]) -> tuple[VaultGroup, ...]:
         """The groups as the manifest has them; without `errors`, only their names and shapes count."""
-        return tuple(
+        found = tuple(
             _vault_group(group, choice, errors.get(group.name, (0.0, 0.0))) for group, choice in self.split
         )
+        return found if self.base is None else self.base.with_adapters(found, self.split)
 
     def public_specs(self) -> list[TensorSpec]:
         """The tensors of the worker's share."""
@@ -182,6 +189,9 @@ def _vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGrou
         rotation=choice.rotation,
         error=errors[0],
         svd_error=errors[1],
+        difference=Difference(**dict(zip(("norm", "base", "tail"), errors[2:], strict=True)))
+        if errors[2:]
+        else None,
     )
 
 

@@ -58,6 +58,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         audit: a file to which records of lies, losses and returns are appended.
         attester: makes this vault's evidence, for workers that ask for it.
         verifier: judges the workers' and dealers' evidence.
+        adapter: the adapter that serves where a request chooses none, see `adapters`; None for none.
         quant_method: as stored.
     """
 
@@ -77,6 +78,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         audit: Folder | None = None,
         attester: Attester | None = None,
         verifier: Verifier | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.workers = None if workers is None else checked_workers(workers)
         self.dealers = checked_workers(dealers) if dealers else []
@@ -86,6 +88,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.anchor, self.fallback, self.pad_to = anchor, fallback, pad_to
         self.ahead, self.timeout = ahead, timeout
         self.attester, self.verifier = attester, verifier
+        self.adapter = adapter
         self.key = checked(key)
         self.quant_method = quant_method
 
@@ -168,7 +171,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.pool is not None:
             shapes = [(group.rows, group.columns) for group in vault.manifest.groups]
             anchor = file_anchor() if config.anchor is None else CommandAnchor(config.anchor)
-            pool = DiskPool(Path(config.pool), vault.split_id, vault.pool_key, shapes, anchor)
+            pool = DiskPool(Path(config.pool), vault.pool_name, vault.pool_key, shapes, anchor)
         try:
             return Vault(
                 vault,
@@ -183,6 +186,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
                 audit=config.audit,
                 attester=config.attester,
                 verifier=config.verifier,
+                adapter=config.adapter,
             )
         except BaseException:
             if pool is not None:
@@ -201,7 +205,7 @@ class ReferenceQuantizer(SlipQuantizer):
     def _open(self, vault: VaultShare, worker: WorkerShare | None) -> Products:
         if worker is None:
             raise InputError("the reference needs the worker share: name no dealer and no pool")
-        return LocalProducts(vault, worker)
+        return LocalProducts(vault, worker, self.quantization_config.adapter)
 
 
 def checked_workers(workers: Sequence[str]) -> list[str]:

@@ -1,0 +1,228 @@
+"""Split a model against the public base that it was trained from (SPEC section 2, "A public base").
+
+The worker's share is the base alone; the vault holds what differs: LoRA adapters as they are, a full
+fine-tune cut at a rank or an energy.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
+from sliplm.engines.transformers.layout import Group, Layout, discover
+from sliplm.engines.transformers.lora import Adapter, fingerprint, read_adapter
+from sliplm.engines.transformers.plan import Plan, make_plan, stack, stored_as
+from sliplm.errors import CheckpointError, RecipeError
+from sliplm.manifest import ADAPTER_NAME, SourceModel, VaultGroup
+from sliplm.publicbase import check_related, energy_rank, split_base, split_difference
+from sliplm.recipe import GroupChoice, Recipe
+from sliplm.share import adapter_tensors
+from sliplm.splitting import GroupSplit
+
+Split = tuple[tuple[Group, GroupChoice], ...]
+
+
+@dataclass(frozen=True)
+class PublicBase:
+    """The public model that a split is made against, and the adapters to it.
+
+    Attributes:
+        same: the model that is split is the base itself.
+        tail_to_worker: as the recipe says.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    sources: Sources
+    adapters: tuple[Adapter, ...]
+    same: bool
+    tail_to_worker: bool
+
+    @property
+    def key(self) -> object:
+        """What the result depends on beside the model and the recipe."""
+        return [self.checkpoint.fingerprint(), [fingerprint(adapter) for adapter in self.adapters]]
+
+    @property
+    def source(self) -> SourceModel:
+        """The base, for the manifest."""
+        return source_model(self.checkpoint, self.layout)
+
+    @property
+    def alone(self) -> bool:
+        """The worker gets the base and nothing else."""
+        return not self.tail_to_worker
+
+    def with_adapters(self, groups: Sequence[VaultGroup], split: Split) -> tuple[VaultGroup, ...]:
+        """The groups with what the adapters do to them."""
+        changed = []
+        for found, (group, _) in zip(groups, split, strict=True):
+            parts = (adapter.in_group(group) for adapter in self.adapters)
+            there = tuple(part for part in parts if part is not None)
+            changed.append(found.model_copy(update={"adapters": there}))
+        return tuple(changed)
+
+    def split_group(
+        self, plan: Plan, group: Group, choice: GroupChoice
+    ) -> tuple[GroupSplit, tuple[float, ...]]:
+        """Both parts of a group, and the norms of the difference, if there may be one."""
+        base = stack(self.checkpoint, self.layout, self.sources, group)
+        if self.same:
+            return split_base(group.name, base, choice.precision), ()
+        return split_difference(
+            group.name,
+            stack(plan.checkpoint, plan.layout, plan.sources, group),
+            base,
+            rank=choice.rank,
+            precision=choice.precision,
+            tail_to_worker=self.tail_to_worker,
+        )
+
+    def adapter_arrays(self, group: Group, found: VaultGroup) -> dict[str, npt.NDArray[np.float32]]:
+        """The tensors of a group's adapters, under their names in the vault's share."""
+        named = {adapter.name: adapter for adapter in self.adapters}
+        parts = {part.name: named[part.name].parts(group) for part in found.adapters}
+        return adapter_tensors(found, parts)
+
+
+def plan_against(model_dir: Path, recipe: Recipe, base_dir: Path, adapters: Mapping[str, Path | str]) -> Plan:
+    """As `make_plan`, against a public base; of a full fine-tune, the ranks are decided here.
+
+    Raises:
+        AdapterError, CheckpointError, UnsplittableError, RecipeError: as `convert.split`.
+    """
+    same = base_dir.exists() and model_dir.exists() and base_dir.samefile(model_dir)
+    recipe = _checked(recipe, same)
+    _check_names(adapters)
+    plan = make_plan(model_dir, recipe)
+    checkpoint, layout, sources = plan.checkpoint, plan.layout, plan.sources
+    if not same:
+        layout = discover(base_dir)
+        checkpoint = Checkpoint(base_dir)
+        sources = locate(checkpoint, layout)
+    _check_base(plan, base_dir, layout, sources)
+    read = tuple(read_adapter(name, Path(path), plan) for name, path in adapters.items())
+    for adapter in read:
+        _check_reached(plan, adapter)
+    base = PublicBase(checkpoint, layout, sources, read, same, recipe.tail == "worker")
+    return replace(plan, base=base, split=plan.split if same else _with_ranks(plan, base))
+
+
+def refuse_without_base(recipe: Recipe, adapters: Mapping[str, Path | str]) -> None:
+    """Refuse, in a split without a base, what only a base gives a meaning.
+
+    Raises:
+        RecipeError: there is such a thing.
+    """
+    if adapters:
+        raise RecipeError(
+            "adapters are kept beside a public base: name the model that they were trained on as base"
+        )
+    if recipe.tail != "drop" or recipe.energy is not None or any(r.energy is not None for r in recipe.rules):
+        raise RecipeError(
+            "energy and tail are about the difference between a fine-tune and its public base: name the "
+            "base, or leave them out"
+        )
+
+
+def source_model(checkpoint: Checkpoint, layout: Layout) -> SourceModel:
+    """A model's folder, class and size, for the manifest."""
+    return SourceModel(
+        name=checkpoint.path.resolve().name,
+        config_class=type(layout.config).__name__,
+        parameters=sum(math.prod(shape) for shape in layout.parameters.values()),
+    )
+
+
+# --- what is decided and checked -------------------------------------------------------------------------
+
+
+def _checked(recipe: Recipe, same: bool) -> Recipe:
+    """The recipe as it is carried out: nothing that was asked for is passed over."""
+    choices: Iterable[Any] = (recipe, *recipe.rules)
+    asked = [choice.rotation for choice in recipe.rules]
+    if "rotation" in recipe.model_fields_set:
+        asked.append(recipe.rotation)
+    if any(rotation not in (None, "none") for rotation in asked):
+        raise RecipeError(
+            "a public base is public in every basis, so there is nothing to rotate: leave rotation out, or "
+            "split without a base"
+        )
+    ranks = [choice.rank for choice in choices if "rank" in choice.model_fields_set]
+    energies = [choice.energy for choice in choices if choice.energy is not None]
+    if same and (any(ranks) or energies or recipe.tail != "drop"):
+        raise RecipeError(
+            "rank, energy and tail are about a full fine-tune, and here the model is its own base: leave "
+            "them out (adapters are kept whole), or name the fine-tuned model"
+        )
+    return recipe.model_copy(update={"rotation": "none"} | ({"rank": 0} if same else {}))
+
+
+def _check_names(adapters: Mapping[str, Path | str]) -> None:
+    for name in adapters:
+        if not re.fullmatch(ADAPTER_NAME, name) or name == "base":
+            raise RecipeError(
+                f"an adapter cannot be called {name!r}: choose letters, digits, '_', '.' and '-', 64 at "
+                "most, and not 'base', which stands for none"
+            )
+
+
+def _check_base(plan: Plan, base_dir: Path, layout: Layout, sources: Sources) -> None:
+    """Check that every group that is split is one of the base's too."""
+    theirs = {group.name: group for group in layout.groups}
+    for group, _ in plan.split:
+        other = theirs.get(group.name)
+        if other is None:
+            raise CheckpointError(
+                f"{base_dir} has no group {group.name}: it is not the base of this model; name the model "
+                "that this one was trained from"
+            )
+        mine, its = ([(m.rows, m.columns) for m in g.members] for g in (group, other))
+        if mine != its:
+            raise CheckpointError(
+                f"{group.name} is {group.rows} x {group.columns}, and {other.rows} x {other.columns} in "
+                f"{base_dir}: if the fine-tune only has more tokens, keep it whole by a rule such as "
+                f'Rule(pattern="{group.name}", placement="vault"); else name the model that this one was '
+                "trained from"
+            )
+        if any(stored_as(member.weight, layout, sources) is None for member in other.members):
+            raise CheckpointError(
+                f"{base_dir} stores {group.name} in a form that transformers converts while loading; load "
+                "and save it once with transformers"
+            )
+
+
+def _check_reached(plan: Plan, adapter: Adapter) -> None:
+    reached = {module for group, _ in plan.split for module in group.modules}
+    kept = sorted(set(adapter.ranks) - reached)
+    if kept:
+        raise RecipeError(
+            f"adapter {adapter.name} changes {', '.join(kept[:5])}, which the recipe keeps whole in the "
+            'vault: give it placement "split"'
+        )
+
+
+def _with_ranks(plan: Plan, base: PublicBase) -> Split:
+    """The groups with the ranks that their differences call for; 0 for a group that was not trained."""
+    found = []
+    products = np.zeros(3)  # of the model with itself, with the base, and of the base with itself
+    for group, choice in plan.split:
+        weight, public = (stack(m.checkpoint, m.layout, m.sources, group) for m in (plan, base))
+        for row, other in zip(weight, public, strict=True):
+            one, two = row.astype(np.float64), other.astype(np.float64)
+            products += one @ one, one @ two, two @ two
+        weight -= public
+        rank = choice.rank if choice.energy is None else energy_rank(weight, choice.energy)
+        found.append((group, replace(choice, rank=rank if weight.any() else 0)))
+    scale = math.sqrt(products[0] * products[2])
+    if scale:
+        check_related(str(base.checkpoint.path), products[1] / scale)
+    return tuple(found)

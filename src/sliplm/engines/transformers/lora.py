@@ -1,0 +1,279 @@
+"""A LoRA adapter's folder, as peft writes it -> what it adds to each linear layer, exactly.
+
+Read here and not by peft: two small files, no model in memory, no pickle.  What an adapter may hold beside
+plain LoRA is refused by name, never passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sliplm.engines.transformers.checkpoint import Checkpoint
+from sliplm.engines.transformers.layout import Group, Linear
+from sliplm.engines.transformers.plan import Plan, stored_as
+from sliplm.errors import AdapterError, CheckpointError
+from sliplm.fixedpoint import Floats
+from sliplm.manifest import GroupAdapter
+from sliplm.recipe import problems
+from sliplm.splitting import LowRank
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 16 << 20
+MERGE = "merge it with peft (merge_and_unload, save_pretrained) and split the result with --base"
+
+# fields of peft's LoraConfig that change nothing at inference, or only say which tensors there are
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type",
+    "lora_dropout", "layers_pattern", "eva_config", "lora_ga_config", "loftq_config", "corda_config",
+    "megatron_core", "qalora_group_size",
+    "fan_in_fan_out",  # A and B lie the same way round whatever the layer's own weight does
+}  # fmt: skip
+# ways to begin that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) change it
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class _Config(BaseModel):
+    """What of adapter_config.json counts here."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    peft_type: Literal["LORA"]
+    r: int = Field(ge=1)
+    lora_alpha: float
+    use_rslora: bool = False
+    bias: str = "none"
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str | None = True
+
+    def rank(self, module: str) -> int:
+        return int(_of(self.rank_pattern or {}, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """What peft multiplies B A by."""
+        rank = self.rank(module)
+        return float(_of(self.alpha_pattern or {}, module, self.lora_alpha)) / (
+            math.sqrt(rank) if self.use_rslora else rank
+        )
+
+    def targets(self, module: str) -> bool:
+        """Whether the adapter must have tensors for this layer; False where that is not easily said."""
+        if self.layers_to_transform is not None or self.exclude_modules or self.target_modules is None:
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of one model; its tensors stay on the disk until a group asks for them.
+
+    Attributes:
+        ranks: module -> rank of what is added to it.
+    """
+
+    name: str
+    path: Path
+    ranks: Mapping[str, int]
+    _config: _Config
+    _file: Checkpoint
+    _keys: Mapping[str, tuple[str, str]]  # module -> tensors of A and B
+
+    def in_group(self, group: Group) -> GroupAdapter | None:
+        """What it does to a group; None for nothing."""
+        ranks = tuple(self.ranks.get(member.module, 0) for member in group.members)
+        return GroupAdapter(name=self.name, ranks=ranks) if any(ranks) else None
+
+    def parts(self, group: Group) -> tuple[LowRank, ...]:
+        """What it adds to the members of a group: scaling B times A, float32, nothing of it approximated.
+
+        Raises:
+            AdapterError: a tensor holds NaN or infinity, is not of a floating type, or cannot be read.
+        """
+        found, first = [], 0
+        for member in group.members:
+            if member.module in self.ranks:
+                a, b = self.factors(member.module)
+                found.append(LowRank(first, a, b))
+            first += member.rows
+        return tuple(found)
+
+    def factors(self, module: str) -> tuple[Floats, Floats]:
+        """scaling B [rows, r] and A [r, columns] of a module, float32.
+
+        Raises:
+            AdapterError: as `parts`.
+        """
+        try:
+            inner, outer = (self._file.read(key) for key in self._keys[module])
+        except CheckpointError as error:
+            raise AdapterError(f"adapter {self.name}: {error}") from error
+        scaled = outer.astype(np.float64) * self._config.scaling(module)
+        if not (np.abs(scaled) <= np.finfo(np.float32).max).all():
+            raise AdapterError(f"adapter {self.name}: what it adds to {module} is beyond float32")
+        return scaled.astype(np.float32), inner
+
+
+def read_adapter(name: str, path: Path, plan: Plan) -> Adapter:
+    """Read an adapter and check it against the model.
+
+    Raises:
+        AdapterError: it is incomplete, of another kind than LoRA, of another model, or trains what LoRA on
+            linear layers cannot express; the message says what to do.
+    """
+    config = _read_config(name, path)
+    file = _AdapterFile(name, path)
+    linears = {member.module: member for group in plan.layout.groups for member in group.members}
+    keys: dict[str, dict[str, str]] = {}
+    for key in file.entries:
+        module, what = _module(key, plan)
+        if what in ("lora_A.weight", "lora_B.weight"):
+            keys.setdefault(module, {})[what] = key
+        elif not (what == "base_layer.weight" and _same(file, key, plan, module)):
+            raise AdapterError(f"adapter {name} has the tensor {key}, which is no plain LoRA: {MERGE}")
+    for module, found in keys.items():
+        _check_factors(name, module, found, file, config, linears.get(module))
+    absent = [module for module in linears if config.targets(module) and module not in keys]
+    if absent or not keys:
+        raise AdapterError(
+            f"adapter {name} has no tensors for {', '.join(absent[:5]) or 'any layer'}, which its {CONFIG} "
+            "names: copy it again"
+        )
+    pairs = {module: (found["lora_A.weight"], found["lora_B.weight"]) for module, found in keys.items()}
+    adapter = Adapter(name, path, {module: config.rank(module) for module in pairs}, config, file, pairs)
+    for module in pairs:
+        adapter.factors(module)  # so that a damaged one is found before anything is written
+    return adapter
+
+
+def fingerprint(adapter: Adapter) -> list[Any]:
+    """Name, and files with their bytes and times of change: what a split depends on."""
+    stats = [(file, (adapter.path / file).stat()) for file in (CONFIG, WEIGHTS)]
+    return [adapter.name, [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]]
+
+
+# --- checks ----------------------------------------------------------------------------------------------
+
+
+class _AdapterFile(Checkpoint):
+    """The one file of an adapter, read like a checkpoint's."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.path, self.files, self.entries, self._file_of = path, (), {}, {}
+        if not (path / WEIGHTS).is_file():
+            why = f"has no {WEIGHTS}; give the folder that peft's save_pretrained wrote"
+            if (path / "adapter_model.bin").exists():
+                why = (
+                    "has its weights in a pickle file only, which sliplm does not open: it can run code. "
+                    "Load it with peft where you trust it and save it again, which writes safetensors"
+                )
+            raise AdapterError(f"adapter {name}: {path} {why}")
+        try:
+            self._add(path / WEIGHTS, None)
+        except CheckpointError as error:
+            raise AdapterError(f"adapter {name}: {error}") from error
+
+
+def _read_config(name: str, path: Path) -> _Config:
+    try:
+        with (path / CONFIG).open("rb") as file:
+            fields = json.loads(file.read(MAX_CONFIG_BYTES))
+    except OSError as error:
+        raise AdapterError(
+            f"adapter {name}: {path / CONFIG} cannot be read ({error.strerror}); give the folder that peft's "
+            "save_pretrained wrote"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"adapter {name}: {path / CONFIG} is no valid JSON ({error}); copy it again"
+        ) from error
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    if kind != "LORA":
+        raise AdapterError(f"adapter {name} is of the kind {kind}, and only LORA can be kept exact: {MERGE}")
+    try:
+        config = _Config(**fields)
+    except ValidationError as error:
+        raise AdapterError(f"adapter {name}: {path / CONFIG} cannot be used:\n{problems(error)}") from error
+    _check_config(name, config)
+    return config
+
+
+def _check_config(name: str, config: _Config) -> None:
+    """Refuse what plain LoRA on linear layers does not express, known to this release or not."""
+    if config.bias != "none":
+        raise AdapterError(f"adapter {name} was trained with bias={config.bias!r}: {MERGE}")
+    if config.modules_to_save:
+        saved = ", ".join(config.modules_to_save)
+        raise AdapterError(f"adapter {name} holds whole modules ({saved}), and not only LoRA: {MERGE}")
+    if config.init_lora_weights not in _BEGINNINGS:
+        raise AdapterError(
+            f"adapter {name} began with init_lora_weights={config.init_lora_weights!r}, which changes the "
+            "base: save it as plain LoRA (peft's path_initial_model_for_weight_conversion), or else "
+            f"{MERGE}"
+        )
+    odd = [field for field, value in (config.model_extra or {}).items() if value and field not in _HARMLESS]
+    if odd:
+        raise AdapterError(f"adapter {name} uses {', '.join(odd)}, which is no plain LoRA: {MERGE}")
+    try:
+        for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
+            re.compile(pattern)
+        config.targets("")
+    except re.error as error:
+        raise AdapterError(f"adapter {name}: {CONFIG} has a pattern that is none ({error})") from error
+
+
+def _check_factors(
+    name: str, module: str, found: Mapping[str, str], file: Checkpoint, config: _Config, linear: Linear | None
+) -> None:
+    if linear is None:
+        raise AdapterError(
+            f"adapter {name} changes {module}, which is no linear layer of this model: it is of another "
+            f"model; or else {MERGE}"
+        )
+    rank = config.rank(module)
+    wanted = {"lora_A.weight": (rank, linear.columns), "lora_B.weight": (linear.rows, rank)}
+    for what, shape in wanted.items():
+        if what not in found:
+            raise AdapterError(f"adapter {name} lacks {what} of {module}: it is incomplete, copy it again")
+        if file.entries[found[what]].shape != shape:
+            raise AdapterError(
+                f"adapter {name}: {found[what]} has the shape {file.entries[found[what]].shape}, and "
+                f"{module} with rank {rank} calls for {shape}: it is the adapter of another model"
+            )
+
+
+def _module(key: str, plan: Plan) -> tuple[str, str]:
+    """Module and rest of a tensor's name: `base_model.model.MODULE.lora_A.weight`."""
+    match = re.fullmatch(r"base_model\.model\.(.+?)\.((?:lora_\w+|base_layer)\.\w+|\w+)", key)
+    module, what = match.groups() if match else ("", key)
+    prefixed = f"{plan.layout.model.base_model_prefix}.{module}"
+    return prefixed if f"{prefixed}.weight" in plan.layout.parameters else module, what
+
+
+def _same(file: Checkpoint, key: str, plan: Plan, module: str) -> bool:
+    """Whether a copy of a weight, as peft saves it along with adapters of the head, is the model's own."""
+    stored = stored_as(f"{module}.weight", plan.layout, plan.sources)
+    return stored is not None and np.array_equal(file.read(key), plan.checkpoint.read(stored))
+
+
+def _of(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """The value for a module, by peft's rule: the first key that matches its name or the end of it."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
