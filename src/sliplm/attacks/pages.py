@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sliplm.attacks import ATTACKS
+from sliplm.attacks.a11_fit import Trial
 from sliplm.attacks.campaign import NONE
+from sliplm.attacks.fitting import Study
 from sliplm.attacks.summary import Cell, Point, Summary
 from sliplm.report.figures import Axis, Line, Picture, line_chart, save_png
 from sliplm.report.page import Section, Table, write_page
@@ -19,11 +21,14 @@ _BLACK = "no share"
 _Place = tuple[str, str, str]  # placement, access, relative
 
 
-def write_report(out: Path, name: str, found: Summary, *, complete: bool) -> Path:
+def write_report(
+    out: Path, name: str, found: Summary, *, complete: bool, fitted: Study | None = None
+) -> Path:
     """Write `out/attack.html` and its pictures.
 
     Args:
         name: of the model.
+        fitted: the study of attack 11, if it was run.
 
     Raises:
         ReportError: jinja2 or matplotlib is not installed.
@@ -33,7 +38,8 @@ def write_report(out: Path, name: str, found: Summary, *, complete: bool) -> Pat
     for cell in found.cells:
         places.setdefault((cell.placement, cell.access, cell.relative), []).append(cell)
     sections = [_place(place, cells, found) for place, cells in places.items()]
-    sections = [_table(found.cells), *sections, _points(found.points), _words()]
+    studies = [] if fitted is None else [_fit(fitted)]
+    sections = [_table(found.cells), *sections, *studies, _points(found.points), _words()]
     for section in sections:
         for picture in section.pictures:
             save_png(picture, out)
@@ -154,6 +160,42 @@ def _points(points: Sequence[Point]) -> Section:
         "test text.",
     )
     return Section("Every attack", text, tables=(Table(columns, rows, left=5),))
+
+
+def _fit(found: Study) -> Section:
+    n = found.trials[0].n
+    told = [trial for trial in found.trials if trial.given == 1.0]
+    ranks = sorted({trial.rank for trial in told})
+    close = sorted({trial.closeness for trial in told})
+    read = {(trial.rank, trial.closeness): _read_as(trial) for trial in told}
+    rows: list[tuple[str, ...]] = [
+        (f"{rank}", *(read.get((rank, closeness), "") for closeness in close)) for rank in ranks
+    ]
+    signs = [trial for trial in found.trials if trial.rank == 0 and trial.closeness == min(close)]
+    guesses = [(f"{t.given:.0%}", f"{t.right:.0%}", _read_as(t)) for t in signs]
+    text = (
+        f"On the upper left {n} x {n} of {found.group}: what an attacker reads of the difference between "
+        "the victim and a copy that is this close, if he is told all the signs that singular vectors leave "
+        "open. 0 % is what the share's spectrum alone gives.",
+        f"He is not told. Of this matrix ({found.width} wide, rank 16 removed) he would have to guess "
+        f"{found.guess} signs at once before anything shows whether they are right.",
+    )
+    return Section(
+        "Fitting the fast transform to a relative",
+        text,
+        tables=(
+            Table(("rank removed", *(f"{closeness:.2%} off" for closeness in close)), rows),
+            Table(
+                ("signs told", "right in the end", "read"),
+                guesses,
+                f"Nothing removed, a copy {min(close):.2%} off: the rest of the signs searched for.",
+            ),
+        ),
+    )
+
+
+def _read_as(trial: Trial) -> str:
+    return f"{max(0.0, 1 - trial.error):.0%}"
 
 
 def _words() -> Section:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sliplm.attacks.campaign import NONE
+from sliplm.attacks.fitting import Study
 from sliplm.attacks.runs import Place, Run
 from sliplm.attacks.scoring import Interval, Score, interval, relative
 
@@ -116,6 +117,6 @@ def summarise(runs: Collection[Run]) -> Summary:
     return Summary(None if whole is None else Score(whole.perplexity, whole.accuracy), found, cells(found))
 
 
-def document(found: Summary, *, complete: bool) -> dict[str, Any]:
+def document(found: Summary, fitted: Study | None, *, complete: bool) -> dict[str, Any]:
     """For JSON."""
-    return {"complete": complete, **asdict(found)}
+    return {"complete": complete, **asdict(found), "fit": None if fitted is None else asdict(fitted)}

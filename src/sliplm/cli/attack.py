@@ -22,6 +22,7 @@ from sliplm.recipe import Recipe
 
 if TYPE_CHECKING:
     from sliplm.attacks.case import Placement
+    from sliplm.attacks.fitting import Study
     from sliplm.attacks.relatives import Relative
     from sliplm.attacks.runs import Run, Runs
     from sliplm.attacks.scene import Text as WindowedText
@@ -89,6 +90,10 @@ def command(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Only what the attacks know before they train: quick.")
     ] = False,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Also attack 11, on one matrix and a CPU: about a quarter of an hour."),
+    ] = False,
     minutes: Annotated[float | None, typer.Option(help="Begin no run after so long.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -144,18 +149,21 @@ def command(
     file = out / "runs.jsonl"
     with _Bar(len(plan.lines)) as bar:
         complete = run(opened, plan, file, bar.report, where)
-    _finish(model, out, Runs(file), screen, complete=complete, json=json)
+        fitted = bar.fit(model, out) if fit else None
+    _finish(model, out, Runs(file), screen, fitted, complete=complete, json=json)
 
 
-def _finish(model: Path, out: Path, runs: Runs, screen: Console, *, complete: bool, json: bool) -> None:
+def _finish(
+    model: Path, out: Path, runs: Runs, screen: Console, fitted: Study | None, *, complete: bool, json: bool
+) -> None:
     """Table on the screen; attack.json, page and pictures in the folder."""
     from sliplm.attacks.pages import write_report
     from sliplm.attacks.summary import document, summarise
 
     found = summarise(runs.done.values())
-    result = document(found, complete=complete)
+    result = document(found, fitted, complete=complete)
     (out / "attack.json").write_text(encode(result, indent=1) + "\n", encoding="utf-8")
-    page = write_report(out, model.resolve().name, found, complete=complete)
+    page = write_report(out, model.resolve().name, found, complete=complete, fitted=fitted)
     screen.print(_table(found))
     screen.print(Text(f"{page}\n{out / 'attack.json'}", style="dim"), soft_wrap=True)
     if not complete:
@@ -221,6 +229,15 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def fit(self, model: Path, out: Path) -> Study:
+        """Run attack 11."""
+        from sliplm.attacks.fitting import TRIALS, fit_study
+
+        def progress(done: int) -> None:
+            self._bar.update(self._task, last=f"11 on one matrix: {done} of {TRIALS} trials")
+
+        return fit_study(model, out, progress)
 
     def report(self, run: Run) -> None:
         """A run is finished."""
