@@ -50,7 +50,9 @@ class GroupReport(_Count):
     """One group.  Bytes are of the shares on disk; traffic is payload per token, without framing.
 
     `error` is the relative Frobenius error of quantisation and `svd_error` that of the kept directions
-    (`splitting.direction_error`); None where nothing was split.
+    (`splitting.direction_error`); None where nothing was split.  A plain module has no tokens: its
+    multiply-adds and traffic are those of one call on its example inputs, in which the group multiplies
+    `positions` rows.  `reason` says why a group that the recipe would have split is whole.
     """
 
     name: str
@@ -69,6 +71,8 @@ class GroupReport(_Count):
     vault_macs_share: float
     bytes_to_worker: int
     bytes_from_worker: int
+    positions: int = 1
+    reason: str = ""
 
 
 class SplitReport(_Count):
@@ -127,10 +131,13 @@ def counts_for_shapes(
 def report_for(manifest: VaultManifest) -> SplitReport:
     """The report of a split, recomputed from the vault's manifest alone."""
     groups = [
-        count_group(g.name, g.rows, g.columns, _choice(g), g.error, g.svd_error) for g in manifest.groups
+        _repeated(count_group(g.name, g.rows, g.columns, _choice(g), g.error, g.svd_error), g.positions)
+        for g in manifest.groups
     ]
     whole = GroupChoice(rank=0, precision=12, rotation="none", placement="vault")
-    groups += [count_group(g.name, g.rows, g.columns, whole) for g in manifest.kept]
+    groups += [
+        _repeated(count_group(g.name, g.rows, g.columns, whole), g.positions, g.reason) for g in manifest.kept
+    ]
     return _total(groups, manifest.kept_bytes, manifest.attention)
 
 
@@ -163,6 +170,21 @@ def count_group(
         vault_macs_share=macs.total / plain,
         bytes_to_worker=ELEMENT_BYTES * columns if split else 0,
         bytes_from_worker=ELEMENT_BYTES * rows if split else 0,
+    )
+
+
+def _repeated(group: GroupReport, positions: int, reason: str = "") -> GroupReport:
+    """What a group costs that multiplies `positions` rows per input; its share of work is the same."""
+    macs = group.vault_macs
+    return group.model_copy(
+        update={
+            "plain_macs": group.plain_macs * positions,
+            "vault_macs": VaultMacs(**{kind: n * positions for kind, n in macs.model_dump().items()}),
+            "bytes_to_worker": group.bytes_to_worker * positions,
+            "bytes_from_worker": group.bytes_from_worker * positions,
+            "positions": positions,
+            "reason": reason,
+        }
     )
 
 

@@ -80,6 +80,8 @@ def _recipe(file: Path | None, **options: Any) -> Recipe:
 
 
 def _show(screen: Console, out: Path, report: SplitReport) -> None:
+    from sliplm.engines.transformers.load import can_generate
+
     screen.print(f"{report.exchanges} groups of linear layers were split.\n")
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
@@ -102,4 +104,5 @@ def _show(screen: Console, out: Path, report: SplitReport) -> None:
     if any(group.placement == "split" and group.rotation == "none" for group in report.groups):
         warning = "rotation none: the removed part can be restored from this share. Do not give it away."
         screen.print(f"\n{warning}", style="bold red", soft_wrap=True)
-    screen.print(f"\nTry it: slip generate {out} --prompt 'Hello'", style="dim", markup=False, soft_wrap=True)
+    hint = f"slip generate {out} --prompt 'Hello'" if can_generate(out / "vault") else f'sliplm.open("{out}")'
+    screen.print(f"\nTry it: {hint}", style="dim", markup=False, soft_wrap=True)

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sliplm.counts import SplitReport, report_for
-from sliplm.engines.transformers.checkpoint import Checkpoint
+from sliplm.engines.groups import Group
+from sliplm.engines.source import Source
 from sliplm.engines.transformers.journal import PARTIAL, Journal
-from sliplm.engines.transformers.layout import Group
-from sliplm.engines.transformers.plan import Plan, make_plan, members, stored_as
-from sliplm.errors import CheckpointError, SealError, ShareError
+from sliplm.engines.transformers.plan import make_plan
+from sliplm.errors import SealError, ShareError
 from sliplm.keysource import KeySpec, checked
 from sliplm.manifest import (
     FileRecord,
-    KeptGroup,
     KeptTensor,
-    SourceModel,
     VaultManifest,
     WorkerGroup,
     WorkerManifest,
@@ -39,20 +33,16 @@ from sliplm.share import (
     read_vault_manifest,
     record,
     sealed_spec,
+    secret_specs,
     secret_tensors,
     sliplm_version,
+    worker_spec,
 )
 from sliplm.splitting import split_group
 from sliplm.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
 
 Progress = Callable[[int, int, str], None]
 """Called with the weights done, the weights in all, and the name of the group that comes next."""
-
-# files that go along with a model: how to generate, how to make tokens
-_COMPANIONS = re.compile(
-    r"(generation_config\.json|tokenizer[\w.-]*|[\w-]*\.model|vocab\.(json|txt)|merges\.txt|"
-    r"added_tokens\.json|special_tokens_map\.json|chat_template\.(json|jinja))"
-)
 
 
 def split(
@@ -87,11 +77,19 @@ def split(
     """
     out, key = Path(out_dir), checked(key)
     if not (out / PARTIAL).exists():
-        _refuse_existing(out)
-    plan = make_plan(Path(model_dir), recipe or Recipe())
+        refuse_existing(out)
+    return write_split(make_plan(Path(model_dir), recipe or Recipe()), out, key, progress)
+
+
+def write_split(plan: Source, out: Path, key: KeySpec, progress: Progress | None) -> SplitReport:
+    """Write both shares of a model, whatever engine it is of; the end of every split.
+
+    Raises:
+        CheckpointError, CredentialError, SealError, ShareError: as `split`.
+    """
     with Journal(out, plan.key, secrets.token_hex(16)) as journal:
         if not journal.done:
-            _refuse_existing(out)
+            refuse_existing(out)
             data_key = _data_key(plan, journal, key)
             _write_shares(plan, journal, data_key, progress or (lambda done, total, name: None))
             journal.finish()
@@ -102,7 +100,8 @@ def split(
     return report_for(read_vault_manifest(out / "vault"))
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raise ShareError if a folder holds a split already."""
     for name in ("vault", "worker"):
         if (out / name).exists():
             raise ShareError(f"{out / name} exists; remove it or choose another folder")
@@ -111,14 +110,14 @@ def _refuse_existing(out: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def _data_key(plan: Plan, journal: Journal, key: KeySpec) -> bytes:
+def _data_key(plan: Source, journal: Journal, key: KeySpec) -> bytes:
     """What seals the vault share: an earlier run's, if there is something to continue, else a fresh one."""
     vault, worker = journal.folder / "vault", journal.folder / "worker"
     if journal.resumed and (vault / SEAL).exists():
         return _continued(journal, key)
     journal.errors.clear()  # what was sealed with a key that is gone cannot be continued
     if not journal.resumed:
-        _check_room(journal.folder, [*plan.secret_specs(), *plan.public_specs(), *_sealed_kept(plan)])
+        _check_room(journal.folder, [*_secret_specs(plan), *_public_specs(plan), *_sealed_kept(plan)])
     try:
         vault.mkdir(mode=0o700, exist_ok=True)
         worker.mkdir(mode=0o755, exist_ok=True)
@@ -137,25 +136,34 @@ def _continued(journal: Journal, key: KeySpec) -> bytes:
         ) from error
 
 
-def _write_shares(plan: Plan, journal: Journal, data_key: bytes, progress: Progress) -> None:
+def _write_shares(plan: Source, journal: Journal, data_key: bytes, progress: Progress) -> None:
     vault, worker = journal.folder / "vault", journal.folder / "worker"
     resume = journal.resumed
     with (
-        _sealed_writer(vault / SHARE, plan.secret_specs(), resume=resume) as secret_file,
-        SafetensorsWriter(worker / SHARE, plan.public_specs(), mode=0o644, resume=resume) as public_file,
+        _sealed_writer(vault / SHARE, _secret_specs(plan), resume=resume) as secret_file,
+        SafetensorsWriter(worker / SHARE, _public_specs(plan), mode=0o644, resume=resume) as public_file,
         _sealed_writer(vault / MODEL, _sealed_kept(plan), resume=False) as kept_file,
     ):
         if not (secret_file.resumed and public_file.resumed):
             journal.errors.clear()  # without both files there is nothing to continue
-        for name, key in plan.kept.items():
-            _write_sealed(kept_file, data_key, name, plan.checkpoint.chunks(key))
+        for spec in plan.kept_specs():
+            _write_sealed(kept_file, data_key, spec.name, plan.kept_bytes(spec.name))
         kept_file.sync()
         _split_groups(plan, journal, data_key, secret_file, public_file, progress)
-    _write_companions(plan, vault)
+    for name, data in plan.companions().items():
+        _write_file(vault / name, data, 0o600)
     _write_manifests(plan, journal, data_key, vault, worker)
 
 
-def _sealed_kept(plan: Plan) -> list[TensorSpec]:
+def _public_specs(plan: Source) -> list[TensorSpec]:
+    return [worker_spec(group) for group in plan.groups({})]
+
+
+def _secret_specs(plan: Source) -> list[TensorSpec]:
+    return [sealed_spec(spec) for group in plan.groups({}) for spec in secret_specs(group)]
+
+
+def _sealed_kept(plan: Source) -> list[TensorSpec]:
     return [sealed_spec(spec) for spec in plan.kept_specs()]
 
 
@@ -171,7 +179,7 @@ def _write_sealed(file: SafetensorsWriter, data_key: bytes, name: str, pieces: I
 
 
 def _split_groups(
-    plan: Plan,
+    plan: Source,
     journal: Journal,
     data_key: bytes,
     secret: SafetensorsWriter,
@@ -201,43 +209,19 @@ def _split_groups(
     progress(total, total, "")
 
 
-def _stack(plan: Plan, group: Group) -> npt.NDArray[np.float32]:
+def _stack(plan: Source, group: Group) -> npt.NDArray[np.float32]:
     """The members' weights under each other: float32 [rows, columns]."""
     stacked = np.empty((group.rows, group.columns), dtype=np.float32)
     first = 0
     for member in group.members:
-        key = stored_as(member.weight, plan.layout, plan.sources)
-        if key is None:  # the plan has seen to it
-            raise CheckpointError(f"{member.weight} is not in the checkpoint")
-        weight = plan.checkpoint.read(key)
-        stacked[first : first + member.rows] = weight.T if member.transposed else weight
+        weight = plan.read(member.weight)
+        weight = weight.T if member.transposed else weight.reshape(member.rows, member.columns)
+        stacked[first : first + member.rows] = weight
         first += member.rows
     return stacked
 
 
-def _write_companions(plan: Plan, vault: Path) -> None:
-    """config.json of the split model, generation settings and tokenizer files."""
-    source = plan.checkpoint.path
-    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "slip"}
-    if plan.untied:
-        config["tie_word_embeddings"] = False
-    if not (config.get("dtype") or config.get("torch_dtype")):
-        config["dtype"] = _dtype(plan.checkpoint)  # transformers would look for it in the sealed weights
-    _write_file(vault / "config.json", json.dumps(config, indent=2).encode(), 0o600)
-    for file in sorted(source.iterdir()):
-        if _COMPANIONS.fullmatch(file.name) and file.is_file():
-            _write_file(vault / file.name, file.read_bytes(), 0o600)
-
-
-def _dtype(checkpoint: Checkpoint) -> str:
-    """The type of the checkpoint's first floating tensor, as transformers would find it."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-    types = (entry.dtype for entry in checkpoint.entries.values())
-    return next((names[dtype] for dtype in types if dtype in names), "float32")
-
-
-def _write_manifests(plan: Plan, journal: Journal, data_key: bytes, vault: Path, worker: Path) -> None:
+def _write_manifests(plan: Source, journal: Journal, data_key: bytes, vault: Path, worker: Path) -> None:
     groups = plan.groups(journal.errors)
     public = WorkerManifest(
         split_id=journal.split_id,
@@ -245,23 +229,16 @@ def _write_manifests(plan: Plan, journal: Journal, data_key: bytes, vault: Path,
         files=_records(worker),
     )
     _write_file(worker / MANIFEST, public.model_dump_json(indent=1).encode(), 0o644)
-    config = plan.layout.config
     manifest = VaultManifest(
         split_id=journal.split_id,
         sliplm=sliplm_version(),
-        source=SourceModel(
-            name=plan.checkpoint.path.resolve().name,
-            config_class=type(config).__name__,
-            parameters=sum(math.prod(shape) for shape in plan.layout.parameters.values()),
-        ),
+        source=plan.model,
         recipe=plan.recipe,
         groups=groups,
-        kept=tuple(
-            KeptGroup(name=g.name, rows=g.rows, columns=g.columns, members=members(g)) for g in plan.whole
-        ),
+        kept=plan.kept_groups(),
         kept_tensors=tuple(KeptTensor(name=s.name, dtype=s.dtype, shape=s.shape) for s in plan.kept_specs()),
         kept_bytes=sum(spec.nbytes for spec in _sealed_kept(plan)),
-        attention=plan.layout.attention,
+        attention=plan.attention,
         files=_records(vault),
         worker_files=_records(worker) | {MANIFEST: record(worker / MANIFEST)},
     )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from sliplm import rotation
+from sliplm.engines.groups import Group
+from sliplm.engines.source import Errors
 from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
-from sliplm.engines.transformers.journal import Errors
-from sliplm.engines.transformers.layout import Group, Layout, discover, read_config
-from sliplm.errors import RecipeError, UnsplittableError
-from sliplm.manifest import FORMAT_VERSION, Member, VaultGroup
+from sliplm.engines.transformers.companions import companions
+from sliplm.engines.transformers.layout import Layout, discover, read_config
+from sliplm.errors import CheckpointError, RecipeError, UnsplittableError
+from sliplm.manifest import FORMAT_VERSION, Attention, KeptGroup, Member, SourceModel, VaultGroup
 from sliplm.recipe import GroupChoice, Recipe
-from sliplm.share import integer_type, sealed_spec, secret_specs, sliplm_version, worker_spec
+from sliplm.share import integer_type, sliplm_version
 from sliplm.tensorfile import TensorSpec
 
 
@@ -40,21 +46,48 @@ class Plan:
     def groups(self, errors: Mapping[str, Errors]) -> tuple[VaultGroup, ...]:
         """The groups as the manifest has them; without `errors`, only their names and shapes count."""
         return tuple(
-            _vault_group(group, choice, errors.get(group.name, (0.0, 0.0))) for group, choice in self.split
+            vault_group(group, choice, errors.get(group.name, (0.0, 0.0))) for group, choice in self.split
         )
 
-    def public_specs(self) -> list[TensorSpec]:
-        """The tensors of the worker's share."""
-        return [worker_spec(group) for group in self.groups({})]
-
-    def secret_specs(self) -> list[TensorSpec]:
-        """The tensors of the vault's share, as they lie on the disk."""
-        return [sealed_spec(spec) for group in self.groups({}) for spec in secret_specs(group)]
+    def kept_groups(self) -> tuple[KeptGroup, ...]:
+        """The linear layers that stay whole, as the manifest has them."""
+        return tuple(
+            KeptGroup(name=g.name, rows=g.rows, columns=g.columns, members=members(g)) for g in self.whole
+        )
 
     def kept_specs(self) -> list[TensorSpec]:
         """The tensors that stay whole, in clear."""
         entries = {name: self.checkpoint.entries[key] for name, key in self.kept.items()}
         return [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()]
+
+    def kept_bytes(self, name: str) -> Iterator[bytes]:
+        """A tensor that stays whole, as it is stored, in pieces."""
+        return self.checkpoint.chunks(self.kept[name])
+
+    def read(self, weight: str) -> npt.NDArray[np.float32]:
+        """A parameter that is split, in its shape."""
+        key = stored_as(weight, self.layout, self.sources)
+        if key is None:  # `make_plan` has seen to it
+            raise CheckpointError(f"{weight} is not in the checkpoint")
+        return self.checkpoint.read(key)
+
+    @property
+    def attention(self) -> tuple[Attention, ...]:
+        """For counting."""
+        return self.layout.attention
+
+    @property
+    def model(self) -> SourceModel:
+        """Which model this is."""
+        return SourceModel(
+            name=self.checkpoint.path.resolve().name,
+            config_class=type(self.layout.config).__name__,
+            parameters=sum(math.prod(shape) for shape in self.layout.parameters.values()),
+        )
+
+    def companions(self) -> dict[str, bytes]:
+        """config.json of the split model, generation settings, tokenizer files."""
+        return companions(self.checkpoint, untied=self.untied)
 
 
 def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
@@ -70,11 +103,13 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
     choices = [(group, recipe.for_group(group.name, group.modules)) for group in layout.groups]
     chosen = tuple((group, choice) for group, choice in choices if choice.placement == "split")
     for group, choice in chosen:
-        _check_group(group, choice)
+        check_group(group, choice)
     sources = locate(checkpoint, layout)
     consumed = {member.weight for group, _ in chosen for member in group.members}
     _check_stored(consumed, layout, sources)
     untied = any(alias in consumed or name in consumed for alias, name in layout.tied.items())
+    if untied and getattr(layout.config, "is_encoder_decoder", False):
+        _refuse_untying(consumed, layout)
     return Plan(
         checkpoint=checkpoint,
         layout=layout,
@@ -106,7 +141,12 @@ def _check_rules(layout: Layout, recipe: Recipe) -> None:
         )
 
 
-def _check_group(group: Group, choice: GroupChoice) -> None:
+def check_group(group: Group, choice: GroupChoice) -> None:
+    """Check that a group can be split as a recipe says.
+
+    Raises:
+        RecipeError: it has not that many triplets, or is too wide for its rotation.
+    """
     if choice.rank > min(group.rows, group.columns):
         raise RecipeError(
             f"{group.name}: rank {choice.rank} is more than its {group.rows} x {group.columns} matrix has; "
@@ -129,6 +169,17 @@ def _check_stored(consumed: set[str], layout: Layout, sources: Sources) -> None:
         )
 
 
+def _refuse_untying(consumed: set[str], layout: Layout) -> None:
+    """Encoder-decoder models scale their output by whether the head is tied, so that stays as it is."""
+    tied = {name for pair in layout.tied.items() for name in pair} & consumed
+    modules = tuple(sorted(name.removesuffix(".weight") for name in tied))
+    raise UnsplittableError(
+        f"{', '.join(modules)} shares its weight with an embedding, which is not split in encoder-decoder "
+        f'models: keep it whole by Rule(pattern="{modules[0]}", placement="vault")',
+        modules,
+    )
+
+
 def _kept(layout: Layout, sources: Sources, consumed: set[str], untied: bool) -> dict[str, str]:
     """Every tensor that stays whole: its name in the vault -> its key in the checkpoint."""
     kept = {name: key for name, key in sources.keys.items() if name not in consumed}
@@ -147,7 +198,8 @@ def stored_as(name: str, layout: Layout, sources: Sources) -> str | None:
     return next((sources.keys[n] for n in (name, first, *aliases) if n in sources.keys), None)
 
 
-def _vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup:
+def vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup:
+    """A split group as the manifest has it."""
     return VaultGroup(
         name=group.name,
         rows=group.rows,
@@ -159,6 +211,7 @@ def _vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGrou
         rotation=choice.rotation,
         error=errors[0],
         svd_error=errors[1],
+        positions=group.positions,
     )
 
 
