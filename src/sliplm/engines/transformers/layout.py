@@ -194,7 +194,7 @@ def _trace(model: PreTrainedModel) -> _Calls:
 def _run(model: PreTrainedModel, clear: Callable[[], None]) -> None:
     """One forward pass on shapes.
 
-    Models look at a mask's (absent) values in different ways: of two kinds of mask, a number for each token and
+    Models look at (absent) values of a mask in different ways: of two kinds of mask, one number a token and
     one that is ready to be added, each of them can do with one.
     """
     tokens = torch.ones((1, TOKENS), dtype=torch.long, device="meta")
