@@ -229,7 +229,8 @@ def _check(modules: Mapping[str, nn.Module], group: str, member: Member, seen: s
         found = "no such module" if module is None else f"a {type(module).__name__}"
         raise ShareError(
             f"group {group} needs a linear layer {member.module}, and the model has {found}: "
-            "load the share with the model class that it was split from (AutoModelForCausalLM)"
+            "load the share with the model class that it was split from (a language model's is "
+            "AutoModelForCausalLM)"
         )
     width, rows = _sizes(module)
     if rows != member.rows:

@@ -150,7 +150,8 @@ class _Products(TorchFunctionMode):
         else:
             patches = patches_of(tuple(call.weight.shape), call.stride, call.padding, call.dilation)
             rows = patches.rows(tuple(call.x.shape))
-        use.inputs.append((call.x, call.x._version, patches))
+        changes = 0 if call.x.is_inference() else call.x._version
+        use.inputs.append((call.x, changes, patches))
         use.rows += rows
 
 
