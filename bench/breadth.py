@@ -6,7 +6,7 @@ Three tables of removal: what the model is worth to a thief who runs the worker'
 k singular triplets of every matrix are kept from him.  `residual` is the plain split, W - A_k B_k in its own
 basis, exact; `rotated` is what a worker really gets, in a secret basis and as 12-bit integers, with the true
 norm of every row given back to the thief.  Whatever is no split matrix he has for nothing: embeddings, norms,
-biases, depthwise convolutions.  A matrix with fewer than k triplets is gone whole.  `split` compares the hybrid
+biases, depthwise convolutions.  A matrix with fewer than k triplets is gone.  `split` compares the hybrid
 (a worker process, masks, checks) with the quantised model, bit for bit, and with the original; `seconds` are
 those of one call, with all masks dealt while it waits, and with masks ready.
 """
