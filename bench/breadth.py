@@ -8,7 +8,9 @@ basis, exact; `rotated` is what a worker really gets, in a secret basis and as 1
 norm of every row given back to the thief.  Whatever is no split matrix he has for nothing: embeddings, norms,
 biases, depthwise convolutions.  A matrix with fewer than k triplets is gone.  `split` compares the hybrid
 (a worker process, masks, checks) with the quantised model, bit for bit, and with the original; `seconds` are
-those of one call, with all masks dealt while it waits, and with masks ready.
+those of one call, with all masks dealt while it waits, and with masks ready.  `no share` is the line to
+compare with: a thief who has all the rest, and random matrices with rows of the true norms; `a guess` is the
+commonest answer.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Subject:
     model: nn.Module
     groups: Sequence[Group]
     quality: Callable[[nn.Module], Quality]
-    guess: Quality  # what somebody has who has no weights at all
+    guess: Quality  # what the commonest answer is worth
 
 
 # --- removal -------------------------------------------------------------------------------------------
@@ -92,12 +94,30 @@ def removal(subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
+def without(subject: Subject, seeds: Sequence[int] = (0, 1, 2)) -> Quality:
+    """What a thief has without the share, but all the rest: random matrices with rows of the true norms."""
+    found = []
+    for seed in seeds:
+        stolen, rng = copy.deepcopy(subject.model), np.random.default_rng(seed)
+        for group in subject.groups:
+            w = _matrix(subject.model, group)
+            noise = rng.standard_normal(w.shape, np.float32)
+            _put(stolen, group, noise * _ratio(w, noise))
+        found.append(subject.quality(stolen))
+    return {name: statistics.mean(quality[name] for quality in found) for name in subject.guess}
+
+
 def _as_it_is(name: str, w: Any, rest: Any) -> Any:
     """The worker's integers, each row scaled to the true one's norm."""
     hidden = rotate_both(rest, "fast", derive_key(bytes(32), name))
     integers = quantise_rows(hidden, 12)[0].astype(np.float32)
-    norms = np.maximum(np.linalg.norm(integers, axis=1, keepdims=True), 1)
-    return integers * (np.linalg.norm(w, axis=1, keepdims=True) / norms)
+    return integers * _ratio(w, integers)
+
+
+def _ratio(w: Any, rows: Any) -> Any:
+    """What brings each row to the true one's norm."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.linalg.norm(w, axis=1, keepdims=True) / np.where(norms > 0, norms, 1)
 
 
 def _matrix(model: nn.Module, group: Group) -> Any:
@@ -182,18 +202,16 @@ def _folder() -> Iterator[Path]:
 
 def measured(
     report: SplitReport, original: Callable[[], Tensor], quantised: Callable[[], Tensor], hybrid: Any,
-    run: Callable[[], Tensor], shape: int,
+    run: Callable[[], Tensor], tokens: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """Bits, distance and seconds of one split.
-
-    Args:
-        shape: rows that one call asks of every group at most, for masks dealt ahead.
-    """
+    """Bits, distance and seconds of one split; a call asks `tokens` times what the report counts."""
     true, found = original(), run()
     late = statistics.median(seconds(run) for _ in range(3))
     ready = []
     for _ in range(3):
-        hybrid.slip.deal(shape)
+        for group in report.groups:
+            if group.placement == "split":
+                hybrid.slip.deal(group.positions * tokens, [group.name])
         ready.append(seconds(run))
     return {
         "bits_equal_quantised": torch.equal(found, quantised()),
@@ -217,9 +235,7 @@ def split_digits() -> dict[str, Any]:
         report = sliplm.split_module(model, image, out, sliplm.Recipe(rank=RANK["digits"]))
         local = reference_module(digits_skeleton(), out)
         with sliplm.open_module(digits_skeleton(), out, ahead=0) as hybrid, torch.inference_mode():
-            return measured(
-                report, lambda: model(image), lambda: local(image), hybrid, lambda: hybrid(image), 1
-            )
+            return measured(report, lambda: model(image), lambda: local(image), hybrid, lambda: hybrid(image))
 
 
 def split_efficientnet(size: int) -> dict[str, Any]:
@@ -228,11 +244,8 @@ def split_efficientnet(size: int) -> dict[str, Any]:
     with _folder() as out:
         report = sliplm.split_module(model, image, out, sliplm.Recipe(rank=RANK["efficientnet"]))
         local = reference_module(skeleton(size), out)
-        most = max(group.positions for group in report.groups if group.placement == "split")
         with sliplm.open_module(skeleton(size), out, ahead=0) as hybrid, torch.inference_mode():
-            return measured(
-                report, lambda: model(image), lambda: local(image), hybrid, lambda: hybrid(image), most
-            )
+            return measured(report, lambda: model(image), lambda: local(image), hybrid, lambda: hybrid(image))
 
 
 def split_minilm() -> dict[str, Any]:
@@ -259,7 +272,7 @@ def split_minilm() -> dict[str, Any]:
 # --- printing ------------------------------------------------------------------------------------------
 
 
-def show(subject: Subject, rows: Sequence[dict[str, Any]]) -> None:
+def show(subject: Subject, rows: Sequence[dict[str, Any]], nothing: Quality) -> None:
     """A table of removal."""
     names = list(subject.guess)
     table = Table(title=f"{subject.title}: what the share is worth as it is", title_justify="left")
@@ -270,7 +283,8 @@ def show(subject: Subject, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         values = [f"{row[kind][name]:.3f}" for kind in ("residual", "rotated") for name in names]
         table.add_row(str(row["k"]), *values)
-    table.add_row("a guess", *[f"{subject.guess[name]:.3f}" for name in (*names, *names)])
+    for title, quality in (("no share", nothing), ("a guess", subject.guess)):
+        table.add_row(title, *[f"{quality[name]:.3f}" for name in (*names, *names)])
     console.print(table)
 
 
@@ -282,11 +296,13 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=9, help="crops of each photograph")
     parser.add_argument("--paragraphs", type=int, default=100, help="paragraphs to find")
     args = parser.parse_args()
-    document: dict[str, Any] = {"bench": "breadth", "machine": machine(), "removal": {}, "guess": {}}
+    document: dict[str, Any] = {"bench": "breadth", "machine": machine(), "removal": {}}
+    document |= {"no_share": {}, "guess": {}}
     for subject in (of_digits(), of_efficientnet(args.crops), of_minilm(args.paragraphs)):
         with console.status(f"stealing: {subject.title}"):
-            rows = removal(subject)
-        show(subject, rows)
+            rows, nothing = removal(subject), without(subject)
+        show(subject, rows, nothing)
+        document["no_share"][subject.name] = {name: round(value, 4) for name, value in nothing.items()}
         document["removal"][subject.name] = rows
         document["guess"][subject.name] = {name: round(value, 4) for name, value in subject.guess.items()}
     runs = {

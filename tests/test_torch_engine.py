@@ -165,7 +165,7 @@ def test_what_cannot_be_split_says_why() -> None:
     traced = trace(seeded(Whole), {"tokens": torch.tensor([[1, 2, 3]]), "scale": 2.0})
     assert [group.name for group in traced.groups] == ["encoder.linear1", "encoder.linear2"]
     reasons = {group.name: reason for group, reason in traced.whole}
-    assert reasons.pop("raw") == "it is used by __get__"  # its transpose
+    assert reasons.pop("raw") == "it is used by T"  # its transpose
     assert reasons.pop("unused") == "it took no part in the forward pass"
     assert reasons.pop("embedding") == "it is used by embedding"
     assert reasons.pop("lstm.weight_ih_l0") == "it is used by lstm"
@@ -208,6 +208,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "odd": (Odd, {"x": normal(2, 3, 12, 9)}),
     "whole": (Whole, {"tokens": torch.tensor([[1, 2, 3], [4, 5, 19]]), "scale": 0.5}),
     "small": (small, {"input": normal(5, 6)}),
+    "root": (lambda: nn.Linear(6, 4), {"input": normal(5, 6)}),
 }
 
 

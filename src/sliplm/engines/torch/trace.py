@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from sliplm.engines.groups import Group, Linear, group_name
 from sliplm.engines.modules import Patches
 from sliplm.engines.torch.patches import patches_of
-from sliplm.engines.torch.weights import ABOUT, Call
+from sliplm.engines.torch.weights import ABOUT, Call, name_of
 from sliplm.errors import InputError
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -129,7 +129,7 @@ class _Products(TorchFunctionMode):
             for tensor in _tensors((args, kwargs)):
                 name = self.names.get(id(tensor))
                 if name is not None and name != weight and not (call and tensor is call.bias):
-                    self._use(name, func).other = getattr(func, "__name__", str(func))
+                    self._use(name, func).other = name_of(func)
             if call is not None and weight is not None:
                 self._product(weight, func, call)
         return func(*args, **kwargs)

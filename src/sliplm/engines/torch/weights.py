@@ -40,6 +40,12 @@ ABOUT: frozenset[Any] = frozenset(
 """Questions about a tensor that its values do not answer."""
 
 
+def name_of(func: Any) -> str:
+    """What a function of PyTorch is called; of a property its own name."""
+    name = str(getattr(func, "__name__", func))
+    return str(func.__self__.__name__) if name == "__get__" else name
+
+
 class Call(NamedTuple):
     """The arguments of `F.linear`, or of `F.conv2d`."""
 
@@ -97,10 +103,9 @@ class SplitWeight(Tensor):
         if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", str(func))
         raise InputError(
-            f"a split weight was given to {name}: no party has it, and only the product that was traced "
-            "can be computed; place this layer in the vault by a rule, and split again"
+            f"a split weight was given to {name_of(func)}: no party has it, and only the product that "
+            "was traced can be computed; place this layer in the vault by a rule, and split again"
         )
 
     @classmethod
