@@ -69,6 +69,7 @@ class Subject:
     model: nn.Module
     groups: Sequence[Group]
     quality: Callable[[nn.Module], Quality]
+    quantised: Callable[[Path], Any]  # split into a folder, and what that computes
     guess: Quality  # what the commonest answer is worth
 
 
@@ -134,6 +135,12 @@ def _put(model: nn.Module, group: Group, matrix: Any) -> None:
         first += member.rows
 
 
+def hybrid_quality(subject: Subject) -> Quality:
+    """What the hybrid is worth: the quantised model's worth, since their bits are the same."""
+    with _folder() as out:
+        return subject.quality(subject.quantised(out))
+
+
 # --- the three -----------------------------------------------------------------------------------------
 
 
@@ -141,9 +148,14 @@ def of_digits() -> Subject:
     """Accuracy on 597 scans that were held out."""
     model, (_, held_out) = digits_mlp(), digits()
     groups = trace(model, held_out.images[:1]).groups
+
+    def quantised(out: Path) -> nn.Module:
+        sliplm.split_module(model, held_out.images[:1], out, sliplm.Recipe(rank=RANK["digits"]))
+        return reference_module(digits_skeleton(), out)
+
     return Subject(
         "digits", "MLP, scans of digits", model, groups, lambda m: {"accuracy": accuracy(m, held_out)},
-        {"accuracy": float(held_out.labels.bincount().max()) / len(held_out.labels)},
+        quantised, {"accuracy": float(held_out.labels.bincount().max()) / len(held_out.labels)},
     )  # fmt: skip
 
 
@@ -161,9 +173,14 @@ def of_efficientnet(crops: int) -> Subject:
             "cosine": float(nn.functional.cosine_similarity(found, true).nan_to_num().mean()),
         }
 
+    def quantised(out: Path) -> nn.Module:
+        sliplm.split_module(model, images[:1], out, sliplm.Recipe(rank=RANK["efficientnet"]))
+        return reference_module(skeleton(), out)
+
     guess = {"agreement": float(true.argmax(1).bincount().max()) / len(images), "cosine": 0.0}
     groups = trace(model, images[:1]).groups
-    return Subject("efficientnet", "EfficientNet-lite0, photographs", model, groups, quality, guess)
+    title = "EfficientNet-lite0, photographs"
+    return Subject("efficientnet", title, model, groups, quality, quantised, guess)
 
 
 def of_minilm(paragraphs: int) -> Subject:
@@ -179,8 +196,12 @@ def of_minilm(paragraphs: int) -> Subject:
         hits = (one @ two.T).argmax(1) == torch.arange(len(queries))
         return {"retrieval": float(hits.float().mean()), "cosine": float((one * true).sum(1).mean())}
 
+    def quantised(out: Path) -> Any:
+        sliplm.split(folder, out, sliplm.Recipe(rank=RANK["minilm"]))
+        return reference(out)
+
     guess = {"retrieval": 1 / paragraphs, "cosine": 0.0}
-    return Subject("minilm", "MiniLM, sentences", model, discover(folder).groups, quality, guess)
+    return Subject("minilm", "MiniLM, sentences", model, discover(folder).groups, quality, quantised, guess)
 
 
 def _sentences(count: int) -> tuple[list[str], list[str]]:
@@ -297,11 +318,14 @@ def main() -> None:
     parser.add_argument("--paragraphs", type=int, default=100, help="paragraphs to find")
     args = parser.parse_args()
     document: dict[str, Any] = {"bench": "breadth", "machine": machine(), "removal": {}}
-    document |= {"no_share": {}, "guess": {}}
+    document |= {"no_share": {}, "guess": {}, "hybrid": {}}
     for subject in (of_digits(), of_efficientnet(args.crops), of_minilm(args.paragraphs)):
         with console.status(f"stealing: {subject.title}"):
             rows, nothing = removal(subject), without(subject)
+            hybrid = hybrid_quality(subject)
         show(subject, rows, nothing)
+        console.print("the hybrid:", ", ".join(f"{name} {value:.6f}" for name, value in hybrid.items()))
+        document["hybrid"][subject.name] = {name: round(value, 7) for name, value in hybrid.items()}
         document["no_share"][subject.name] = {name: round(value, 4) for name, value in nothing.items()}
         document["removal"][subject.name] = rows
         document["guess"][subject.name] = {name: round(value, 4) for name, value in subject.guess.items()}

@@ -478,6 +478,29 @@ def test_a_split_is_not_overwritten(plain: Path) -> None:
         split_module(seeded(small), normal(1, 6), plain, RECIPE)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_split_that_was_stopped(tmp_path: Path, same: bool) -> None:
+    """It goes on with the same module, and begins again with another one."""
+    seen: list[str] = []
+
+    def stop(done: int, total: int, name: str) -> None:
+        seen.append(name)
+        if name == "2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        split_module(seeded(small), normal(1, 6), tmp_path, RECIPE, progress=stop)
+    assert seen == ["0", "2"] and not (tmp_path / "vault").exists()
+    first = json.loads((tmp_path / ".partial" / "journal").read_text().splitlines()[0])["split_id"]
+    module, x = seeded(small, seed=0 if same else 1), normal(5, 6)
+    split_module(module, normal(1, 6), tmp_path, RECIPE)
+    assert (read_vault_manifest(tmp_path / "vault").split_id == first) == same
+    assert not (tmp_path / ".partial").exists()
+    with torch.no_grad():
+        found = reference_module(seeded(small, seed=7), tmp_path)(x)
+        assert (found - module(x)).norm() < 2e-3 * module(x).norm()
+
+
 @pytest.mark.parametrize(
     "x",
     [
