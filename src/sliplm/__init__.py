@@ -21,17 +21,34 @@ from sliplm import errors
 from sliplm.recipe import Recipe, Rule
 
 if TYPE_CHECKING:
+    from sliplm.engines.torch.convert import split_module
+    from sliplm.engines.torch.load import load_module, open_module
     from sliplm.engines.transformers.convert import split
     from sliplm.engines.transformers.load import load, open
     from sliplm.engines.transformers.quantizer import SlipConfig
     from sliplm.local_worker import LocalWorker
 
-__all__ = ["LocalWorker", "Recipe", "Rule", "SlipConfig", "errors", "load", "open", "split"]
+__all__ = [
+    "LocalWorker",
+    "Recipe",
+    "Rule",
+    "SlipConfig",
+    "errors",
+    "load",
+    "load_module",
+    "open",
+    "open_module",
+    "split",
+    "split_module",
+]
 
 _LAZY = {
     "split": "sliplm.engines.transformers.convert",
     "load": "sliplm.engines.transformers.load",
     "open": "sliplm.engines.transformers.load",
+    "split_module": "sliplm.engines.torch.convert",
+    "load_module": "sliplm.engines.torch.load",
+    "open_module": "sliplm.engines.torch.load",
     "SlipConfig": "sliplm.engines.transformers.quantizer",
     "LocalWorker": "sliplm.local_worker",
 }

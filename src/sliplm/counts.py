@@ -55,7 +55,9 @@ class GroupReport(_Count):
     `error` is the relative Frobenius error of quantisation and `svd_error` that of the kept directions
     (`splitting.direction_error`); None where nothing was split.  Of a full fine-tune with the difference D,
     `change` is |D| / |W_base| and `left_out` |D - A B| / |D|, Frobenius: 1 - left_out^2 of its energy is
-    kept.
+    kept.  A plain module has no tokens: its multiply-adds and traffic are those of one call on its example
+    inputs, in which the group multiplies `positions` rows.  `reason` says why a group that the recipe would
+    have split is whole.
     """
 
     name: str
@@ -76,6 +78,8 @@ class GroupReport(_Count):
     vault_macs_share: float
     bytes_to_worker: int
     bytes_from_worker: int
+    positions: int = 1
+    reason: str = ""
 
 
 class AdapterReport(_Count):
@@ -156,9 +160,11 @@ def counts_for_shapes(
 
 def report_for(manifest: VaultManifest) -> SplitReport:
     """The report of a split, recomputed from the vault's manifest alone."""
-    groups = [_group(group) for group in manifest.groups]
+    groups = [_repeated(_group(group), group.positions) for group in manifest.groups]
     whole = GroupChoice(rank=0, precision=12, rotation="none", placement="vault")
-    groups += [count_group(g.name, g.rows, g.columns, whole) for g in manifest.kept]
+    groups += [
+        _repeated(count_group(g.name, g.rows, g.columns, whole), g.positions, g.reason) for g in manifest.kept
+    ]
     total = _total(groups, manifest.kept_bytes, manifest.attention)
     if manifest.base is None:
         return total
@@ -205,6 +211,21 @@ def count_group(
         vault_macs_share=macs.total / plain,
         bytes_to_worker=ELEMENT_BYTES * columns if split else 0,
         bytes_from_worker=ELEMENT_BYTES * rows if split else 0,
+    )
+
+
+def _repeated(group: GroupReport, positions: int, reason: str = "") -> GroupReport:
+    """What a group costs that multiplies `positions` rows per input; its share of work is the same."""
+    macs = group.vault_macs
+    return group.model_copy(
+        update={
+            "plain_macs": group.plain_macs * positions,
+            "vault_macs": VaultMacs(**{kind: n * positions for kind, n in macs.model_dump().items()}),
+            "bytes_to_worker": group.bytes_to_worker * positions,
+            "bytes_from_worker": group.bytes_from_worker * positions,
+            "positions": positions,
+            "reason": reason,
+        }
     )
 
 

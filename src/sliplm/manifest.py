@@ -15,6 +15,7 @@ from sliplm.tensorfile import ITEM_BYTES, TensorSpec
 
 FORMAT_VERSION = 2
 ADAPTER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+PLAIN_MODULE = "plain PyTorch module"  # a `config_class`: no configuration of transformers
 
 
 def _known_dtype(name: str) -> str:
@@ -83,7 +84,7 @@ class VaultGroup(WorkerGroup):
 
     `error` is the relative Frobenius error of quantisation, `svd_error` that of the kept directions
     (`splitting.direction_error`).  `difference` is there where a full fine-tune was split, `adapters` has
-    those that change the group.
+    those that change the group.  `positions`: rows that it multiplies per input, see `KeptGroup`.
     """
 
     members: Several[Member]
@@ -94,6 +95,7 @@ class VaultGroup(WorkerGroup):
     svd_error: float = Field(ge=0)
     difference: Difference | None = None
     adapters: Several[GroupAdapter] = ()
+    positions: Size = 1
 
     @model_validator(mode="after")
     def _members_fill_the_group(self) -> Self:
@@ -105,12 +107,19 @@ class VaultGroup(WorkerGroup):
 
 
 class KeptGroup(_Model):
-    """A group of linear layers that stays in the vault whole."""
+    """A group of linear layers that stays in the vault whole.
+
+    `positions`: rows that it multiplies per input: 1 for a token of a language model, all places of a
+    convolution for a plain module's example inputs; 0 where its work is not counted.  `reason`: why it cannot
+    be split; empty where the recipe placed it here.
+    """
 
     name: Name
     rows: Size
     columns: Size
     members: Several[Member]
+    positions: int = Field(default=1, ge=0, lt=1 << 31)
+    reason: str = Field(default="", max_length=1024)
 
 
 class KeptTensor(_Model):

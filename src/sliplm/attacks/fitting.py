@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from sliplm.attacks.a11_fit import CLOSE, GIVEN, RANKS, Matrix, Trial, signs_to_guess, study, without_top
-from sliplm.engines.transformers.plan import make_plan, stack
+from sliplm.engines.source import stack
+from sliplm.engines.transformers.plan import make_plan
 from sliplm.errors import InputError
 from sliplm.recipe import Recipe
 
@@ -63,7 +64,7 @@ def _matrix(model_dir: Path) -> tuple[str, Matrix]:
     groups = sorted((group for group, _ in plan.split), key=lambda g: abs(np.log(g.rows / g.columns)))
     alike = [g for g in groups if (g.rows, g.columns) == (groups[0].rows, groups[0].columns)]
     group = alike[len(alike) // 2]
-    weight = stack(plan.checkpoint, plan.layout, plan.sources, group).astype(np.float64)
+    weight = stack(plan.read, group).astype(np.float64)
     n = min(weight.shape)
     return group.name, weight[:n, :n]
 

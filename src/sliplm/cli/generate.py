@@ -85,12 +85,18 @@ def command(
     """
     quiet()
     from sliplm.engines.transformers.answer import answer, encode, load_tokenizer
+    from sliplm.engines.transformers.load import can_generate
 
     vault = out / "vault" if (out / "vault").is_dir() else out
     options = {
         "share": share, "dealers": dealer or [], "pool": pool, "anchor": anchor, "fallback": fallback,
         "audit": audit, "pad_to": pad_to, "key": key, "adapter": adapter,
     }  # fmt: skip
+    if not can_generate(vault):
+        raise InputError(
+            f"{vault} holds a model that does not generate text, such as an encoder: call it in Python, by "
+            "sliplm.open or sliplm.load (a plain PyTorch module: sliplm.open_module)"
+        )
     with _model(out, vault, worker or [], options) as model:
         tokenizer = load_tokenizer(vault)
         inputs = encode(tokenizer, prompt, chat)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from sliplm.cli.screen import add_difference, console, number, percent, print_json, size, warn_of_tail
 from sliplm.errors import ShareError
-from sliplm.manifest import WorkerGroup, public_split_id
+from sliplm.manifest import PLAIN_MODULE, WorkerGroup, public_split_id
 from sliplm.sealing import read_seal
 from sliplm.share import MANIFEST, SHARE, open_worker, read_vault_manifest
 
@@ -65,8 +65,9 @@ def command(
         )
         return
     _head(screen, manifest, seal)
-    screen.print(_groups(report, all_groups))
-    screen.print(_totals(report))
+    unit = "call" if manifest.source.config_class == PLAIN_MODULE else "token"
+    screen.print(_groups(report, all_groups, unit))
+    screen.print(_totals(report, unit))
     warn_of_tail(screen, report)
 
 
@@ -106,17 +107,17 @@ def _head(screen: Console, manifest: VaultManifest, seal: Seal) -> None:
         )
 
 
-def _groups(report: SplitReport, all_groups: bool) -> Table:
+def _groups(report: SplitReport, all_groups: bool, unit: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("group", overflow="fold", min_width=24)
     table.add_column("matrix", max_width=24)
-    for title in ("in worker\nand vault", "vault's\nwork", "out, back\na token", "error"):
+    for title in ("in worker\nand vault", "vault's\nwork", f"out, back\na {unit}", "error"):
         table.add_column(title, justify="right")
     for same in fold(report.groups, _look, all_groups):
         group = same[0]
         if group.placement == "vault":
             table.add_row(
-                _name(same), f"{group.rows} x {group.columns}\n[dim]whole, in the vault[/]", "", "100 %"
+                _name(same), f"{_size(group)}\n[dim]{_why(group)}[/]", "", "100 %" if group.plain_macs else ""
             )
             continue
         errors = [g.error for g in same if g.error is not None]
@@ -127,7 +128,7 @@ def _groups(report: SplitReport, all_groups: bool) -> Table:
             how = how[0 if ranks[-1] else 1 : 2]
         table.add_row(
             _name(same),
-            f"{group.rows} x {group.columns}\n[dim]{', '.join(how)}[/]",
+            f"{_size(group)}\n[dim]{', '.join(how)}[/]",
             f"{size(group.worker_bytes)}\n{size(max(g.vault_bytes for g in same))}",
             percent(max(g.vault_macs_share for g in same)),
             f"{size(group.bytes_to_worker)}\n{size(group.bytes_from_worker)}",
@@ -136,7 +137,16 @@ def _groups(report: SplitReport, all_groups: bool) -> Table:
     return table
 
 
-def _totals(report: SplitReport) -> Table:
+def _size(group: GroupReport) -> str:
+    times = f", {number(group.positions)} times" if group.positions > 1 else ""
+    return f"{group.rows} x {group.columns}{times}"
+
+
+def _why(group: GroupReport) -> str:
+    return escape(f"whole: {group.reason}" if group.reason else "whole, in the vault")
+
+
+def _totals(report: SplitReport, unit: str) -> Table:
     macs = report.vault_macs
     kinds = {"low rank": macs.low_rank, "rotations": macs.rotations, "checks": macs.checks,
              "fixed point": macs.fixed_point, "whole layers": macs.whole}  # fmt: skip
@@ -159,9 +169,9 @@ def _totals(report: SplitReport) -> Table:
     if attention:
         table.add_row("", "", f"and attention, in the vault beside it: {attention}")
     table.add_row("link", size(report.bytes_to_worker + report.bytes_from_worker),
-                  f"a token in {report.exchanges} exchanges: {size(report.bytes_to_worker)} out, "
+                  f"a {unit} in {report.exchanges} exchanges: {size(report.bytes_to_worker)} out, "
                   f"{size(report.bytes_from_worker)} back")  # fmt: skip
-    table.add_row("masks", size(report.mask_bytes), "of memory for each token dealt ahead")
+    table.add_row("masks", size(report.mask_bytes), f"of memory for each {unit} dealt ahead")
     add_difference(table, report)
     return table
 

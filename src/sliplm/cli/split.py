@@ -155,6 +155,8 @@ def _seen(report: SplitReport) -> str:
 
 
 def _show(screen: Console, out: Path, report: SplitReport) -> None:
+    from sliplm.engines.transformers.load import can_generate
+
     screen.print(f"{report.exchanges} groups of linear layers were split.\n")
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
@@ -184,4 +186,5 @@ def _show(screen: Console, out: Path, report: SplitReport) -> None:
     for name, how in report.public.items():
         if not how.close:
             screen.print(f"\nagainst {name}: {how}", style="dim", markup=False, soft_wrap=True)
-    screen.print(f"\nTry it: slip generate {out} --prompt 'Hello'", style="dim", markup=False, soft_wrap=True)
+    hint = f"slip generate {out} --prompt 'Hello'" if can_generate(out / "vault") else f'sliplm.open("{out}")'
+    screen.print(f"\nTry it: {hint}", style="dim", markup=False, soft_wrap=True)

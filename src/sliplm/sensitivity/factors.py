@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from sliplm.durable import replace
-from sliplm.engines.transformers.plan import stack
+from sliplm.engines.source import stack
 from sliplm.sensitivity.subject import Part, Subject
 from sliplm.splitting import EXACT_SVD
 from sliplm.tensorfile import write_error
@@ -124,7 +124,7 @@ class Library:
             factors = self._read(path, part)
             if factors is None:
                 subject = self._subject
-                weight = stack(subject.checkpoint, subject.layout, subject.sources, part.group)
+                weight = stack(subject.read, part.group)
                 factors = factor(torch.from_numpy(weight).to(device), self._rank)
                 _write(path, part.name, factors)
             found[part.name] = factors

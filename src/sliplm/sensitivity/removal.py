@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sliplm.engines.transformers.layout import Group
+from sliplm.engines.groups import Group
 from sliplm.sensitivity.factors import Factors
 from sliplm.sensitivity.variants import Variant
 

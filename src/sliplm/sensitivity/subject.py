@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from sliplm.engines.groups import Group
 from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
-from sliplm.engines.transformers.layout import Group, Layout, discover
-from sliplm.engines.transformers.plan import stored_as
+from sliplm.engines.transformers.layout import Layout, discover
+from sliplm.engines.transformers.plan import read_weight, stored_as
 from sliplm.errors import UnsplittableError
 
 
@@ -55,6 +59,10 @@ class Subject:
     def layers(self) -> tuple[int, ...]:
         """Ascending."""
         return tuple(sorted({part.layer for part in self.parts if part.layer is not None}))
+
+    def read(self, weight: str) -> npt.NDArray[np.float32]:
+        """A parameter, in its shape; raises as `plan.read_weight`."""
+        return read_weight(self.checkpoint, self.layout, self.sources, weight)
 
 
 def open_subject(model_dir: Path) -> Subject:

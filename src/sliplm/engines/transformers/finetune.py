@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sliplm.engines.groups import Group
+from sliplm.engines.source import stack
 from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
-from sliplm.engines.transformers.layout import Group, Layout, discover
+from sliplm.engines.transformers.layout import Layout, discover
 from sliplm.engines.transformers.lora import Adapter, fingerprint, read_adapter
-from sliplm.engines.transformers.plan import Plan, make_plan, stack, stored_as
+from sliplm.engines.transformers.plan import Plan, make_plan, read_weight, source_model, stored_as
 from sliplm.errors import CheckpointError, RecipeError
 from sliplm.manifest import ADAPTER_NAME, SourceModel, VaultGroup
 from sliplm.publicbase import check_related, energy_rank, split_base, split_difference
@@ -56,6 +58,10 @@ class PublicBase:
         """The base, for the manifest."""
         return source_model(self.checkpoint, self.layout)
 
+    def read(self, weight: str) -> npt.NDArray[np.float32]:
+        """A parameter of the base, in its shape."""
+        return read_weight(self.checkpoint, self.layout, self.sources, weight)
+
     @property
     def alone(self) -> bool:
         """The worker gets the base and nothing else."""
@@ -74,12 +80,12 @@ class PublicBase:
         self, plan: Plan, group: Group, choice: GroupChoice
     ) -> tuple[GroupSplit, tuple[float, ...]]:
         """Both parts of a group, and the norms of the difference, if there may be one."""
-        base = stack(self.checkpoint, self.layout, self.sources, group)
+        base = stack(self.read, group)
         if self.same:
             return split_base(group.name, base, choice.precision), ()
         return split_difference(
             group.name,
-            stack(plan.checkpoint, plan.layout, plan.sources, group),
+            stack(plan.read, group),
             base,
             rank=choice.rank,
             precision=choice.precision,
@@ -131,15 +137,6 @@ def refuse_without_base(recipe: Recipe, adapters: Mapping[str, Path | str]) -> N
             "energy and tail are about the difference between a fine-tune and its public base: name the "
             "base, or leave them out"
         )
-
-
-def source_model(checkpoint: Checkpoint, layout: Layout) -> SourceModel:
-    """A model's folder, class and size, for the manifest."""
-    return SourceModel(
-        name=checkpoint.path.resolve().name,
-        config_class=type(layout.config).__name__,
-        parameters=sum(math.prod(shape) for shape in layout.parameters.values()),
-    )
 
 
 # --- what is decided and checked -------------------------------------------------------------------------
@@ -215,7 +212,7 @@ def _with_ranks(plan: Plan, base: PublicBase) -> Split:
     found = []
     products = np.zeros(3)  # of the model with itself, with the base, and of the base with itself
     for group, choice in plan.split:
-        weight, public = (stack(m.checkpoint, m.layout, m.sources, group) for m in (plan, base))
+        weight, public = (stack(model.read, group) for model in (plan, base))
         for row, other in zip(weight, public, strict=True):
             one, two = row.astype(np.float64), other.astype(np.float64)
             products += one @ one, one @ two, two @ two

@@ -14,12 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sliplm.engines.source import Errors
 from sliplm.errors import ShareError
 from sliplm.tensorfile import write_error
 
 PARTIAL = ".partial"
-
-Errors = tuple[float, ...]  # of quantisation, of the decomposition; the norms of a `Difference`, if any
 
 
 class Journal:

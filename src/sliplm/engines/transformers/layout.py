@@ -7,55 +7,27 @@ group.  Nothing is known about families: whatever follows the same rule is found
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging  # its verbosity is that of `logging`
 
+from sliplm.engines.groups import Group, Linear, group_name
 from sliplm.errors import CheckpointError
 from sliplm.manifest import Attention
 
 TOKENS = 3
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer: `weight` is the model's parameter [rows, columns], or [columns, rows] if transposed."""
-
-    module: str
-    rows: int
-    columns: int
-    weight: str
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linear layers that read one input, in the order of their calls."""
-
-    name: str
-    members: tuple[Linear, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(member.rows for member in self.members)
-
-    @property
-    def columns(self) -> int:
-        return self.members[0].columns
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return tuple(member.module for member in self.members)
 
 
 @dataclass(frozen=True)
@@ -130,31 +102,39 @@ def read_config(model_dir: Path) -> PretrainedConfig:
     return config
 
 
+def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that a checkpoint was saved from; None where its configuration is silent.
+
+    Never code that came with the checkpoint: a name that transformers does not have is no class.
+    """
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, str(names[0]), None) if names else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, on the meta device, in evaluation mode.
+    """The model of a configuration, on the meta device, in evaluation mode.
+
+    It is of the class that the configuration names, else a causal language model.
 
     Raises:
         CheckpointError: transformers has no such model, or it cannot be built.
     """
+    found, options = architecture(config), {"attn_implementation": "eager", "dtype": torch.float32}
     try:
         with _quiet(), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+            model: PreTrainedModel = (
+                AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+                if found is None
+                else found._from_config(config, **options)
             )
     except Exception as error:  # the model's own code runs here
-        kind = type(config).__name__
-        raise CheckpointError(f"no causal language model can be built from {kind}: {_line(error)}") from error
+        kind = "causal language model" if found is None else found.__name__
+        raise CheckpointError(
+            f"no {kind} can be built from {type(config).__name__}: {_line(error)}"
+        ) from error
     model.train(False)
     return model
-
-
-def group_name(modules: Sequence[str]) -> str:
-    """`a.b.c` and `a.b.d` become `a.b.c+d`."""
-    parts = [module.split(".") for module in modules]
-    shared = 0
-    while len(parts) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return ".".join([*parts[0][:shared], "+".join(".".join(p[shared:]) for p in parts)])
 
 
 def attention_of(config: PretrainedConfig) -> tuple[Attention, ...]:
@@ -195,12 +175,10 @@ def _trace(model: PreTrainedModel) -> _Calls:
     stubbed = [module for module in model.modules() if _raw(module)]
     for module in stubbed:
         _stub(module)
-    # an explicit mask: without one, transformers looks at the (absent) values for packed sequences
-    tokens = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
     try:
         # tensors need their version counters, which inference mode, where the caller may be, takes away
         with _quiet(), torch.inference_mode(False), torch.no_grad():
-            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+            _run(model, calls.clear)
     except Exception as error:  # the model's own code runs here
         raise CheckpointError(
             f"{type(model).__name__} cannot be run on shapes alone, its groups stay unknown: {_line(error)}"
@@ -211,6 +189,40 @@ def _trace(model: PreTrainedModel) -> _Calls:
         for module in stubbed:
             del module.forward
     return calls
+
+
+def _run(model: PreTrainedModel, clear: Callable[[], None]) -> None:
+    """One forward pass on shapes.
+
+    Models look at (absent) values of a mask in different ways: of two kinds of mask, one number a token and
+    one that is ready to be added, each of them can do with one.
+    """
+    tokens = torch.ones((1, TOKENS), dtype=torch.long, device="meta")
+    try:
+        model(**_inputs(model, tokens))
+    except (RuntimeError, NotImplementedError):
+        clear()
+        model(**_inputs(model, torch.zeros((1, 1, TOKENS, TOKENS), device="meta")))
+
+
+def _inputs(model: PreTrainedModel, mask: torch.Tensor) -> dict[str, Any]:
+    """Arguments that any model of its kind takes, without values: three tokens, an image, a spectrogram."""
+    takes = inspect.signature(model.forward).parameters
+    main, config = model.main_input_name, model.config
+    tokens = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+    if main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs = {main: torch.zeros((1, config.num_channels, height, width), device="meta")}
+    elif main == "input_features":  # of the length that the encoder reads
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {main: torch.zeros(shape, device="meta")}
+    elif main != "input_ids":
+        raise CheckpointError(f"models that read {main} are not supported")
+    if config.is_encoder_decoder:
+        inputs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    return {name: value for name, value in (inputs | {"use_cache": False}).items() if name in takes}
 
 
 def _stub(module: nn.Module) -> None:
@@ -262,10 +274,13 @@ def _unsplittable(model: PreTrainedModel, calls: _Calls) -> dict[str, str]:
 
 
 def _raw(module: nn.Module) -> bool:
-    """Whether a module that is neither linear nor an embedding has matrices of its own."""
+    """Whether a module that is neither linear nor an embedding has matrices of its own.
+
+    What has a leading dimension of 1 is added to a batch: a table of positions, a class token.
+    """
     if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
         return False
-    return any(p.ndim > 1 for p in module.parameters(recurse=False))
+    return any(p.ndim > 1 and p.shape[0] > 1 for p in module.parameters(recurse=False))
 
 
 def _buffers(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sliplm.attestation import Attester, Verifier
+from sliplm.engines.transformers.layout import architecture
 from sliplm.engines.transformers.quantizer import METHOD, REFERENCE, Folder, checked_workers
 from sliplm.errors import InputError, ShareError
 from sliplm.keysource import KeySpec, checked
 from sliplm.local_worker import LocalWorker
-from sliplm.share import MODEL
+from sliplm.manifest import PLAIN_MODULE
+from sliplm.share import MODEL, read_vault_manifest
 from sliplm.vault import Fallback
 
 
@@ -42,7 +44,7 @@ def load(
     key: KeySpec = None,
     *,
     dtype: torch.dtype = torch.float32,
-    model_class: Any = AutoModelForCausalLM,
+    model_class: Any = None,
     **options: Unpack[Running],
 ) -> PreTrainedModel:
     """Load a vault folder; the split layers ask the workers for their products.
@@ -55,7 +57,8 @@ def load(
         workers: addresses of workers that hold its worker share.
         key: what the vault share is sealed with, see `keysource`; None takes the user's key file.
         dtype: of what the vault computes itself; products are computed in float32 whatever it is.
-        model_class: the class that was split, or its Auto class.
+        model_class: the class that was split, or its Auto class; None takes the class that the checkpoint
+            names, else AutoModelForCausalLM.
         options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, audit, attester, verifier,
             adapter, as `SlipConfig` takes them.
 
@@ -105,7 +108,7 @@ def reference(
     *,
     key: KeySpec = None,
     dtype: torch.dtype = torch.float32,
-    model_class: Any = AutoModelForCausalLM,
+    model_class: Any = None,
     adapter: str | None = None,
 ) -> PreTrainedModel:
     """Load the quantised model that a split stands for, from both shares in this process, without a worker.
@@ -123,6 +126,7 @@ def _from_pretrained(
     vault_dir: Path, settings: dict[str, Any], dtype: torch.dtype, model_class: Any
 ) -> PreTrainedModel:
     config = _config(vault_dir)
+    model_class = model_class or architecture(config) or AutoModelForCausalLM
     # The settings go into the stored entry: as an argument they would make transformers warn.
     config.quantization_config = settings
     model = model_class.from_pretrained(
@@ -131,10 +135,37 @@ def _from_pretrained(
     return cast(PreTrainedModel, model)
 
 
+def is_module(vault_dir: Path) -> bool:
+    """Whether a vault folder is that of a plain PyTorch module."""
+    try:
+        return read_vault_manifest(vault_dir).source.config_class == PLAIN_MODULE
+    except ShareError:
+        return False  # whoever opens it says what is wrong
+
+
+def can_generate(vault_dir: Folder) -> bool:
+    """Whether the model of a vault folder generates text: causal language models do, encoders do not.
+
+    True where it cannot be told: whoever opens the folder says what is wrong.
+    """
+    if is_module(Path(vault_dir)):
+        return False
+    try:
+        found = architecture(_config(Path(vault_dir)))
+    except ShareError:
+        return True
+    return found is None or bool(found.can_generate())
+
+
 def _config(vault_dir: Path) -> Any:
     for name in ("config.json", MODEL):
         if not (vault_dir / name).is_file():
             raise ShareError(f"{vault_dir} has no {name}: give the folder `vault` that `split` wrote")
+    if is_module(vault_dir):
+        raise ShareError(
+            f"{vault_dir} is the vault of a plain PyTorch module: load it with sliplm.load_module, which "
+            "takes a module of the class that was split"
+        )
     try:
         config = AutoConfig.from_pretrained(vault_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sliplm.engines.groups import Group, Linear
 from sliplm.engines.transformers.checkpoint import Checkpoint
-from sliplm.engines.transformers.layout import Group, Linear
 from sliplm.engines.transformers.plan import Plan, stored_as
 from sliplm.errors import AdapterError, CheckpointError
 from sliplm.fixedpoint import Floats

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +13,24 @@ import numpy as np
 import numpy.typing as npt
 
 from sliplm import rotation
+from sliplm.engines.groups import Group
+from sliplm.engines.source import Errors, plain_part
 from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
-from sliplm.engines.transformers.journal import Errors
-from sliplm.engines.transformers.layout import Group, Layout, discover, read_config
+from sliplm.engines.transformers.companions import companions
+from sliplm.engines.transformers.layout import Layout, discover, read_config
 from sliplm.errors import CheckpointError, RecipeError, UnsplittableError
-from sliplm.manifest import FORMAT_VERSION, Difference, Member, VaultGroup
+from sliplm.manifest import (
+    FORMAT_VERSION,
+    Attention,
+    Difference,
+    KeptGroup,
+    Member,
+    SourceModel,
+    VaultGroup,
+)
 from sliplm.recipe import GroupChoice, Recipe
-from sliplm.share import integer_type, sealed_spec, secret_specs, sliplm_version, worker_spec
+from sliplm.share import integer_type, sliplm_version
+from sliplm.splitting import GroupSplit
 from sliplm.tensorfile import TensorSpec
 
 if TYPE_CHECKING:
@@ -49,22 +61,67 @@ class Plan:
     def groups(self, errors: Mapping[str, Errors]) -> tuple[VaultGroup, ...]:
         """The groups as the manifest has them; without `errors`, only their names and shapes count."""
         found = tuple(
-            _vault_group(group, choice, errors.get(group.name, (0.0, 0.0))) for group, choice in self.split
+            vault_group(group, choice, errors.get(group.name, (0.0, 0.0))) for group, choice in self.split
         )
         return found if self.base is None else self.base.with_adapters(found, self.split)
 
-    def public_specs(self) -> list[TensorSpec]:
-        """The tensors of the worker's share."""
-        return [worker_spec(group) for group in self.groups({})]
-
-    def secret_specs(self) -> list[TensorSpec]:
-        """The tensors of the vault's share, as they lie on the disk."""
-        return [sealed_spec(spec) for group in self.groups({}) for spec in secret_specs(group)]
+    def kept_groups(self) -> tuple[KeptGroup, ...]:
+        """The linear layers that stay whole, as the manifest has them."""
+        return tuple(
+            KeptGroup(name=g.name, rows=g.rows, columns=g.columns, members=members(g)) for g in self.whole
+        )
 
     def kept_specs(self) -> list[TensorSpec]:
         """The tensors that stay whole, in clear."""
         entries = {name: self.checkpoint.entries[key] for name, key in self.kept.items()}
         return [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()]
+
+    def kept_bytes(self, name: str) -> Iterator[bytes]:
+        """A tensor that stays whole, as it is stored, in pieces."""
+        return self.checkpoint.chunks(self.kept[name])
+
+    def read(self, weight: str) -> npt.NDArray[np.float32]:
+        """A parameter that is split, in its shape."""
+        return read_weight(self.checkpoint, self.layout, self.sources, weight)
+
+    def part(self, group: Group, choice: GroupChoice) -> tuple[GroupSplit, tuple[float, ...]]:
+        """Both parts of a group, and the norms of the difference to the base, if any."""
+        if self.base is not None:
+            return self.base.split_group(self, group, choice)
+        return plain_part(self, group, choice), ()
+
+    @property
+    def public(self) -> bool:
+        """Whether the worker's share is the public base alone."""
+        return self.base is not None and self.base.alone
+
+    @property
+    def base_model(self) -> SourceModel | None:
+        """The public base, if any."""
+        return None if self.base is None else self.base.source
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Of the adapters that are kept beside the base."""
+        return () if self.base is None else tuple(adapter.name for adapter in self.base.adapters)
+
+    def adapter_arrays(self, group: Group, found: VaultGroup) -> dict[str, npt.NDArray[np.float32]]:
+        """The tensors of a group's adapters, under their names in the vault's share."""
+        return {} if self.base is None else self.base.adapter_arrays(group, found)
+
+    @property
+    def attention(self) -> tuple[Attention, ...]:
+        """For counting."""
+        return self.layout.attention
+
+    @property
+    def model(self) -> SourceModel:
+        """Which model this is."""
+        return source_model(self.checkpoint, self.layout)
+
+    def companions(self) -> dict[str, bytes]:
+        """config.json of the split model, generation settings, tokenizer files."""
+        return companions(self.checkpoint, untied=self.untied)
 
 
 def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
@@ -80,11 +137,13 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
     choices = [(group, recipe.for_group(group.name, group.modules)) for group in layout.groups]
     chosen = tuple((group, choice) for group, choice in choices if choice.placement == "split")
     for group, choice in chosen:
-        _check_group(group, choice)
+        check_group(group, choice)
     sources = locate(checkpoint, layout)
     consumed = {member.weight for group, _ in chosen for member in group.members}
     _check_stored(consumed, layout, sources)
     kept, untied = kept_tensors(layout, sources, consumed)
+    if untied and getattr(layout.config, "is_encoder_decoder", False):
+        _refuse_untying(consumed, layout)
     return Plan(
         checkpoint=checkpoint,
         layout=layout,
@@ -116,7 +175,12 @@ def _check_rules(layout: Layout, recipe: Recipe) -> None:
         )
 
 
-def _check_group(group: Group, choice: GroupChoice) -> None:
+def check_group(group: Group, choice: GroupChoice) -> None:
+    """Check that a group can be split as a recipe says.
+
+    Raises:
+        RecipeError: it has not that many triplets, or is too wide for its rotation.
+    """
     if choice.rank > min(group.rows, group.columns):
         raise RecipeError(
             f"{group.name}: rank {choice.rank} is more than its {group.rows} x {group.columns} matrix has; "
@@ -139,6 +203,17 @@ def _check_stored(consumed: set[str], layout: Layout, sources: Sources) -> None:
         )
 
 
+def _refuse_untying(consumed: set[str], layout: Layout) -> None:
+    """Encoder-decoder models scale their output by whether the head is tied, so that stays as it is."""
+    tied = {name for pair in layout.tied.items() for name in pair} & consumed
+    modules = tuple(sorted(name.removesuffix(".weight") for name in tied))
+    raise UnsplittableError(
+        f"{', '.join(modules)} shares its weight with an embedding, which is not split in encoder-decoder "
+        f'models: keep it whole by Rule(pattern="{modules[0]}", placement="vault")',
+        modules,
+    )
+
+
 def kept_tensors(layout: Layout, sources: Sources, consumed: set[str]) -> tuple[dict[str, str], bool]:
     """What stays whole when the weights `consumed` are split: its name in the vault -> its key in the
     checkpoint; and whether a tied weight is among the consumed."""
@@ -159,25 +234,31 @@ def stored_as(name: str, layout: Layout, sources: Sources) -> str | None:
     return next((sources.keys[n] for n in (name, first, *aliases) if n in sources.keys), None)
 
 
-def stack(checkpoint: Checkpoint, layout: Layout, sources: Sources, group: Group) -> npt.NDArray[np.float32]:
-    """The members' weights under each other: float32 [rows, columns].
+def source_model(checkpoint: Checkpoint, layout: Layout) -> SourceModel:
+    """A model's folder, class and size, for the manifest."""
+    return SourceModel(
+        name=checkpoint.path.resolve().name,
+        config_class=type(layout.config).__name__,
+        parameters=sum(math.prod(shape) for shape in layout.parameters.values()),
+    )
+
+
+def read_weight(
+    checkpoint: Checkpoint, layout: Layout, sources: Sources, weight: str
+) -> npt.NDArray[np.float32]:
+    """A parameter of a model, in its shape.
 
     Raises:
-        CheckpointError: a weight holds NaN or infinity, cannot be read, or is not stored as such.
+        CheckpointError: it holds NaN or infinity, cannot be read, or is not stored as such.
     """
-    stacked = np.empty((group.rows, group.columns), dtype=np.float32)
-    first = 0
-    for member in group.members:
-        key = stored_as(member.weight, layout, sources)
-        if key is None:
-            raise CheckpointError(f"{member.weight} is not in the checkpoint in a form that can be split")
-        weight = checkpoint.read(key)
-        stacked[first : first + member.rows] = weight.T if member.transposed else weight
-        first += member.rows
-    return stacked
+    key = stored_as(weight, layout, sources)
+    if key is None:
+        raise CheckpointError(f"{weight} is not in the checkpoint in a form that can be split")
+    return checkpoint.read(key)
 
 
-def _vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup:
+def vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup:
+    """A split group as the manifest has it."""
     return VaultGroup(
         name=group.name,
         rows=group.rows,
@@ -192,6 +273,7 @@ def _vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGrou
         difference=Difference(**dict(zip(("norm", "base", "tail"), errors[2:], strict=True)))
         if errors[2:]
         else None,
+        positions=group.positions,
     )
 
 

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sliplm.anchor import CommandAnchor, file_anchor
 from sliplm.attestation import Attester, Verifier
-from sliplm.engines.transformers.modules import GroupProduct, Products, SlipLinear, replace
+from sliplm.engines.modules import GroupProduct, Products, SlipLinear, replace
 from sliplm.engines.transformers.opened import OpenedModel
 from sliplm.errors import InputError, ShareError
 from sliplm.keysource import KeySpec, checked
@@ -134,15 +134,11 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         files = [] if checkpoint_files is None else checkpoint_files
         folder = _vault_folder(files)
-        vault = open_vault(folder, self.quantization_config.key)
-        self.quantization_config.key = None  # it has served
-        config = self.quantization_config
-        worker = None
-        if config.share is not None or not (config.dealers or config.pool):
-            worker = open_worker(config.share or folder.parent / "worker")
-            check_pair(vault, worker)
+        vault, worker = open_shares(folder, self.quantization_config)
         self._shares = vault, worker
         self._groups = replace(model, vault.members, None)
+        for name in [name for name, module in model.named_modules() if isinstance(module, SlipLinear)]:
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)  # no longer there to be tied
         for module in _split_layers(model):
             module.weight = _initialised()  # GPT-2 and others initialise `c_proj.weight` by name
         self._opened = OpenedModel(vault)
@@ -165,33 +161,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         model.slip = source
 
     def _open(self, vault: VaultShare, worker: WorkerShare | None) -> Products:
-        config = self.quantization_config
-        workers = config.workers or _workers_of_environment()
-        pool = None
-        if config.pool is not None:
-            shapes = [(group.rows, group.columns) for group in vault.manifest.groups]
-            anchor = file_anchor() if config.anchor is None else CommandAnchor(config.anchor)
-            pool = DiskPool(Path(config.pool), vault.pool_name, vault.pool_key, shapes, anchor)
-        try:
-            return Vault(
-                vault,
-                workers,
-                worker,
-                dealers=config.dealers,
-                pool=pool,
-                ahead=config.ahead,
-                timeout=config.timeout,
-                fallback=config.fallback,
-                pad_to=config.pad_to,
-                audit=config.audit,
-                attester=config.attester,
-                verifier=config.verifier,
-                adapter=config.adapter,
-            )
-        except BaseException:
-            if pool is not None:
-                pool.close()
-            raise
+        return connect(self.quantization_config, vault, worker)
 
     def is_serializable(self) -> bool:
         """Called by `save_pretrained`, which would write a model without its split weights."""
@@ -206,6 +176,55 @@ class ReferenceQuantizer(SlipQuantizer):
         if worker is None:
             raise InputError("the reference needs the worker share: name no dealer and no pool")
         return LocalProducts(vault, worker, self.quantization_config.adapter)
+
+
+def open_shares(folder: Path, config: SlipConfig) -> tuple[VaultShare, WorkerShare | None]:
+    """The vault share in `folder`, and the worker share that masks are dealt from; the key is forgotten.
+
+    Raises:
+        CredentialError, SealError, ShareError: as `sliplm.load`.
+    """
+    vault = open_vault(folder, config.key)
+    config.key = None  # it has served
+    worker = None
+    if config.share is not None or not (config.dealers or config.pool):
+        worker = open_worker(config.share or folder.parent / "worker")
+        check_pair(vault, worker)
+    return vault, worker
+
+
+def connect(config: SlipConfig, vault: VaultShare, worker: WorkerShare | None) -> Vault:
+    """The trusted side, connected to its workers.
+
+    Raises:
+        InputError, MaskError, WorkerError: as `sliplm.load`.
+    """
+    workers = config.workers or _workers_of_environment()
+    pool = None
+    if config.pool is not None:
+        shapes = [(group.rows, group.columns) for group in vault.manifest.groups]
+        anchor = file_anchor() if config.anchor is None else CommandAnchor(config.anchor)
+        pool = DiskPool(Path(config.pool), vault.pool_name, vault.pool_key, shapes, anchor)
+    try:
+        return Vault(
+            vault,
+            workers,
+            worker,
+            dealers=config.dealers,
+            pool=pool,
+            ahead=config.ahead,
+            timeout=config.timeout,
+            fallback=config.fallback,
+            pad_to=config.pad_to,
+            audit=config.audit,
+            attester=config.attester,
+            verifier=config.verifier,
+            adapter=config.adapter,
+        )
+    except BaseException:
+        if pool is not None:
+            pool.close()
+        raise
 
 
 def checked_workers(workers: Sequence[str]) -> list[str]:

@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sliplm.engines.transformers.layout import architecture, read_config
 from sliplm.errors import ShareError
 from sliplm.share import open_worker, read_vault_manifest
 
 
-def thief(
-    model_dir: Path | str, out_dir: Path | str, *, model_class: Any = AutoModelForCausalLM
-) -> PreTrainedModel:
+def thief(model_dir: Path | str, out_dir: Path | str, *, model_class: Any = None) -> PreTrainedModel:
     """Load a checkpoint with every split matrix replaced by the worker's integers, row norms restored.
 
     Args:
         model_dir: the checkpoint that was split; only what is listed above is used of it.
         out_dir: the folder that `split` wrote.
-        model_class: the class that was split, or its Auto class.
+        model_class: the class that was split, or its Auto class; None takes the class that the checkpoint
+            names, else AutoModelForCausalLM.
 
     Raises:
         ShareError: a folder is missing, damaged, or of another model.
@@ -43,10 +43,11 @@ def thief(
         open_worker(Path(out_dir) / "worker"),
         read_vault_manifest(Path(out_dir) / "vault").groups,
     )
+    model_class = model_class or architecture(read_config(Path(model_dir))) or AutoModelForCausalLM
     model: PreTrainedModel = model_class.from_pretrained(
         model_dir, dtype=torch.float32, local_files_only=True
     )
-    tied = model.get_input_embeddings().weight
+    tied = getattr(model.get_input_embeddings(), "weight", None)
     modules = dict(model.named_modules())
     for group in groups:
         first = 0

@@ -1,4 +1,4 @@
-"""The split layers of a hybrid model: `nn.Linear` and `Conv1D` whose products come from elsewhere.
+"""The split layers of a hybrid model: linear layers whose products come from elsewhere.
 
 The members of a group (q, k and v, say) read one input and share one exchange.  The first member
 called asks for the whole group's product; the others, called with the same tensor, take their rows.
@@ -7,7 +7,7 @@ called asks for the whole group's product; the others, called with the same tens
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
@@ -21,6 +21,9 @@ from sliplm.errors import InputError, ShareError
 from sliplm.manifest import Member
 
 Floats = NDArray[np.float32]
+
+Patches = Callable[[Tensor], Tensor]
+"""A convolution's input -> its rows [rows, n]; two are equal where they do the same."""
 
 
 class Products(Protocol):
@@ -53,30 +56,36 @@ class GroupProduct:
         self._everyone = (1 << len(rows)) - 1
         self._held = _Held()
 
-    def rows_of(self, index: int, x: Tensor) -> Floats:
-        """Return member `index`'s part of the product: [..., n] -> float32 [rows, out_features]."""
+    def rows_of(self, index: int, x: Tensor, patches: Patches | None = None) -> Floats:
+        """Return member `index`'s part of the product: [..., n] -> float32 [rows, out_features].
+
+        Args:
+            patches: what makes the rows [rows, n] of x, for a convolution; None takes x as it is.
+        """
         held, bit = self._held, 1 << index
         if self._everyone == bit:
-            return self._compute(x)
-        if held.waiting & bit and held.holds(x):
+            return self._compute(x, patches)
+        if held.waiting & bit and held.holds(x, patches):
             y = held.product
             held.waiting ^= bit
             if not held.waiting:
                 held.drop()
         else:
             held.drop()  # before the product: an error must leave nothing behind
-            y = self._compute(x)
-            held.keep(x, y, self._everyone ^ bit)
+            y = self._compute(x, patches)
+            held.keep(x, patches, y, self._everyone ^ bit)
         start, end = self._spans[index]
         return y[:, start:end]
 
-    def _compute(self, x: Tensor) -> Floats:
+    def _compute(self, x: Tensor, patches: Patches | None) -> Floats:
         if self.source is None:
             raise InputError(f"group {self.name} has no vault: load the model with sliplm.load")
         if x.requires_grad:
             x = x.detach()
         if x.dtype is not torch.float32:
             x = x.to(torch.float32)
+        if patches is not None:
+            x = patches(x)
         flat = x.contiguous().numpy()
         return self.source.product(self.name, flat.reshape(-1, flat.shape[-1]))
 
@@ -105,6 +114,7 @@ class SlipLinear(nn.Module):
         self.out_features = out_features
         self.group = group
         self.index = index
+        self._wanted = f"[..., {in_features}]"
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,16 +129,7 @@ class SlipLinear(nn.Module):
         """
         if torch.compiler.is_compiling():  # not to be traced; the decorator would cost every call 3 us
             return cast(Tensor, torch.compiler.disable(self.forward)(x))  # type: ignore[no-untyped-call]
-        if not x.is_cpu or x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
-            raise InputError(
-                f"group {self.group.name} takes floating-point tensors [..., {self.in_features}] on the CPU "
-                f"and got {x.dtype} {list(x.shape)} on {x.device}: keep the trusted side on the CPU"
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InputError(
-                f"group {self.group.name} has no gradient, so a split model cannot be trained: "
-                "call it in torch.no_grad()"
-            )
+        check_input(self.group.name, x, x.shape[-1:] == (self.in_features,), self._wanted)
         shape = (*x.shape[:-1], self.out_features)
         if not x.numel():
             return x.new_zeros(shape)
@@ -150,6 +151,19 @@ class SlipLinear(nn.Module):
         if name == "weight":
             raise AttributeError(f"the weight of a layer of {self.group.name} is split: no party has it")
         return super().__getattr__(name)
+
+
+def check_input(group: str, x: Tensor, fits: bool, wanted: str) -> None:
+    """Raise InputError unless x fits, is floating point, lies on the CPU and needs no gradient."""
+    if not fits or not x.is_cpu or not x.is_floating_point():
+        raise InputError(
+            f"group {group} takes floating-point tensors {wanted} on the CPU and got {x.dtype} "
+            f"{list(x.shape)} on {x.device}: keep the trusted side on the CPU"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            f"group {group} has no gradient, so a split model cannot be trained: call it in torch.no_grad()"
+        )
 
 
 def replace(
@@ -186,20 +200,21 @@ class _Held(threading.local):
     waiting = 0
     product: Floats
     _input: Tensor | None = None
+    _patches: Patches | None = None
     _version = 0
     _copy: Tensor | None = None
     _chosen: Chosen | None = None
 
-    def keep(self, x: Tensor, product: Floats, waiting: int) -> None:
+    def keep(self, x: Tensor, patches: Patches | None, product: Floats, waiting: int) -> None:
         self._chosen = chosen()
-        self.product, self.waiting, self._input = product, waiting, x
+        self.product, self.waiting, self._input, self._patches = product, waiting, x, patches
         if x.is_inference():  # has no version: compare what it holds
             self._copy = x.clone()
         else:
             self._version = x._version
 
-    def holds(self, x: Tensor) -> bool:
-        if x is not self._input or self._chosen is not chosen():
+    def holds(self, x: Tensor, patches: Patches | None) -> bool:
+        if x is not self._input or patches != self._patches or self._chosen is not chosen():
             return False
         if self._copy is not None:
             return torch.equal(x, self._copy)
@@ -218,7 +233,8 @@ def _check(modules: Mapping[str, nn.Module], group: str, member: Member, seen: s
         found = "no such module" if module is None else f"a {type(module).__name__}"
         raise ShareError(
             f"group {group} needs a linear layer {member.module}, and the model has {found}: "
-            "load the share with the model class that it was split from (AutoModelForCausalLM)"
+            "load the share with the model class that it was split from (a language model's is "
+            "AutoModelForCausalLM)"
         )
     width, rows = _sizes(module)
     if rows != member.rows:

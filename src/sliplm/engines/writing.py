@@ -1,0 +1,304 @@
+"""Both shares of a model, written, whatever engine it is of: the end of every split (SPEC section 8)."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sliplm.counts import SplitReport, report_for
+from sliplm.engines.source import Source, stack
+from sliplm.engines.transformers.journal import PARTIAL, Journal
+from sliplm.errors import LedgerError, SealError, ShareError
+from sliplm.keysource import Key, KeySpec, checked, find
+from sliplm.ledger import VAULT_FILE, Ledger, Registration, register
+from sliplm.manifest import (
+    FileRecord,
+    KeptTensor,
+    VaultManifest,
+    WorkerGroup,
+    WorkerManifest,
+    public_split_id,
+)
+from sliplm.sealing import SEAL, make_seal, open_seal, seal_blob, seal_manifest
+from sliplm.share import (
+    MANIFEST,
+    MODEL,
+    SHARE,
+    read_vault_manifest,
+    record,
+    sealed_spec,
+    secret_specs,
+    secret_tensors,
+    sliplm_version,
+    worker_spec,
+)
+from sliplm.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
+
+Progress = Callable[[int, int, str], None]
+"""Called with the weights done, the weights in all, and the name of the group that comes next."""
+
+
+def refuse_existing(out: Path) -> None:
+    """Refuse a folder that holds a split already; one that is unfinished is continued.
+
+    Raises:
+        ShareError: it does.
+    """
+    if not (out / PARTIAL).exists():
+        _refuse(out)
+
+
+def write_split(
+    plan: Source,
+    out: Path,
+    key: KeySpec,
+    progress: Progress | None,
+    *,
+    i_know: bool = False,
+    ledger: Path | str | None = None,
+) -> SplitReport:
+    """Write both shares of a model.
+
+    Args:
+        key, progress, i_know, ledger: as `sliplm.split` takes them.
+
+    Raises:
+        CheckpointError, CredentialError, LedgerError, SealError, ShareError: as `sliplm.split`.
+    """
+    key = checked(key)
+    with Journal(out, plan.key, secrets.token_hex(16)) as journal:
+        if not journal.done:
+            _refuse(out)
+            owner = find(key, new=not _sealed(journal))
+            data_key = _data_key(plan, journal, owner)
+            # two shares of a public base show nothing together
+            hides = bool(plan.split) and not plan.public
+            entry = _registered(plan, journal, owner, ledger, i_know) if hides else None
+            _write_shares(plan, journal, data_key, entry, progress or (lambda done, total, name: None))
+            if entry is not None:
+                entry.record()  # before anything is published: a crash in between costs nothing
+            journal.finish()
+        elif (journal.folder / "vault").exists():
+            _continued(journal, key)
+        _publish(journal.folder, out)
+        journal.remove()
+    return report_for(read_vault_manifest(out / "vault"))
+
+
+def _refuse(out: Path) -> None:
+    for name in ("vault", "worker"):
+        if (out / name).exists():
+            raise ShareError(f"{out / name} exists; remove it or choose another folder")
+
+
+def _registered(
+    plan: Source, journal: Journal, owner: Key, ledger: Path | str | None, i_know: bool
+) -> Registration:
+    """The entry of this split, unless its model was split before.
+
+    Raises: LedgerError; what this run has begun is removed then.
+    """
+    try:
+        return register(
+            Ledger(owner, None if ledger is None else Path(ledger)),
+            ((group.name, stack(plan.read, group)) for group, _ in plan.split),
+            split_id=journal.split_id,
+            source=plan.model.name,
+            recipe=plan.recipe,
+            folder=journal.folder.parent,
+            i_know=i_know,
+        )
+    except LedgerError:
+        if not journal.resumed:
+            journal.remove()
+        raise
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def _sealed(journal: Journal) -> bool:
+    """Whether there is an earlier run to continue."""
+    return journal.resumed and (journal.folder / "vault" / SEAL).exists()
+
+
+def _data_key(plan: Source, journal: Journal, key: Key) -> bytes:
+    """What seals the vault share: an earlier run's, if there is something to continue, else a fresh one."""
+    vault, worker = journal.folder / "vault", journal.folder / "worker"
+    if _sealed(journal):
+        return _continued(journal, key)
+    journal.errors.clear()  # what was sealed with a key that is gone cannot be continued
+    if not journal.resumed:
+        _check_room(journal.folder, [*_secret_specs(plan), *_public_specs(plan), *_sealed_kept(plan)])
+    try:
+        vault.mkdir(mode=0o700, exist_ok=True)
+        worker.mkdir(mode=0o755, exist_ok=True)
+        (vault / SHARE).unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(vault, 0, error) from error
+    return make_seal(vault, key)
+
+
+def _continued(journal: Journal, key: KeySpec) -> bytes:
+    try:
+        return open_seal(journal.folder / "vault", key)
+    except SealError as error:
+        raise SealError(
+            f"{error}; or remove {journal.folder}, the unfinished split, to begin again"
+        ) from error
+
+
+def _write_shares(
+    plan: Source, journal: Journal, data_key: bytes, entry: Registration | None, progress: Progress
+) -> None:
+    vault, worker = journal.folder / "vault", journal.folder / "worker"
+    resume = journal.resumed
+    with (
+        _sealed_writer(vault / SHARE, _secret_specs(plan), resume=resume) as secret_file,
+        SafetensorsWriter(worker / SHARE, _public_specs(plan), mode=0o644, resume=resume) as public_file,
+        _sealed_writer(vault / MODEL, _sealed_kept(plan), resume=False) as kept_file,
+    ):
+        if not (secret_file.resumed and public_file.resumed):
+            journal.errors.clear()  # without both files there is nothing to continue
+        for spec in plan.kept_specs():
+            _write_sealed(kept_file, data_key, spec.name, plan.kept_bytes(spec.name))
+        kept_file.sync()
+        _split_groups(plan, journal, data_key, secret_file, public_file, progress)
+    for name, data in plan.companions().items():
+        _write_file(vault / name, data, 0o600)
+    if entry is not None:
+        _write_file(vault / VAULT_FILE, entry.entry.sealed(data_key, VAULT_FILE), 0o600)
+    _write_manifests(plan, journal, data_key, vault, worker)
+
+
+def _public_specs(plan: Source) -> list[TensorSpec]:
+    """The tensors of the worker's share."""
+    return [worker_spec(group) for group in plan.groups({})]
+
+
+def _secret_specs(plan: Source) -> list[TensorSpec]:
+    """The tensors of the vault's share, as they lie on the disk."""
+    return [sealed_spec(spec) for group in plan.groups({}) for spec in secret_specs(group)]
+
+
+def _sealed_kept(plan: Source) -> list[TensorSpec]:
+    return [sealed_spec(spec) for spec in plan.kept_specs()]
+
+
+def _sealed_writer(path: Path, specs: list[TensorSpec], *, resume: bool) -> SafetensorsWriter:
+    return SafetensorsWriter(path, specs, resume=resume, metadata={"format": "pt", "sealed": "sliplm/1"})
+
+
+def _write_sealed(file: SafetensorsWriter, data_key: bytes, name: str, pieces: Iterable[bytes]) -> None:
+    offset = 0
+    for sealed in seal_blob(data_key, f"{file.path.name}/{name}", pieces):
+        file.write_bytes(name, sealed, offset)
+        offset += len(sealed)
+
+
+def _split_groups(
+    plan: Source,
+    journal: Journal,
+    data_key: bytes,
+    secret: SafetensorsWriter,
+    public: SafetensorsWriter,
+    progress: Progress,
+) -> None:
+    total = sum(group.rows * group.columns for group, _ in plan.split)
+    done = 0
+    found = {group.name: group for group in plan.groups({})}
+    for group, choice in plan.split:
+        progress(done, total, group.name)
+        done += group.rows * group.columns
+        if group.name in journal.errors:
+            continue
+        part, norms = plan.part(group, choice)
+        public.write(group.name, part.w)
+        arrays = {**secret_tensors(part.secrets), **plan.adapter_arrays(group, found[group.name])}
+        for name, array in arrays.items():
+            _write_sealed(secret, data_key, name, [array.tobytes()])
+        public.sync()
+        secret.sync()
+        journal.finish_group(group.name, (part.error, part.svd_error, *norms))
+    progress(total, total, "")
+
+
+def _write_manifests(plan: Source, journal: Journal, data_key: bytes, vault: Path, worker: Path) -> None:
+    groups = plan.groups(journal.errors)
+    seen = tuple(WorkerGroup(name=g.name, rows=g.rows, columns=g.columns, dtype=g.dtype) for g in groups)
+    files = _records(worker)
+    public = WorkerManifest(
+        split_id=public_split_id(seen, files[SHARE]) if plan.public else journal.split_id,
+        groups=seen,
+        files=files,
+    )
+    _write_file(worker / MANIFEST, public.model_dump_json(indent=1).encode(), 0o644)
+    manifest = VaultManifest(
+        split_id=public.split_id,
+        sliplm=sliplm_version(),
+        source=plan.model,
+        base=plan.base_model,
+        adapters=plan.adapter_names,
+        recipe=plan.recipe,
+        groups=groups,
+        kept=plan.kept_groups(),
+        kept_tensors=tuple(KeptTensor(name=s.name, dtype=s.dtype, shape=s.shape) for s in plan.kept_specs()),
+        kept_bytes=sum(spec.nbytes for spec in _sealed_kept(plan)),
+        attention=plan.attention,
+        files=_records(vault),
+        worker_files=_records(worker) | {MANIFEST: record(worker / MANIFEST)},
+    )
+    text = manifest.model_dump_json(indent=1).encode()
+    _write_file(vault / MANIFEST, text, 0o600)
+    seal_manifest(vault, data_key, text)
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Move both complete folders into place; a crash in between is made good by the next call."""
+    try:
+        for name in ("worker", "vault"):
+            if (partial / name).exists():
+                _sync_folder(partial / name)
+                (partial / name).rename(out / name)
+        _sync_folder(out)
+    except OSError as error:
+        raise write_error(out, 0, error) from error
+
+
+def _check_room(folder: Path, specs: list[TensorSpec]) -> None:
+    needed, free = sum(spec.nbytes for spec in specs), free_bytes(folder)
+    if needed > free:
+        raise ShareError(
+            f"the two shares need {needed} bytes, but only {free} are free in {folder}; "
+            "make room or choose another folder"
+        )
+
+
+def _write_file(path: Path, data: bytes, mode: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(path, flags, mode), "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(path, len(data), error) from error
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _records(folder: Path) -> dict[str, FileRecord]:
+    return {
+        file.name: record(file)
+        for file in sorted(folder.iterdir())
+        if file.name not in (MANIFEST, SEAL) and not file.name.startswith(".")
+    }
