@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import families
 from sliplm.cli.plan import STAGES, _grid
+from sliplm.engines.source import stack
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.perplexity import perplexity
-from sliplm.engines.transformers.plan import stack
 from sliplm.errors import CheckpointError, InputError, MismatchError, RecipeError, ShareError
 from sliplm.planner import Amount, Budget
 from sliplm.recipe import Recipe
@@ -84,7 +84,7 @@ def test_spectra_are_those_of_the_stacked_matrices(family: str, tmp_path: Path) 
     found = library(subject, tmp_path / "work", rank=5)
     assert list(found) == [part.name for part in subject.parts]
     for part in subject.parts:
-        weight = stack(subject.checkpoint, subject.layout, subject.sources, part.group)
+        weight = stack(subject.read, part.group)
         values = np.linalg.svd(weight.astype(np.float64), compute_uv=False)
         mine = found[part.name]
         assert np.allclose(mine.values.numpy(), values, atol=1e-6 * values[0])
