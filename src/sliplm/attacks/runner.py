@@ -76,7 +76,10 @@ def _open_child(
 ) -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    _CHILD["stage"] = _Stage(open_scene(free.get()), Runs(path), plan)
+    device = free.get()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # steps are recorded on the current device's stream
+    _CHILD["stage"] = _Stage(open_scene(device), Runs(path), plan)
 
 
 def _original_in_child() -> None:
