@@ -28,16 +28,18 @@ from sliplm.attacks.a10_head import head_core, logit_basis
 from sliplm.attacks.a11_fit import fit, signs_to_guess, study, true_signs
 from sliplm.attacks.campaign import NONE, lines, standard_recipes
 from sliplm.attacks.case import Placement, ShareView, layers
+from sliplm.attacks.folder import prepare
 from sliplm.attacks.relatives import distance, perturbed, tune
 from sliplm.attacks.runs import Line, Run, Runs
-from sliplm.attacks.scene import Scene, Text, prepare
+from sliplm.attacks.scene import Scene, Text
 from sliplm.attacks.schedule import Job, Plan, Schedule
 from sliplm.attacks.scoring import interval, relative, score
 from sliplm.attacks.student import build_student
 from sliplm.attacks.summary import summarise
 from sliplm.attacks.training import Training, train
 from sliplm.cli import app
-from sliplm.errors import InputError
+from sliplm.errors import InputError, MismatchError
+from sliplm.recipe import Recipe
 from sliplm.rotation import make as make_rotation
 from test_generation import byte_tokenizer
 
@@ -548,6 +550,22 @@ def test_what_makes_no_sense_is_told(
     done = CliRunner().invoke(app, [*command(model, tmp_path / "out", text), *given])
     assert isinstance(done.exception, InputError)
     assert word in str(done.exception)
+
+
+def test_results_of_another_text_or_recipe_are_not_mixed(
+    campaign: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    model, text, out = campaign
+    (tmp_path / "other").write_text(text.read_text() + "The end of it.")
+    before = (out / "runs.jsonl").read_bytes()
+    done = CliRunner().invoke(app, command(model, out, tmp_path / "other"))
+    assert isinstance(done.exception, MismatchError)
+    assert "other text" in str(done.exception)
+    done = CliRunner().invoke(app, [*command(model, out, text), "--window", "24"])
+    assert isinstance(done.exception, MismatchError)
+    with pytest.raises(MismatchError, match="another recipe"):
+        prepare(model, out / "splits", {"default": Recipe(rank=3)}, lambda *_: None)
+    assert (out / "runs.jsonl").read_bytes() == before
 
 
 def test_a_text_in_another_encoding(campaign: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 from sliplm.attacks.case import Placement
+from sliplm.attacks.folder import AGAIN
 from sliplm.attacks.runs import Line
-from sliplm.attacks.scene import AGAIN
 from sliplm.attacks.training import Access
 from sliplm.recipe import Recipe, Rule
 

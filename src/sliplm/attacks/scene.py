@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import secrets
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sliplm.attacks.case import Case, Part, Placement, ShareView
 from sliplm.attacks.device import autocast
+from sliplm.attacks.folder import AGAIN, key_of
 from sliplm.attacks.relatives import Relative, perturbed, read_model
-from sliplm.engines.transformers.convert import split
 from sliplm.errors import InputError
 from sliplm.recipe import Recipe
 from sliplm.share import open_vault, open_worker
-
-_CORES = 4  # for each split of several side by side
-AGAIN = "-again"  # the second split of the same weights, of another rank
 
 
 @dataclass(frozen=True)
@@ -167,7 +160,7 @@ class Scene:
     def _view(self, name: str) -> dict[str, ShareView]:
         """The worker's share of a split, with the granted scales: group -> view."""
         if name not in self._views:
-            out, key = self._work / name, _key(self._work)
+            out, key = self._work / name, key_of(self._work)
             worker, vault = open_worker(out / "worker"), open_vault(out / "vault", key)
             self._views[name] = {
                 group.name: ShareView(
@@ -195,38 +188,6 @@ class Scene:
             every = self.victim.named_parameters(remove_duplicate=False)
             self._kin[name] = {alias: state[first[id(p)]] for alias, p in every}
         return self._kin[name]
-
-
-def prepare(
-    model_dir: Path, work: Path, recipes: Mapping[str, Recipe], progress: Callable[[int, int], None]
-) -> None:
-    """Split the model by each recipe that has no split in `work` yet.
-
-    Args:
-        progress: called with the number of splits done and their number in all.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    key = work / "key"
-    if not key.exists():
-        with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-    missing = {name: recipe for name, recipe in recipes.items() if not (work / name / "vault").exists()}
-    side_by_side = max(1, min(len(missing), (os.cpu_count() or 1) // _CORES))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(side_by_side, context) as pool:
-        waiting = [
-            pool.submit(
-                split, model_dir, work / name, recipe, key=_key(work), i_know=True, ledger=work / "ledger"
-            )
-            for name, recipe in missing.items()
-        ]
-        for count, future in enumerate(waiting):
-            progress(count, len(waiting))
-            future.result()
-
-
-def _key(work: Path) -> str:
-    return f"file:{work / 'key'}"
 
 
 def _dequantised(integers: object, scale: object, device: torch.device) -> Tensor:

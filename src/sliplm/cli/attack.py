@@ -21,11 +21,12 @@ from sliplm.errors import InputError
 from sliplm.recipe import Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sliplm.attacks.case import Placement
     from sliplm.attacks.fitting import Study
     from sliplm.attacks.relatives import Relative
     from sliplm.attacks.runs import Run, Runs
-    from sliplm.attacks.scene import Text as WindowedText
     from sliplm.attacks.summary import Summary
     from sliplm.attacks.training import Access
 
@@ -108,10 +109,12 @@ def command(
     quiet()
     from sliplm.attacks.campaign import lines, standard_recipes
     from sliplm.attacks.device import devices
+    from sliplm.attacks.folder import AGAIN, claim, prepare
     from sliplm.attacks.relatives import tune
     from sliplm.attacks.runner import run
     from sliplm.attacks.runs import Runs
-    from sliplm.attacks.scene import AGAIN, Scene, prepare
+    from sliplm.attacks.scene import Scene
+    from sliplm.attacks.scene import Text as WindowedText
     from sliplm.attacks.schedule import Plan
 
     deadline = time.time() + 60 * minutes if minutes is not None else math.inf
@@ -137,15 +140,16 @@ def command(
     )
     where = devices(device, jobs)
     screen = console(json=json)
-    out.mkdir(parents=True, exist_ok=True)
-    with screen.status("splitting the model") as status:
+    with screen.status("reading the text") as status:
+        tokens = _tokens(model, text)
+        windows = WindowedText.of(tokens, window, _HELD_OUT)
+        claim(out, model, tokens, window)
         splits = out / "splits"
         prepare(model, splits, recipes, lambda done, of: status.update(f"splits: {done} of {of}"))
         if TUNED in kin and not (out / TUNED).exists():
             status.update("fine-tuning a relative")
             tune(model, out / TUNED, where[0])
-        status.update("reading the text")
-        opened = partial(Scene, model, splits, _text(model, text, window), recipes, relatives=kin)
+    opened = partial(Scene, model, splits, windows, recipes, relatives=kin)
     file = out / "runs.jsonl"
     with _Bar(len(plan.lines)) as bar:
         complete = run(opened, plan, file, bar.report, where)
@@ -302,16 +306,18 @@ def _access(given: str) -> Access:
     return given  # type: ignore[return-value]
 
 
-def _text(model: Path, file: Path | None, window: int) -> WindowedText:
+def _tokens(model: Path, file: Path | None) -> Tensor:
     import torch
     from transformers import AutoTokenizer
 
-    from sliplm.attacks.scene import Text as WindowedText
     from sliplm.examples.text import wikipedia
 
     try:
         text = wikipedia() if file is None else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as a text in UTF-8 ({error})") from error
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    return WindowedText.of(torch.tensor(tokenizer(text)["input_ids"]), window, _HELD_OUT)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{model} has no tokenizer that can be used: give a complete checkpoint") from error
+    return torch.tensor(tokenizer(text)["input_ids"])
