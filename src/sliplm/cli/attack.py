@@ -104,6 +104,9 @@ def command(
     is the accuracy that the best of them restores over the best without a share: 1.00 says that the share was
     of no use. OUT holds the splits that were made for this: treat it like a vault.
 
+    Training wants a GPU: a model of 135 M parameters takes minutes for each placement on one. On a CPU,
+    --untrained shows what a thief has before he trains.
+
     Example: slip attack ~/models/SmolLM2-135M-Instruct out --placement 0-3 --device cuda --jobs 4
     """
     quiet()
