@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from typer.testing import CliRunner
 
 import families
@@ -38,7 +38,7 @@ from sliplm.attacks.student import build_student
 from sliplm.attacks.summary import summarise
 from sliplm.attacks.training import Training, train
 from sliplm.cli import app
-from sliplm.errors import InputError, MismatchError
+from sliplm.errors import CheckpointError, InputError, MismatchError
 from sliplm.recipe import Recipe
 from sliplm.rotation import make as make_rotation
 from test_generation import byte_tokenizer
@@ -566,6 +566,18 @@ def test_results_of_another_text_or_recipe_are_not_mixed(
     with pytest.raises(MismatchError, match="another recipe"):
         prepare(model, out / "splits", {"default": Recipe(rank=3)}, lambda *_: None)
     assert (out / "runs.jsonl").read_bytes() == before
+
+
+def test_a_model_that_predicts_no_text_is_refused(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    for name in ("attack", "plan"):
+        done = CliRunner().invoke(app, [name, str(tmp_path / "bert"), str(tmp_path / "out")])
+        assert isinstance(done.exception, CheckpointError)
+        assert "only causal" in str(done.exception)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_text_in_another_encoding(campaign: tuple[Path, Path, Path], tmp_path: Path) -> None:

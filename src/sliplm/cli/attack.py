@@ -119,7 +119,9 @@ def command(
     from sliplm.attacks.scene import Scene
     from sliplm.attacks.scene import Text as WindowedText
     from sliplm.attacks.schedule import Plan
+    from sliplm.engines.transformers.layout import check_reads_text
 
+    check_reads_text(model)
     deadline = time.time() + 60 * minutes if minutes is not None else math.inf
     recipes = standard_recipes() | dict(_named_recipe(given) for given in recipe or [])
     if only is not None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from sliplm.engines.groups import Group
 from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
-from sliplm.engines.transformers.layout import Layout, discover
+from sliplm.engines.transformers.layout import Layout, check_reads_text, discover
 from sliplm.engines.transformers.plan import read_weight, stored_as
 from sliplm.errors import UnsplittableError
 
@@ -72,6 +72,7 @@ def open_subject(model_dir: Path) -> Subject:
         CheckpointError: as `layout.discover`, `Checkpoint` and `checkpoint.locate`.
         UnsplittableError: nothing in it can be split.
     """
+    check_reads_text(model_dir)
     layout = discover(model_dir)
     checkpoint = Checkpoint(model_dir)
     sources = locate(checkpoint, layout)

@@ -112,6 +112,21 @@ def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
+def check_reads_text(model_dir: Path) -> None:
+    """Check that a checkpoint is of a causal language model, whose perplexity can be measured.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    config = read_config(model_dir)
+    found = architecture(config)
+    if found is not None and (not found.can_generate() or getattr(config, "is_encoder_decoder", False)):
+        raise CheckpointError(
+            f"{model_dir} is a {found.__name__}, which does not predict a text's next token: only causal "
+            "language models can be measured so; `slip split` and `slip inspect` take it"
+        )
+
+
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration, on the meta device, in evaluation mode.
 
