@@ -31,11 +31,12 @@ from sliplm.attacks.case import Placement, ShareView, layers
 from sliplm.attacks.folder import prepare
 from sliplm.attacks.relatives import distance, perturbed, tune
 from sliplm.attacks.runs import Line, Run, Runs
-from sliplm.attacks.scene import Scene, Text
+from sliplm.attacks.scene import Scene
 from sliplm.attacks.schedule import Job, Plan, Schedule
 from sliplm.attacks.scoring import interval, relative, score
 from sliplm.attacks.student import build_student
 from sliplm.attacks.summary import summarise
+from sliplm.attacks.text import Text
 from sliplm.attacks.training import Training, train
 from sliplm.cli import app
 from sliplm.errors import CheckpointError, InputError, MismatchError
@@ -556,7 +557,7 @@ def test_results_of_another_text_or_recipe_are_not_mixed(
     campaign: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     model, text, out = campaign
-    (tmp_path / "other").write_text(text.read_text() + "The end of it.")
+    (tmp_path / "other").write_text("Another beginning. " + text.read_text())
     before = (out / "runs.jsonl").read_bytes()
     done = CliRunner().invoke(app, command(model, out, tmp_path / "other"))
     assert isinstance(done.exception, MismatchError)

@@ -25,7 +25,7 @@ import families
 import sliplm
 from sliplm import durable, sealing
 from sliplm.cli import main
-from sliplm.engines.transformers import convert
+from sliplm.engines import source, writing
 from sliplm.engines.transformers.origin import named_base
 from sliplm.errors import CheckpointError, CredentialError, LedgerError, SealError, ShareError, SlipWarning
 from sliplm.keysource import Key, find
@@ -354,14 +354,15 @@ def test_what_is_no_entry_is_left_alone(first: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from sliplm.engines.transformers import convert
+from sliplm.engines import writing
+from sliplm.engines.transformers.convert import split
 from sliplm.recipe import Recipe
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[3] == "after":
-    convert.Journal.finish = kill
+    writing.Journal.finish = kill
 else:
-    convert.Registration.record = kill
-convert.split(sys.argv[1], sys.argv[2], Recipe(rank=2))
+    writing.Registration.record = kill
+split(sys.argv[1], sys.argv[2], Recipe(rank=2))
 """
 
 
@@ -392,7 +393,7 @@ def test_killed_between_the_entry_and_the_folders(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_publish", no_more)
+        patch.setattr(writing, "_publish", no_more)
         with pytest.raises(KeyboardInterrupt):
             split(model, tmp_path / "out")
     assert not (tmp_path / "out" / "worker").exists()
@@ -461,7 +462,7 @@ def test_no_room_for_the_entry_loses_no_work(
         with pytest.raises(LedgerError, match=r"No space left.*SLIPLM_LEDGER.*finished work is kept"):
             split(model, tmp_path / "out")
     assert not (tmp_path / "out" / "worker").exists()
-    monkeypatch.setattr(convert, "split_group", None)  # no group is done again
+    monkeypatch.setattr(source, "split_group", None)  # no group is done again
     split(model, tmp_path / "out")
     assert len(own().entries()[0]) == 1
 

@@ -26,7 +26,7 @@ from sliplm.engines.torch.load import load_module, open_module, reference_module
 from sliplm.engines.torch.patches import patches_of
 from sliplm.engines.torch.trace import trace
 from sliplm.engines.torch.weights import SplitWeight
-from sliplm.errors import CheckpointError, InputError, RecipeError, ShareError, UnsplittableError
+from sliplm.errors import CheckpointError, InputError, LedgerError, RecipeError, ShareError, UnsplittableError
 from sliplm.examples.digits import accuracy, digits, digits_skeleton, train_digits
 from sliplm.examples.efficientnet import PHOTOGRAPHS, efficientnet_lite0, photographs, skeleton
 from sliplm.local_worker import LocalWorker
@@ -324,10 +324,18 @@ def test_rules_place_layers_in_the_vault(tmp_path: Path) -> None:
 def test_haar_and_no_rotation(tmp_path: Path) -> None:
     original, x = seeded(small), normal(5, 6)
     for kind in ("haar", "none"):
-        split_module(original, x, tmp_path / kind, Recipe(rank=1, rotation=kind))
+        split_module(original, x, tmp_path / kind, Recipe(rank=1, rotation=kind), i_know=True)
         with torch.no_grad():
             found = reference_module(seeded(small), tmp_path / kind)(x)
             assert (found - original(x)).norm() < 2e-3 * original(x).norm()
+
+
+def test_a_second_split_of_a_module_is_refused(tmp_path: Path) -> None:
+    original, x = seeded(small), normal(5, 6)
+    split_module(original, x, tmp_path / "one", Recipe(rank=1))
+    with pytest.raises(LedgerError, match="split before"):
+        split_module(original, x, tmp_path / "two", Recipe(rank=2))
+    assert not (tmp_path / "two" / "worker").exists()
 
 
 # --- the paper's three ---------------------------------------------------------------------------------

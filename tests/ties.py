@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-TIE = 0.01
+TIE = 0.05
 """Every split draws fresh rotations, so its rounding differs a little: it may turn over the order of two
-tokens whose logits, in the original, lie closer than this.  What comes after has nothing in common."""
+tokens whose logits, in the original, lie closer than this. At 12 bits it moves a logit of SmolLM2 by 0.013
+(root mean square), so the difference of two rarely by three times as much. What comes after has nothing in
+common."""
 
 
 @torch.inference_mode()

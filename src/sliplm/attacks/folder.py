@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from sliplm.attacks.text import Text
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import MismatchError
@@ -25,19 +23,18 @@ _CORES = 4  # for each split of several side by side
 _SUBJECT = "subject.json"
 
 
-def claim(out: Path, model_dir: Path, tokens: Tensor, window: int) -> None:
-    """Take a folder for a campaign on this model, text and window, or check that it is one.
-
-    Args:
-        tokens: of the text, int64 [count].
+def claim(out: Path, model_dir: Path, text: Text) -> None:
+    """Take a folder for a campaign on this model and text, or check that it is one.
 
     Raises:
-        MismatchError: its results are of another model, text or window.
+        MismatchError: its results are of another model, or of a text that is another or cut otherwise.
         CheckpointError: as `Checkpoint`.
     """
     files = {path.name: record(path).sha256 for path in Checkpoint(model_dir).files}
-    text = hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest()
-    subject = {"weights": files, "text": text, "window": window}
+    digest = hashlib.sha256()
+    for part in (text.train, text.valid, text.test):
+        digest.update(repr(tuple(part.shape)).encode() + part.numpy().tobytes())
+    subject = {"weights": files, "text": digest.hexdigest()}
     file = out / _SUBJECT
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,38 +14,9 @@ from sliplm.attacks.case import Case, Part, Placement, ShareView
 from sliplm.attacks.device import autocast
 from sliplm.attacks.folder import AGAIN, key_of
 from sliplm.attacks.relatives import Relative, perturbed, read_model
-from sliplm.errors import InputError
+from sliplm.attacks.text import Text
 from sliplm.recipe import Recipe
 from sliplm.share import open_vault, open_worker
-
-
-@dataclass(frozen=True)
-class Text:
-    """Windows of tokens, int64 [windows, length], that have no window in common.
-
-    Attributes:
-        train: what the attacker asks and trains on.  valid: for his searches.  test: for the tables.
-    """
-
-    train: Tensor
-    valid: Tensor
-    test: Tensor
-
-    @classmethod
-    def of(cls, tokens: Tensor, window: int, held_out: int) -> Text:
-        """Cut tokens [count] into windows; the last `held_out` are the test's, as many before them the
-        validation's.
-
-        Raises:
-            InputError: the text is too short to train on.
-        """
-        windows = tokens[: len(tokens) // window * window].reshape(-1, window)
-        if len(windows) < 4 * held_out:
-            raise InputError(
-                f"the text has {len(tokens)} tokens; an attack wants {4 * held_out * window} at least: "
-                "give a longer text"
-            )
-        return cls(windows[: -2 * held_out], windows[-2 * held_out : -held_out], windows[-held_out:])
 
 
 class Oracle:

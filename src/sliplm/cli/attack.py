@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from sliplm.attacks.training import Access
 
 TUNED = "tuned"
-_HELD_OUT = 64  # windows each for choosing and for testing
 
 
 def command(
@@ -84,6 +83,9 @@ def command(
         Path | None, typer.Option(help="A text in UTF-8; by default a thousand articles of Wikipedia.")
     ] = None,
     window: Annotated[int, typer.Option(min=8, help="Tokens that the attacker reads at once.")] = 256,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Such stretches kept for choosing, and as many for the test.")
+    ] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     jobs: Annotated[
         int, typer.Option(min=1, help="Processes, spread over the GPUs, which several keep busy.")
@@ -117,8 +119,8 @@ def command(
     from sliplm.attacks.runner import run
     from sliplm.attacks.runs import Runs
     from sliplm.attacks.scene import Scene
-    from sliplm.attacks.scene import Text as WindowedText
     from sliplm.attacks.schedule import Plan
+    from sliplm.attacks.text import Text as WindowedText
     from sliplm.engines.transformers.layout import check_reads_text
 
     check_reads_text(model)
@@ -147,8 +149,8 @@ def command(
     screen = console(json=json)
     with screen.status("reading the text") as status:
         tokens = _tokens(model, text)
-        windows = WindowedText.of(tokens, window, _HELD_OUT)
-        claim(out, model, tokens, window)
+        windows = WindowedText.of(tokens, window, held_out)
+        claim(out, model, windows)
         splits = out / "splits"
         prepare(model, splits, recipes, lambda done, of: status.update(f"splits: {done} of {of}"))
         if TUNED in kin and not (out / TUNED).exists():
