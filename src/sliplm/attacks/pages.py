@@ -79,7 +79,7 @@ def _table(cells: Sequence[Cell]) -> Section:
         rows.append(
             (
                 cell.placement,
-                _has(cell.access, cell.relative),
+                _short(cell.access, cell.relative),
                 cell.recipe,
                 _attack(cell.best),
                 f"{cell.best.tokens or cell.black.tokens:,}",
@@ -92,7 +92,7 @@ def _table(cells: Sequence[Cell]) -> Section:
             )
         )
     columns = (
-        "protected", "the attacker has", "split", "best attack", "tokens", "perplexity", "right",
+        "protected", "has", "split", "best attack", "tokens", "perplexity", "right",
         f"{_BLACK}: perplexity", "right", "Rel.Black", "95 %",
     )  # fmt: skip
     text = (
@@ -137,7 +137,7 @@ def _points(points: Sequence[Point]) -> Section:
     rows = [
         (
             point.line[2],
-            _has(point.line[3], point.line[4]),
+            _short(point.line[3], point.line[4]),
             "none" if point.line[1] == NONE else point.line[1],
             _attack(point),
             point.variant,
@@ -152,7 +152,7 @@ def _points(points: Sequence[Point]) -> Section:
         )
     ]
     columns = (
-        "protected", "the attacker has", "share", "attack", "variant", "learning rate", "tokens",
+        "protected", "has", "share", "attack", "variant", "learning rate", "tokens",
         "perplexity", "right", "seeds",
     )  # fmt: skip
     text = (
@@ -213,6 +213,10 @@ def _words() -> Section:
 
 def _attack(point: Point) -> str:
     return f"{point.line[0]} {_NAMES.get(point.line[0], '')}"
+
+
+def _short(access: str, relative: str) -> str:
+    return access + (f", {relative}" if relative else "")
 
 
 def _has(access: str, relative: str) -> str:
