@@ -83,17 +83,15 @@ def _table(cells: Sequence[Cell]) -> Section:
                 cell.recipe,
                 _attack(cell.best),
                 f"{cell.best.tokens or cell.black.tokens:,}",
-                _perplexity(cell.best.perplexity.mean),
-                f"{cell.best.accuracy.mean:.1%}",
-                _perplexity(cell.black.perplexity.mean),
-                f"{cell.black.accuracy.mean:.1%}",
+                f"{_perplexity(cell.best.perplexity.mean)}, {cell.best.accuracy.mean:.1%}",
+                f"{_perplexity(cell.black.perplexity.mean)}, {cell.black.accuracy.mean:.1%}",
                 f"{ratio.mean:.2f}",
                 f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio.low < ratio.high else "one seed",
             )
         )
     columns = (
-        "protected", "has", "split", "best attack", "tokens", "perplexity", "right",
-        f"{_BLACK}: perplexity", "right", "Rel.Black", "95 %",
+        "protected", "has", "split", "best attack", "tokens", "perplexity, right", _BLACK,
+        "Rel.Black", "95 %",
     )  # fmt: skip
     text = (
         "Rel.Black is the share of tokens that the restored model guesses right, over that of the attacker "
@@ -171,8 +169,8 @@ def _fit(found: Study) -> Section:
     rows: list[tuple[str, ...]] = [
         (f"{rank}", *(read.get((rank, closeness), "") for closeness in close)) for rank in ranks
     ]
-    signs = [trial for trial in found.trials if trial.rank == 0 and trial.closeness == min(close)]
-    guesses = [(f"{t.given:.0%}", f"{t.right:.0%}", _read_as(t)) for t in signs]
+    signs = {t.given: t for t in found.trials if t.rank == 0 and t.closeness == min(close)}
+    guesses = [(f"{t.given:.0%}", f"{t.right:.0%}", _read_as(t)) for _, t in sorted(signs.items())]
     text = (
         f"On the upper left {n} x {n} of {found.group}: what an attacker reads of the difference between "
         "the victim and a copy that is this close, if he is told all the signs that singular vectors leave "
@@ -184,11 +182,11 @@ def _fit(found: Study) -> Section:
         "Fitting the fast transform to a relative",
         text,
         tables=(
-            Table(("rank removed", *(f"{closeness:.2%} off" for closeness in close)), rows),
+            Table(("rank removed", *(f"{100 * closeness:g} % off" for closeness in close)), rows),
             Table(
                 ("signs told", "right in the end", "read"),
                 guesses,
-                f"Nothing removed, a copy {min(close):.2%} off: the rest of the signs searched for.",
+                f"Nothing removed, a copy {100 * min(close):g} % off: the rest of the signs searched for.",
             ),
         ),
     )
