@@ -375,6 +375,27 @@ def test_the_oracle_answers_as_the_victim_does(scene: Scene) -> None:
     assert torch.allclose(scene.oracle.answers(indices), wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt", "mistral"])
+def test_other_families_answer_as_they_do(family: str, tmp_path: Path) -> None:
+    """GPT-2 keeps weights transposed, Gemma caps its logits, OPT projects its last states."""
+    folder = families.make(family, tmp_path / "model", vocab_size=VOCABULARY)
+    text = Text.of(sentences(8 * 20), 8, 4)
+    prepare(folder, tmp_path / "splits", {"plain": Recipe(rank=2, rotation="none")}, lambda *_: None)
+    scene = Scene(folder, tmp_path / "splits", text, {"plain": Recipe(rank=2, rotation="none")}, CPU)
+    with torch.no_grad():
+        wanted = scene.victim(input_ids=text.train[:2]).logits
+    assert torch.allclose(scene.oracle.answers(torch.arange(2)), wanted, atol=1e-4)
+    case = scene.case("plain", EVERYTHING)
+    start = Core().start(case, scene.oracle, "core and all", 0)
+    assert start is not None
+    student = build_student(case, start, CPU, 0)
+    true = dict(scene.victim.named_parameters(remove_duplicate=False))
+    for view in case.shares.values():
+        for name, part in view.parts().items():
+            assert part.shape == true[name].shape
+    assert train(student, scene, Training("logits", 4 * 8, 1e-3, 0)) == 4
+
+
 def test_intervals_are_students() -> None:
     values = [0.1, 0.12, 0.17]
     wanted = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))

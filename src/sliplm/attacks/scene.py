@@ -15,6 +15,7 @@ from sliplm.attacks.device import autocast
 from sliplm.attacks.folder import AGAIN, key_of
 from sliplm.attacks.relatives import Relative, perturbed, read_model
 from sliplm.attacks.text import Text
+from sliplm.errors import CheckpointError
 from sliplm.recipe import Recipe
 from sliplm.share import open_vault, open_worker
 
@@ -24,6 +25,9 @@ class Oracle:
 
     The last hidden states of the training windows are kept (bfloat16 on a GPU), so that asking again in a
     later epoch, or by the next attack, costs one product with the head.
+
+    Raises:
+        CheckpointError: the model's logits are not what its head makes of its last hidden states.
     """
 
     def __init__(self, victim: PreTrainedModel, text: Text) -> None:
@@ -31,6 +35,10 @@ class Oracle:
         self._states: dict[int, Tensor] = {}  # hidden layer (-1: the last) -> [windows, length, width]
         self._known: dict[int, Tensor] = {}
         self._seen = torch.zeros(len(text.train), dtype=torch.bool)
+        self._cap: float | None = getattr(
+            victim.config.get_text_config(), "final_logit_softcapping", None
+        )  # Gemma's
+        self._check()
 
     @property
     def asked(self) -> int:
@@ -53,27 +61,41 @@ class Oracle:
         """Logits from last hidden states, in float32 whatever the states were kept in."""
         with torch.no_grad():
             logits: Tensor = self._victim.get_output_embeddings()(states.float())
-        return logits
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
     def hidden(self, indices: Tensor, layer: int) -> Tensor:
         """Hidden states that enter a block of the victim (-1: the head) on training windows."""
         self._seen[indices] = True
         if layer not in self._states:
-            width = self._victim.config.get_text_config().hidden_size
             kind = torch.bfloat16 if self._victim.device.type == "cuda" else torch.float32
-            shape = (*self._text.train.shape, width)
+            shape = (*self._text.train.shape, self._run(self._text.train[:1], layer).shape[-1])
             self._states[layer] = torch.empty(shape, dtype=kind, device=self._victim.device)
             self._known[layer] = torch.zeros(len(self._text.train), dtype=torch.bool)
         missing = indices[~self._known[layer][indices]]
         for part in torch.split(missing, 32) if len(missing) else ():
-            tokens = self._text.train[part].to(self._victim.device)
-            with torch.no_grad(), autocast(self._victim.device):
-                base = self._victim.base_model
-                states = base(input_ids=tokens, use_cache=False, output_hidden_states=layer >= 0)
-            found = states.last_hidden_state if layer < 0 else states.hidden_states[layer]
-            self._states[layer][part] = found.to(self._states[layer].dtype)
+            self._states[layer][part] = self._run(self._text.train[part], layer).to(self._states[layer].dtype)
         self._known[layer][missing] = True
         return self._states[layer][indices]
+
+    def _run(self, tokens: Tensor, layer: int) -> Tensor:
+        with torch.no_grad(), autocast(self._victim.device):
+            states = self._victim.base_model(
+                input_ids=tokens.to(self._victim.device), use_cache=False, output_hidden_states=layer >= 0
+            )
+        found: Tensor = states.last_hidden_state if layer < 0 else states.hidden_states[layer]
+        return found
+
+    def _check(self) -> None:
+        """Some families scale their logits behind the head, where the loop above would not see it."""
+        tokens = self._text.train[:1].to(self._victim.device)
+        with torch.no_grad():
+            wanted = self._victim(input_ids=tokens, use_cache=False).logits.float()
+            base = self._victim.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        if not torch.allclose(self.head(base), wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
+            raise CheckpointError(
+                f"{type(self._victim).__name__} changes its logits behind the head in a way that is not "
+                "known here: it can be split, but not attacked with logits"
+            )
 
 
 class Scene:

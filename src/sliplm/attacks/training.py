@@ -74,10 +74,11 @@ class _Stepper:
         length = scene.text.train.shape[1]
         self._tokens = torch.zeros(size, length, dtype=torch.int64, device=scene.device)
         self._targets: dict[int, Tensor] = {}  # hidden states of the victim by layer, in place for the graph
-        seen = torch.ones(length, length, dtype=torch.bool, device=scene.device).tril()
-        self._mask = seen.expand(
-            size, 1, length, length
-        )  # given, so that the library need not look at tokens
+        self._mask: Tensor | None = None
+        if self._cuda and student.config.model_type != "opt":  # which takes no other than its own
+            # given, so that the library need not look at tokens, which a recording cannot
+            seen = torch.ones(length, length, dtype=torch.bool, device=scene.device).tril()
+            self._mask = seen.expand(size, 1, length, length)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._done = 0
 
