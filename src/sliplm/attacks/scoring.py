@@ -62,8 +62,8 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def relative(restored: Sequence[float], black: Sequence[float]) -> Interval:
-    """Rel.Black: mean accuracy restored over mean accuracy of the black-box line; the interval is by the delta
-    method (both lines' seeds are independent).
+    """Rel.Black: mean accuracy restored over mean accuracy of the black-box line; its interval is by the
+    delta method (both lines' seeds are independent).
     """
     top, bottom = interval(restored), interval(black)
     if not bottom.mean:
