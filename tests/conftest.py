@@ -10,9 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a job in a shell's background; tests interrupt children
+# ignored in a shell's background job, and so by the children that tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does, before torch is loaded
