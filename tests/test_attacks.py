@@ -25,10 +25,12 @@ from sliplm.attacks.a06_match import match
 from sliplm.attacks.a07_two_shares import TwoShares
 from sliplm.attacks.a09_distil import Distil
 from sliplm.attacks.a10_head import head_core, logit_basis
-from sliplm.attacks.a11_fit import fit, signs_to_guess, study, true_signs
+from sliplm.attacks.a11_fit import CLOSE, fit, signs_to_guess, study, true_signs
 from sliplm.attacks.campaign import NONE, lines, standard_recipes
 from sliplm.attacks.case import Placement, ShareView, layers
+from sliplm.attacks.fitting import TRIALS, fit_study
 from sliplm.attacks.folder import prepare
+from sliplm.attacks.pages import write_report
 from sliplm.attacks.relatives import distance, perturbed, tune
 from sliplm.attacks.runs import Line, Run, Runs
 from sliplm.attacks.scene import Scene
@@ -612,3 +614,18 @@ def test_a_text_in_another_encoding(campaign: tuple[Path, Path, Path], tmp_path:
 
 def test_align_needs_a_relative(scene: Scene) -> None:
     assert Align().start(scene.case("default", EVERYTHING), scene.oracle, "singular vectors", 0) is None
+
+
+def test_the_study_of_the_fit_is_kept_and_shown(tmp_path: Path) -> None:
+    model = families.make("llama", tmp_path / "model", hidden_size=16, num_hidden_layers=1)
+    done: list[int] = []
+    found = fit_study(model, tmp_path, done.append)
+    assert done == list(range(1, len(found.trials) + 1))
+    assert len(found.trials) == TRIALS - len(CLOSE)  # rank 16 would leave nothing
+    assert {trial.n for trial in found.trials} == {16}
+    assert fit_study(model, tmp_path, lambda _: pytest.fail("made again")) == found
+    write_report(tmp_path, "m", summarise([]), complete=True, fitted=found)
+    assert found.group in (tmp_path / "attack.html").read_text()
+    (tmp_path / "fit.json").write_text("{}")
+    with pytest.raises(InputError, match="no study of attack 11"):
+        fit_study(model, tmp_path, done.append)
