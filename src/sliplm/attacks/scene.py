@@ -23,8 +23,9 @@ from sliplm.share import open_vault, open_worker
 class Oracle:
     """The victim behind its interface: logits on the windows that are asked for, counted once each.
 
-    The last hidden states of the training windows are kept (bfloat16 on a GPU), so that asking again in a
-    later epoch, or by the next attack, costs one product with the head.
+    The last hidden states of the training windows are kept in the host's memory (bfloat16 if the victim is on
+    a GPU, which a large budget's would fill), so that asking again in a later epoch, or by the next attack,
+    costs one product with the head.
 
     Raises:
         CheckpointError: the model's logits are not what its head makes of its last hidden states.
@@ -69,13 +70,14 @@ class Oracle:
         if layer not in self._states:
             kind = torch.bfloat16 if self._victim.device.type == "cuda" else torch.float32
             shape = (*self._text.train.shape, self._run(self._text.train[:1], layer).shape[-1])
-            self._states[layer] = torch.empty(shape, dtype=kind, device=self._victim.device)
+            self._states[layer] = torch.empty(shape, dtype=kind)
             self._known[layer] = torch.zeros(len(self._text.train), dtype=torch.bool)
         missing = indices[~self._known[layer][indices]]
         for part in torch.split(missing, 32) if len(missing) else ():
-            self._states[layer][part] = self._run(self._text.train[part], layer).to(self._states[layer].dtype)
+            states = self._run(self._text.train[part], layer)
+            self._states[layer][part] = states.to("cpu", self._states[layer].dtype)
         self._known[layer][missing] = True
-        return self._states[layer][indices]
+        return self._states[layer][indices].to(self._victim.device)
 
     def _run(self, tokens: Tensor, layer: int) -> Tensor:
         with torch.no_grad(), autocast(self._victim.device):

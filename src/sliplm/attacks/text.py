@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from sliplm.errors import InputError
+
+_PART = 1 << 20  # characters: whole books at once take a hundred times their size, and one core
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,17 @@ class Text:
                 "give a longer text"
             )
         return cls(windows[: -2 * held_out], windows[-2 * held_out : -held_out], windows[-held_out:])
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """The text's tokens, int64 [tokens], without special ones; parts of whole lines on all cores."""
+    found = tokenizer(list(_parts(text)) or [""], add_special_tokens=False)["input_ids"]
+    return torch.cat([torch.tensor(part, dtype=torch.int64) for part in found])
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _PART) + 1 or len(text)
+        yield text[start:end]
+        start = end

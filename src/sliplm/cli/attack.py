@@ -314,9 +314,9 @@ def _access(given: str) -> Access:
 
 
 def _tokens(model: Path, file: Path | None) -> Tensor:
-    import torch
     from transformers import AutoTokenizer
 
+    from sliplm.attacks.text import tokenise
     from sliplm.examples.text import wikipedia
 
     try:
@@ -327,4 +327,4 @@ def _tokens(model: Path, file: Path | None) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{model} has no tokenizer that can be used: give a complete checkpoint") from error
-    return torch.tensor(tokenizer(text)["input_ids"])
+    return tokenise(tokenizer, text)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sliplm.examples.fetch import build_once, fetch_package, take_member, working
 
-_PACKAGE, _VERSION = "bigbench", "1.0.0"
-_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
+PACKAGE, VERSION = "bigbench", "1.0.0"
+SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
 _MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/paragraph_segmentation/task.json"
 # The task holds a thousand articles in each of nine languages; these are the English ones.
 _ENGLISH = slice(1000, 2000)
@@ -59,7 +59,7 @@ def wikipedia() -> str:
 
 
 def _make(target: Path) -> None:
-    sdist = fetch_package(_PACKAGE, _VERSION, _SHA256, kind="sdist")
+    sdist = fetch_package(PACKAGE, VERSION, SHA256, kind="sdist")
     raw = target.with_name("task.json")
     with working("Taking the text out …"):
         take_member(sdist, _MEMBER, raw)
