@@ -38,7 +38,7 @@ from sliplm.attacks.schedule import Job, Plan, Schedule
 from sliplm.attacks.scoring import interval, relative, score
 from sliplm.attacks.student import build_student
 from sliplm.attacks.summary import summarise
-from sliplm.attacks.text import Text
+from sliplm.attacks.text import Text, _parts, tokenise
 from sliplm.attacks.training import Training, train
 from sliplm.cli import app
 from sliplm.errors import CheckpointError, InputError, MismatchError
@@ -353,6 +353,18 @@ def test_a_student_trains_what_its_attack_names_and_nothing_else(scene: Scene) -
                 assert bool(trained) == (start.whole or bool(start.deltas))
 
 
+def test_who_has_no_share_may_begin_with_copies_of_the_blocks_that_are_in_clear(scene: Scene) -> None:
+    assert Distil().start(scene.case(NONE, EVERYTHING), scene.oracle, "neighbour", 0) is None
+    case = scene.case(NONE, FIRST)
+    start = Distil().start(case, scene.oracle, "neighbour", 0)
+    assert start is not None
+    matrices = [name for name, p in scene.victim.named_parameters() if p.ndim == 2 and ".layers.0." in name]
+    assert len(matrices) == 7
+    assert start.state.keys() == set(matrices)
+    for name in matrices:
+        assert torch.equal(start.state[name], scene.victim.get_parameter(name.replace(".0.", ".1.")))
+
+
 def test_training_is_repeatable_and_counts_what_it_asks(scene: Scene) -> None:
     case = scene.case(NONE, FIRST)
     start = Distil().start(case, scene.oracle, "scaled", 0)
@@ -408,6 +420,18 @@ def test_intervals_are_students() -> None:
     assert relative([0.2], [0.0]).mean == math.inf
     wide = relative([0.2, 0.25, 0.3], [0.1, 0.1, 0.1])
     assert wide.low < 2.5 < wide.high
+    alone = relative([0.2], [0.1, 0.12, 0.17])  # the spread of one line alone would look like that of both
+    assert alone.low == alone.mean == alone.high
+
+
+def test_a_long_text_is_cut_between_lines_and_keeps_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    whole = "one line\nand two\n\n" + "and a long one, longer than a part\n" + "the end"
+    wanted = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("sliplm.attacks.text._PART", 9)
+    assert list(_parts(whole))[:2] == ["one line\nand two\n", "\nand a long one, longer than a part\n"]
+    assert tokenise(tokenizer, whole).tolist() == wanted
+    assert tokenise(tokenizer, "").shape == (0,)
 
 
 def test_a_text_that_is_too_short_is_refused() -> None:
@@ -452,7 +476,7 @@ def test_the_best_of_a_cell_go_on_and_the_first_is_repeated(tmp_path: Path) -> N
         after.append(job)
     assert Job(cell[1], 0.001, None, seeds=3) in after
     assert {(job.line.attack, job.budget) for job in after if not job.seeds} == {(2, 0.01), (4, 0.01)}
-    assert all(job.again and job.before == 0.001 for job in after if not job.seeds)
+    assert all(job.before == 0.001 for job in after if not job.seeds)
 
 
 def test_what_time_cut_off_leads_to_nothing_more(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from sliplm.attacks.case import Case, Delta, Start, Teacher
 from sliplm.attacks.student import blank_model
@@ -12,12 +16,12 @@ _RANK = 16  # of what is trained on random matrices
 
 class Distil:
     """Protected matrices start untrained: as the library's own initialisation has them, or scaled to keep
-    variances; trained whole, or left random with a trained low-rank part, as attack 2 has it. Applies only to
-    the attacker without a share.
+    variances; trained whole, or left random with a trained low-rank part, as attack 2 has it; or, where some
+    blocks are not protected, as copies of the nearest of those. Applies only to the attacker without a share.
     """
 
     number, name, title = 9, "distil", "Distillation within a query budget, no share"
-    variants: tuple[str, ...] = ("library", "scaled", "scaled, low rank")
+    variants: tuple[str, ...] = ("library", "scaled", "scaled, low rank", "neighbour")
 
     def start(self, case: Case, teacher: Teacher, variant: str, seed: int) -> Start | None:
         if case.shares:
@@ -28,8 +32,11 @@ class Distil:
             return Start(state, whole=True, rates=rates) if variant == self.variants[0] else None
         if variant == "library":
             return Start({}, whole=True, rates=(3e-4, 1e-3, 3e-3))
-        generator = torch.Generator().manual_seed(seed)
         shapes = _shapes(case)
+        if variant == "neighbour":
+            copies = neighbours(shapes, case.known)
+            return Start(copies, whole=True, rates=(1e-4, 3e-4, 1e-3)) if copies else None
+        generator = torch.Generator().manual_seed(seed)
         state = {
             name: torch.randn(shape, generator=generator) / shape[1] ** 0.5
             for name, shape in shapes.items()
@@ -51,3 +58,25 @@ def _shapes(case: Case) -> dict[str, torch.Size]:
     with torch.device("meta"):
         parameters = blank_model(case.config).named_parameters(remove_duplicate=False)
     return {name: value.shape for name, value in parameters}
+
+
+def neighbours(shapes: Mapping[str, torch.Size], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For unknown matrices that of the same kind in the nearest block that is known: parameter -> value."""
+    found = {}
+    for name, shape in shapes.items():
+        if name in known or len(shape) != 2:
+            continue
+        same = [each for each in known if _kind(each) == _kind(name) and known[each].shape == shape]
+        if same:
+            found[name] = known[min(same, key=lambda each: abs(_number(each) - _number(name)))]
+    return found
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _number(name: str) -> int:
+    """The block's: the first number of a parameter's name."""
+    first = re.search(r"\d+", name)
+    return int(first[0]) if first else 0

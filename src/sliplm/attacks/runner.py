@@ -138,7 +138,7 @@ class _Stage:
         before = None if job.before is None else self.runs.best(job.line, job.before)
         if before is not None:  # a longer training wants a rate at most as high
             variant, rate = before
-            return [(variant, rate), (variant, rate / 3)] if rate and job.again else [before]
+            return [(variant, rate), (variant, rate / 3)] if rate else [before]
         choices = []
         for variant in _attack(job.line).variants:
             start, _ = self._start(job.line, variant, 0)

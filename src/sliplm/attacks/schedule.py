@@ -45,13 +45,11 @@ class Job:
 
     Attributes:
         before: the smaller budget whose choice it starts from, if any.
-        again: whether it looks at a smaller learning rate too, as the first larger budget does.
     """
 
     line: Line
     budget: float
     before: float | None
-    again: bool = False
     seeds: int = 0
 
 
@@ -90,7 +88,7 @@ class Schedule:
 
     def _search(self, line: Line, at: int) -> None:
         budgets = self._plan.budgets
-        job = Job(line, budgets[at], budgets[at - 1] if at else None, again=at == 1)
+        job = Job(line, budgets[at], budgets[at - 1] if at else None)
         self._open[_cell(line), job.budget] += 1
         self._lines[_cell(line), job.budget].append(line)
         heapq.heappush(self._heap, (at, next(self._order), job))

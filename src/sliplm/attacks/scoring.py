@@ -63,12 +63,14 @@ def interval(values: Sequence[float]) -> Interval:
 
 def relative(restored: Sequence[float], black: Sequence[float]) -> Interval:
     """Rel.Black: mean accuracy restored over mean accuracy of the black-box line; its interval is by the
-    delta method (both lines' seeds are independent).
+    delta method (both lines' seeds are independent), and only the mean where one of them has one seed.
     """
     top, bottom = interval(restored), interval(black)
     if not bottom.mean:
         return Interval(math.inf, math.inf, math.inf)
     ratio = top.mean / bottom.mean
+    if min(len(restored), len(black)) < 2:
+        return Interval(ratio, ratio, ratio)
     spread = math.hypot(
         (top.high - top.mean) / max(top.mean, 1e-12), (bottom.high - bottom.mean) / bottom.mean
     )

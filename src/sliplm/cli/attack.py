@@ -201,7 +201,8 @@ def _table(found: Summary) -> Table:
         table.add_column(column, justify="right")
     for cell in found.cells:
         best, black, ratio = cell.best, cell.black, cell.relative_to_black
-        style = "red" if ratio.low > LIMIT else "green" if ratio.high <= LIMIT else ""
+        known = ratio.low < ratio.high
+        style = "red" if ratio.low > LIMIT else "green" if known and ratio.high <= LIMIT else ""
         table.add_row(
             cell.placement,
             cell.access + (f", {cell.relative}" if cell.relative else ""),
@@ -211,7 +212,10 @@ def _table(found: Summary) -> Table:
             _perplexity(best.perplexity.mean),
             percent(best.accuracy.mean),
             f"{_perplexity(black.perplexity.mean)}  {percent(black.accuracy.mean)}",
-            Text(f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", style=style),
+            Text(
+                f"{ratio.mean:.2f} " + (f"[{ratio.low:.2f}, {ratio.high:.2f}]" if known else "one seed"),
+                style,
+            ),
         )
     return table
 

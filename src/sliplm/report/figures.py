@@ -158,7 +158,9 @@ def _scale(axes: Axes, which: str, axis: Axis) -> None:
 
 
 def _number(value: float) -> str:
-    """A tick: 20, 0.5, 10 000, 1e+06."""
+    """A tick: 20, 0.5, 10 000, 3 M, 1e+09."""
+    if 1e6 <= value < 1e9:
+        return f"{value / 1e6:.6g}\u202fM"
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return f"{value:.0e}"
     return f"{value:,.6g}".replace(",", "\u202f")
