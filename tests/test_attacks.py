@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -575,6 +578,39 @@ def test_slip_attack_continues_and_repeats_nothing(campaign: tuple[Path, Path, P
         run["accuracy"] for run in map(json.loads, before)
     }
     assert time.time() > began
+
+
+def test_nothing_goes_on_when_slip_attack_is_killed(
+    campaign: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    model, text, _ = campaign
+    long = [*command(model, tmp_path / "out", text), "--budget", "100000%"]
+    main = subprocess.Popen([sys.executable, "-m", "sliplm", *long], stderr=subprocess.DEVNULL)
+    original = tmp_path / "out/runs.jsonl"  # the first line comes from a child that is about to train
+    wait_until(original.exists)
+    family = children(main.pid)
+    assert family
+    main.kill()
+    main.wait()
+    wait_until(lambda: not any(map(lives, family)))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class Distil:
         shapes = _shapes(case)
         if variant == "neighbour":
             copies = neighbours(shapes, case.known)
-            return Start(copies, whole=True, rates=(1e-4, 3e-4, 1e-3)) if copies else None
+            return Start(copies, whole=True, rates=(3e-4, 1e-3, 3e-3)) if copies else None
         generator = torch.Generator().manual_seed(seed)
         state = {
             name: torch.randn(shape, generator=generator) / shape[1] ** 0.5

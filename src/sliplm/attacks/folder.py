@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from sliplm.attacks.children import end_with_parent
 from sliplm.attacks.text import Text
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.engines.transformers.convert import split
@@ -75,7 +76,7 @@ def prepare(
     missing = {name: recipe for name, recipe in recipes.items() if not (work / name / "vault").exists()}
     side_by_side = max(1, min(len(missing), (os.cpu_count() or 1) // _CORES))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(side_by_side, context) as pool:
+    with ProcessPoolExecutor(side_by_side, context, end_with_parent) as pool:
         waiting = [
             pool.submit(
                 split, model_dir, work / name, recipe, key=key_of(work), i_know=True, ledger=work / "ledger"

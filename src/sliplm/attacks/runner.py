@@ -16,6 +16,7 @@ import torch
 
 from sliplm.attacks import ATTACKS
 from sliplm.attacks.case import Attack, Case, Start
+from sliplm.attacks.children import end_with_parent
 from sliplm.attacks.runs import Line, Run, Runs
 from sliplm.attacks.scene import Scene
 from sliplm.attacks.schedule import Job, Plan, Schedule
@@ -74,6 +75,7 @@ _CHILD: dict[str, _Stage] = {}  # of a child process: what its initialiser opene
 def _open_child(
     free: Queue[torch.device], open_scene: Callable[[torch.device], Scene], path: Path, plan: Plan
 ) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     device = free.get()
