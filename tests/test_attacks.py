@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -571,6 +572,9 @@ def test_slip_attack_continues_and_repeats_nothing(campaign: tuple[Path, Path, P
     began = time.time()
     done = CliRunner().invoke(app, command(model, out, text))
     assert done.exit_code == 0, done.output
+    nothing_cut = r"protected: 0-0; he has: logits *\n.*with the share +without +Rel\.Black *\n"
+    assert re.search(nothing_cut, done.output)
+    assert re.search(r"default +3 full .*%.*%.* to \S+ *\n", done.output)
     after = (out / "runs.jsonl").read_text().splitlines()
     assert after[: len(kept)] == kept
     assert len(after) == len(before)

@@ -86,7 +86,7 @@ def _table(cells: Sequence[Cell]) -> Section:
                 f"{_perplexity(cell.best.perplexity.mean)}, {cell.best.accuracy.mean:.1%}",
                 f"{_perplexity(cell.black.perplexity.mean)}, {cell.black.accuracy.mean:.1%}",
                 f"{ratio.mean:.2f}",
-                f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio.low < ratio.high else "one seed",
+                cell.spread,
             )
         )
     columns = (

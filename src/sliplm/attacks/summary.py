@@ -50,6 +50,13 @@ class Cell:
     black: Point
     relative_to_black: Interval
 
+    @property
+    def spread(self) -> str:
+        """The interval of Rel.Black in words."""
+        if min(len(self.best.accuracies), len(self.black.accuracies)) < 2:
+            return "one seed"
+        return f"{self.relative_to_black.low:.2f} to {self.relative_to_black.high:.2f}"
+
 
 def points(runs: Iterable[Run]) -> list[Point]:
     """One point for each line and budget, in the order of budgets."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sliplm.attacks.fitting import Study
     from sliplm.attacks.relatives import Relative
     from sliplm.attacks.runs import Run, Runs
-    from sliplm.attacks.summary import Summary
+    from sliplm.attacks.summary import Cell, Summary
     from sliplm.attacks.training import Access
 
 TUNED = "tuned"
@@ -175,7 +175,7 @@ def _finish(
     result = document(found, fitted, complete=complete)
     (out / "attack.json").write_text(encode(result, indent=1) + "\n", encoding="utf-8")
     page = write_report(out, model.resolve().name, found, complete=complete, fitted=fitted)
-    screen.print(_table(found))
+    screen.print(_tables(found))
     screen.print(Text(f"{page}\n{out / 'attack.json'}", style="dim"), soft_wrap=True)
     if not complete:
         screen.print("[yellow]time was up before the end: the same command continues[/yellow]")
@@ -183,39 +183,41 @@ def _finish(
         print_json(result)
 
 
-def _table(found: Summary) -> Table:
-    from sliplm.attacks import ATTACKS
-    from sliplm.attacks.pages import LIMIT
-
-    names = {attack.number: attack.name for attack in ATTACKS}
+def _tables(found: Summary) -> Group:
+    """For each placement and what the attacker has, a table that fits 80 columns."""
     title = "What a thief restores"
     if found.original is not None:
         title += (
             f" (the original: perplexity {found.original.perplexity:.1f}, "
             f"next token right {percent(found.original.accuracy)})"
         )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("protected", "he has", "tokens", "split", "best attack"):
-        table.add_column(column)
-    for column in ("perplexity", "right", "without a share", "Rel.Black"):
-        table.add_column(column, justify="right")
+    places: dict[str, list[Cell]] = {}
     for cell in found.cells:
+        has = cell.access + (f", a relative: {cell.relative}" if cell.relative else "")
+        places.setdefault(f"protected: {cell.placement}; he has: {has}", []).append(cell)
+    return Group(Text(title, style="bold"), *(_table(place, cells) for place, cells in places.items()))
+
+
+def _table(place: str, cells: list[Cell]) -> Table:
+    from sliplm.attacks import ATTACKS
+    from sliplm.attacks.pages import LIMIT
+
+    names = {attack.number: attack.name for attack in ATTACKS}
+    table = Table(title=f"\n{place}", title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for column, width in (("tokens", 6), ("split", 8), ("best attack", 12)):
+        table.add_column(column, min_width=width)
+    for column, width in (("with the share", 14), ("without", 14), ("Rel.Black", 18)):
+        table.add_column(column, justify="right", min_width=width)
+    for cell in cells:
         best, black, ratio = cell.best, cell.black, cell.relative_to_black
-        known = ratio.low < ratio.high
-        style = "red" if ratio.low > LIMIT else "green" if known and ratio.high <= LIMIT else ""
+        style = "red" if ratio.low > LIMIT else "green" if ratio.low < ratio.high <= LIMIT else ""
         table.add_row(
-            cell.placement,
-            cell.access + (f", {cell.relative}" if cell.relative else ""),
             number(best.tokens or black.tokens),
             cell.recipe,
             f"{best.line[0]} {names[best.line[0]]}",
-            _perplexity(best.perplexity.mean),
-            percent(best.accuracy.mean),
-            f"{_perplexity(black.perplexity.mean)}  {percent(black.accuracy.mean)}",
-            Text(
-                f"{ratio.mean:.2f} " + (f"[{ratio.low:.2f}, {ratio.high:.2f}]" if known else "one seed"),
-                style,
-            ),
+            f"{_perplexity(best.perplexity.mean)} {percent(best.accuracy.mean)}",
+            f"{_perplexity(black.perplexity.mean)} {percent(black.accuracy.mean)}",
+            Text(f"{ratio.mean:.2f}, {cell.spread}", style),
         )
     return table
 
