@@ -41,7 +41,7 @@ from sliplm.attacks.scene import Scene
 from sliplm.attacks.schedule import Job, Plan, Schedule
 from sliplm.attacks.scoring import interval, relative, score
 from sliplm.attacks.student import build_student
-from sliplm.attacks.summary import summarise
+from sliplm.attacks.summary import document, summarise
 from sliplm.attacks.text import Text, _parts, tokenise
 from sliplm.attacks.training import Training, train
 from sliplm.cli import app
@@ -509,6 +509,10 @@ def test_the_table_chooses_by_the_validation_text_and_reports_the_test(tmp_path:
     assert found.cells[0].best.line[0] == 3
     assert found.cells[0].relative_to_black.mean == pytest.approx(1.0)
     assert found.original is None
+    nothing = summarise([runs[0], replace(runs[2], accuracy=0.0, perplexity=math.inf)])
+    written = json.loads(json.dumps(document(nothing, None, complete=True), allow_nan=False))
+    assert written["cells"][0]["relative_to_black"]["mean"] is None
+    assert written["cells"][0]["best"]["accuracies"] == [0.2]
 
 
 def test_runs_are_kept_and_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
@@ -125,5 +126,15 @@ def summarise(runs: Collection[Run]) -> Summary:
 
 
 def document(found: Summary, fitted: Study | None, *, complete: bool) -> dict[str, Any]:
-    """For JSON."""
-    return {"complete": complete, **asdict(found), "fit": None if fitted is None else asdict(fitted)}
+    """For JSON, which has no infinity: such a number is null."""
+    fit = None if fitted is None else asdict(fitted)
+    whole: dict[str, Any] = _finite({"complete": complete, **asdict(found), "fit": fit})
+    return whole
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
