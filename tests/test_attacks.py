@@ -7,8 +7,6 @@ import math
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +47,8 @@ from sliplm.errors import CheckpointError, InputError, MismatchError
 from sliplm.recipe import Recipe
 from sliplm.rotation import make as make_rotation
 from test_generation import byte_tokenizer
+from test_worker import wait_for_end
+from test_workforce import eventually
 
 CPU = torch.device("cpu")
 VOCABULARY, WINDOW = 40, 32
@@ -573,7 +573,6 @@ def test_slip_attack_continues_and_repeats_nothing(campaign: tuple[Path, Path, P
     before = (out / "runs.jsonl").read_text().splitlines()
     kept = before[: len(before) // 2]
     (out / "runs.jsonl").write_text("\n".join(kept) + "\n")
-    began = time.time()
     done = CliRunner().invoke(app, command(model, out, text))
     assert done.exit_code == 0, done.output
     nothing_cut = r"protected: 0-0; he has: logits *\n.*with the share +without +Rel\.Black *\n"
@@ -585,7 +584,6 @@ def test_slip_attack_continues_and_repeats_nothing(campaign: tuple[Path, Path, P
     assert {run["accuracy"] for run in map(json.loads, after)} == {
         run["accuracy"] for run in map(json.loads, before)
     }
-    assert time.time() > began
 
 
 def test_nothing_goes_on_when_slip_attack_is_killed(
@@ -594,31 +592,20 @@ def test_nothing_goes_on_when_slip_attack_is_killed(
     model, text, _ = campaign
     long = [*command(model, tmp_path / "out", text), "--budget", "100000%"]
     main = subprocess.Popen([sys.executable, "-m", "sliplm", *long], stderr=subprocess.DEVNULL)
-    original = tmp_path / "out/runs.jsonl"  # the first line comes from a child that is about to train
-    wait_until(original.exists)
-    family = children(main.pid)
-    assert family
-    main.kill()
-    main.wait()
-    wait_until(lambda: not any(map(lives, family)))
+    try:
+        first = tmp_path / "out/runs.jsonl"  # its first line comes from a child that is about to train
+        eventually(first.exists, 60)
+        family = children(main.pid)
+        assert family
+    finally:
+        main.kill()
+        main.wait()
+    for child in family:
+        wait_for_end(child)
 
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,8 @@ def _words() -> Section:
         + [
             "The attacker is granted more than a worker has: the row scales, the names and places of all "
             "layers, the rank. Where only some layers are protected he has all others in clear.",
-            "A split that stands here has withstood these attacks at these budgets, no more: that a share is "
-            "of no use is proven for the rotation haar, measured here for the others.",
+            "A split that stands here has withstood these attacks at these budgets, no more. Proven is one "
+            "thing: a share with the rotation haar shows singular values and nothing else.",
         ],
     )
 
