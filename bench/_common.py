@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import sliplm
-from sliplm import kernels
+from sliplm.arithmetic import kernels
 from sliplm.examples import cache_dir, smollm2
-from sliplm.manifest import FORMAT_VERSION
-from sliplm.share import sliplm_version
+from sliplm.shares.manifest import FORMAT_VERSION
+from sliplm.shares.share import sliplm_version
 
 console = Console(stderr=True)
 transformers_logging.disable_progress_bar()

@@ -37,7 +37,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import sliplm
 from _common import console, finish, machine, seconds
-from sliplm.counts import SplitReport
+from sliplm.arithmetic.field import derive_key
+from sliplm.arithmetic.fixedpoint import quantise_rows
 from sliplm.engines.groups import Group
 from sliplm.engines.torch.load import reference_module
 from sliplm.engines.torch.trace import trace
@@ -47,9 +48,8 @@ from sliplm.examples import minilm, wikipedia
 from sliplm.examples.digits import accuracy, digits, digits_mlp, digits_skeleton
 from sliplm.examples.efficientnet import efficientnet_lite0, photographs, skeleton
 from sliplm.examples.minilm import embed
-from sliplm.field import derive_key
-from sliplm.fixedpoint import quantise_rows
-from sliplm.splitting import rotate_both, top_triplets
+from sliplm.planning.counts import SplitReport
+from sliplm.shares.splitting import rotate_both, top_triplets
 
 RANK = {"digits": 8, "efficientnet": 8, "minilm": 16}
 RANKS = {

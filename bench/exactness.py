@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sliplm
 from _common import console, finish, machine, split_smollm2
-from sliplm import kernels
-from sliplm.codec import GroupCodec
+from sliplm.arithmetic import kernels
 from sliplm.engines.transformers.load import reference
 from sliplm.examples import PROMPTS, smollm2, wikipedia
-from sliplm.splitting import split_group
+from sliplm.parties.codec import GroupCodec
+from sliplm.shares.splitting import split_group
 
 WINDOW = 512
 

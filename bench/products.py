@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from _common import finish, machine, median, seconds
-from sliplm import kernels
-from sliplm.field import P
+from sliplm.arithmetic import kernels
+from sliplm.arithmetic.field import P
 
 ROWS = 64
 

@@ -33,12 +33,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import sliplm
 from _common import console, decode, finish, machine
 from sliplm import Recipe
+from sliplm.arithmetic.fixedpoint import quantise_rows
 from sliplm.engines.transformers.load import reference
 from sliplm.engines.transformers.perplexity import divergence, perplexity
 from sliplm.examples import smollm2, wikipedia
-from sliplm.fixedpoint import quantise_rows
-from sliplm.publicbase import frobenius, split_difference
-from sliplm.splitting import top_triplets
+from sliplm.shares.publicbase import frobenius, split_difference
+from sliplm.shares.splitting import top_triplets
 
 WINDOW = 256
 CUTS = {

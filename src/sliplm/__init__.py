@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from sliplm import errors
-from sliplm.recipe import Recipe, Rule
+from sliplm.shares.recipe import Recipe, Rule
 
 if TYPE_CHECKING:
     from sliplm.engines.torch.convert import split_module
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sliplm.engines.transformers.convert import split
     from sliplm.engines.transformers.load import load, open
     from sliplm.engines.transformers.quantizer import SlipConfig
-    from sliplm.local_worker import LocalWorker
+    from sliplm.parties.local_worker import LocalWorker
 
 __all__ = [
     "LocalWorker",
@@ -50,7 +50,7 @@ _LAZY = {
     "load_module": "sliplm.engines.torch.load",
     "open_module": "sliplm.engines.torch.load",
     "SlipConfig": "sliplm.engines.transformers.quantizer",
-    "LocalWorker": "sliplm.local_worker",
+    "LocalWorker": "sliplm.parties.local_worker",
 }
 
 

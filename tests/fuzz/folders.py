@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sliplm.manifest import (
+from sliplm.shares.manifest import (
     Attention,
     KeptTensor,
     Member,
@@ -19,11 +19,11 @@ from sliplm.manifest import (
     WorkerGroup,
     WorkerManifest,
 )
-from sliplm.recipe import Recipe
-from sliplm.sealing import make_seal, seal_blob, seal_manifest
-from sliplm.share import MANIFEST, MODEL, SHARE, record, sealed_spec, secret_tensors
-from sliplm.splitting import split_group
-from sliplm.tensorfile import SafetensorsWriter, TensorSpec
+from sliplm.shares.recipe import Recipe
+from sliplm.shares.sealing import make_seal, seal_blob, seal_manifest
+from sliplm.shares.share import MANIFEST, MODEL, SHARE, record, sealed_spec, secret_tensors
+from sliplm.shares.splitting import split_group
+from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec
 
 SPLIT_ID = "5a" * 16
 KEY = bytes(range(32))

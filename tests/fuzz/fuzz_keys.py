@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from folders import scratch
 
-from sliplm import authority, keys
-from sliplm.attestation import BINDING_BYTES, SoftwareAttester, SoftwareVerifier
+from folders import scratch
 from sliplm.errors import AttestationError, SlipError
+from sliplm.network import authority, keys
+from sliplm.network.attestation import BINDING_BYTES, SoftwareAttester, SoftwareVerifier
 
 MAX_LEN = 4096
 

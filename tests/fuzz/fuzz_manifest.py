@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from folders import KEY, scratch, vault_folder, worker_folder
-
 from sliplm.errors import SlipError
-from sliplm.share import MANIFEST, SHARE, open_vault, open_worker
+from sliplm.shares.share import MANIFEST, SHARE, open_vault, open_worker
 
 MAX_LEN = 8192
 

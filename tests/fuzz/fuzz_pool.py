@@ -6,12 +6,12 @@ import contextlib
 import shutil
 
 import numpy as np
-from folders import SPLIT_ID, scratch
 
+from folders import SPLIT_ID, scratch
+from sliplm.arithmetic.field import derive_key
 from sliplm.errors import SlipError
-from sliplm.field import derive_key
-from sliplm.pool import DiskPool
-from sliplm.poolfolder import STATE, PoolWriter, stock
+from sliplm.masks.pool import DiskPool
+from sliplm.masks.poolfolder import STATE, PoolWriter, stock
 
 MAX_LEN = 2048
 

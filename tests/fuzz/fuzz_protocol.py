@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
-from sliplm import wire
 from sliplm.errors import InputError, SlipError
-from sliplm.protocol import (
+from sliplm.protocol import frames as wire
+from sliplm.protocol.frames import FaultCode, Header, Kind
+from sliplm.protocol.sides import (
     FRAME_BYTES,
     Deal,
     Evidence,
@@ -18,7 +19,6 @@ from sliplm.protocol import (
     Welcome,
     WorkerSide,
 )
-from sliplm.wire import FaultCode, Header, Kind
 
 MAX_LEN = 2048
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from folders import SHAPES, scratch, worker_folder, worker_manifest
-
 from sliplm.errors import SlipError
-from sliplm.share import MANIFEST, SHARE, open_worker
+from sliplm.shares.share import MANIFEST, SHARE, open_worker
 
 MAX_LEN = 4096
 

@@ -7,12 +7,11 @@ import time
 from typing import cast
 
 from fuzz_protocol import NONCE, SPLIT_ID, check, header_bytes
-
-from sliplm import wire
 from sliplm.errors import SlipError
-from sliplm.protocol import Evidence, Hello, Product, State, VaultSide, Welcome, WorkerSide
-from sliplm.transport import Connection
-from sliplm.wire import Header, Kind
+from sliplm.network.transport import Connection
+from sliplm.protocol import frames as wire
+from sliplm.protocol.frames import Header, Kind
+from sliplm.protocol.sides import Evidence, Hello, Product, State, VaultSide, Welcome, WorkerSide
 
 MAX_LEN = 4096
 

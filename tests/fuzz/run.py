@@ -34,7 +34,10 @@ def child(name: str, seconds: int, work: Path) -> None:
     """Hand the process to libFuzzer; it does not come back."""
     import atheris  # type: ignore[import-not-found]
 
-    for module in ("sliplm.kernels", "sliplm.splitting"):  # numba cannot compile what atheris instruments
+    for module in (
+        "sliplm.arithmetic.kernels",
+        "sliplm.shares.splitting",
+    ):  # numba cannot compile what atheris instruments
         importlib.import_module(module)
     with atheris.instrument_imports(include=["sliplm"]):
         target = importlib.import_module(f"fuzz_{name}")
@@ -83,7 +86,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
     if importlib.util.find_spec("atheris") is None:
         sys.exit("atheris is not installed: run `.venv/bin/pip install 'atheris>=3'` with Python 3.11")
     if given.child:

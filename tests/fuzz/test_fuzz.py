@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run import TARGETS, seeds
 
 from ledger import Ledger, size
+from run import TARGETS, seeds
 
 Edit = tuple[int, int, bytes]
 

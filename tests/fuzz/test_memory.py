@@ -34,10 +34,10 @@ def start():
 _FRAMES = """
 from fuzz_protocol import header_bytes
 from fuzz_stream import SHAPES, SPLIT_ID, asking_vault, greeted_vault, greeted_vault_hello
-from sliplm import wire
-from sliplm.protocol import WorkerSide
-from sliplm.transport import pair
-from sliplm.wire import Header, Kind
+from sliplm.protocol import frames as wire
+from sliplm.protocol.sides import WorkerSide
+from sliplm.network.transport import pair
+from sliplm.protocol.frames import Header, Kind
 
 def ready_worker():
     side, hello = WorkerSide(SPLIT_ID, SHAPES), greeted_vault_hello()
@@ -93,7 +93,7 @@ if peak() - begun < length // 2:
     "a share whose header lies": (
         """
 from folders import scratch, worker_folder, worker_manifest
-from sliplm.share import SHARE, MANIFEST, open_worker
+from sliplm.shares.share import SHARE, MANIFEST, open_worker
 folder = worker_folder(scratch() / "worker")
 data = (folder / SHARE).read_bytes()
 open_worker(folder)
@@ -112,7 +112,7 @@ for length in (2**63, 2**32, 2**24, len(data) - 8, 2):
         """
 import json
 from folders import KEY, scratch, vault_folder
-from sliplm.sealing import SEAL, open_seal
+from sliplm.shares.sealing import SEAL, open_seal
 folder = vault_folder(scratch() / "vault")
 seal = json.loads((folder / SEAL).read_text())
 begun = start()
@@ -131,7 +131,8 @@ for numbers in ((2**32 - 1, 1, 1), (2**20 + 1, 1, 1), (2**18, 17, 1), (2**18, 1,
 _MANIFESTS = """
 import json
 from folders import scratch, vault_folder, worker_folder
-from sliplm.share import MANIFEST, MAX_MANIFEST_BYTES, MAX_MANIFEST_ITEMS, read_vault_manifest, open_worker
+from sliplm.shares.share import MANIFEST, MAX_MANIFEST_BYTES, MAX_MANIFEST_ITEMS
+from sliplm.shares.share import open_worker, read_vault_manifest
 base = scratch()
 worker, vault = worker_folder(base / "worker"), vault_folder(base / "vault")
 opened = ((worker, open_worker), (vault, read_vault_manifest))
@@ -165,7 +166,7 @@ def test_memory(case: str, ledger: Ledger) -> None:
     code = f"{_BEGIN}{script}\nprint(peak() - begun)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env={"PYTHONPATH": f"{here}:{here.parent}", "PATH": "/usr/bin:/bin"}, timeout=300,
+        env={"PYTHONPATH": f"{here}:{here.parent / 'support'}", "PATH": "/usr/bin:/bin"}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     taken = int(done.stdout.split()[-1])

@@ -12,20 +12,21 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from folders import KEY, SHAPES, SPLIT_ID, vault_folder
-from fuzz_protocol import NONCE, header_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from folders import KEY, SHAPES, SPLIT_ID, vault_folder
+from fuzz_protocol import NONCE, header_bytes
 from ledger import Ledger, size
-from sliplm import authority, keys, wire
 from sliplm.errors import SlipError
-from sliplm.protocol import FRAME_BYTES
-from sliplm.share import VaultShare, WorkerShare, open_vault, open_worker
-from sliplm.transport import parse_address
-from sliplm.vault import LocalProducts, Vault
-from sliplm.wire import Header, Kind, WelcomeFields
-from sliplm.worker import Worker
+from sliplm.network import authority, keys
+from sliplm.network.transport import parse_address
+from sliplm.parties.vault import LocalProducts, Vault
+from sliplm.parties.worker import Worker
+from sliplm.protocol import frames as wire
+from sliplm.protocol.frames import Header, Kind, WelcomeFields
+from sliplm.protocol.sides import FRAME_BYTES
+from sliplm.shares.share import VaultShare, WorkerShare, open_vault, open_worker
 
 GROUP = next(iter(SHAPES))
 M, N = SHAPES[GROUP]

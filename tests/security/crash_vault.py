@@ -24,17 +24,18 @@ from typing import Any
 
 import numpy as np
 
-from sliplm import durable, kernels
-from sliplm.anchor import FileAnchor
-from sliplm.codec import GroupCodec
+from sliplm import durable
+from sliplm.arithmetic import kernels
+from sliplm.arithmetic.field import uniform_rows
+from sliplm.arithmetic.kernels import threads
 from sliplm.errors import SlipError
-from sliplm.field import uniform_rows
-from sliplm.kernels import threads
-from sliplm.masks import MaskPool
-from sliplm.pool import DiskPool
-from sliplm.share import open_vault, open_worker
-from sliplm.transport import Connection
-from sliplm.vault import Vault
+from sliplm.masks.anchor import FileAnchor
+from sliplm.masks.masks import MaskPool
+from sliplm.masks.pool import DiskPool
+from sliplm.network.transport import Connection
+from sliplm.parties.codec import GroupCodec
+from sliplm.parties.vault import Vault
+from sliplm.shares.share import open_vault, open_worker
 
 START_LIMIT = 60.0
 POINTS: dict[str, tuple[object, str, bool]] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sliplm.wire import HEADER_BYTES, Kind, parse_header
+from sliplm.protocol.frames import HEADER_BYTES, Kind, parse_header
 
 
 @dataclass

@@ -29,14 +29,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sliplm import authority, errors, kernels, wire
-from sliplm.field import P, uniform_rows
-from sliplm.listener import Listener
-from sliplm.protocol import Deal, Multiply, WorkerSide
-from sliplm.share import WorkerShare, open_worker
-from sliplm.transport import Connection
-from sliplm.wire import FaultCode, Kind
-from sliplm.worker import Worker, _Visit
+from sliplm import errors
+from sliplm.arithmetic import kernels
+from sliplm.arithmetic.field import P, uniform_rows
+from sliplm.network import authority
+from sliplm.network.listener import Listener
+from sliplm.network.transport import Connection
+from sliplm.parties.worker import Worker, _Visit
+from sliplm.protocol import frames as wire
+from sliplm.protocol.frames import FaultCode, Kind
+from sliplm.protocol.sides import Deal, Multiply, WorkerSide
+from sliplm.shares.share import WorkerShare, open_worker
 
 Asked = Multiply | Deal
 Array = np.ndarray

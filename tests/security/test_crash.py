@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crash_vault import POINTS
 
 import families
 import sliplm
+from crash_vault import POINTS
 from ledger import Ledger, size
 from reuse import bound, reused
-from sliplm.anchor import FileAnchor
-from sliplm.codec import GroupCodec
-from sliplm.dealer import Dealing, ShareDealer
-from sliplm.poolfolder import PoolWriter, stock
-from sliplm.share import VaultShare, open_vault, open_worker
+from sliplm.masks.anchor import FileAnchor
+from sliplm.masks.poolfolder import PoolWriter, stock
+from sliplm.parties.codec import GroupCodec
+from sliplm.parties.dealer import Dealing, ShareDealer
+from sliplm.shares.share import VaultShare, open_vault, open_worker
 from test_vault import Logging, serving
 
 KILLS = size(20, 200)

@@ -14,11 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 
 import families
 import sliplm
-import sliplm.masks
+import sliplm.masks.masks
 from ledger import Ledger
 from reuse import bound, reused
 from sliplm.errors import WorkerError
-from sliplm.share import VaultShare, WorkerShare, open_vault, open_worker
+from sliplm.shares.share import VaultShare, WorkerShare, open_vault, open_worker
 from test_vault import Logging, serving
 
 
@@ -115,8 +115,8 @@ def test_the_check_finds_a_mask_that_serves_twice(
         batch.used = 0
         return burnt
 
-    burn = sliplm.masks.Batch.burn  # type: ignore[attr-defined]
-    monkeypatch.setattr("sliplm.masks.Batch.burn", keep)
+    burn = sliplm.masks.masks.Batch.burn  # type: ignore[attr-defined]
+    monkeypatch.setattr("sliplm.masks.masks.Batch.burn", keep)
     with serving(worker, tmp_path / "w") as address:
         model: Any = sliplm.load(split / "vault", workers=[address], ahead=8)
         ids = torch.arange(3, 7)[None]

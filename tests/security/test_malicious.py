@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rogues import ROGUES, Honest, Means, Rogue, one_mask_one_message, serving
 
 import sliplm
 from families import make
 from ledger import Ledger
-from sliplm import authority
-from sliplm.audit import Record
+from rogues import ROGUES, Honest, Means, Rogue, one_mask_one_message, serving
 from sliplm.errors import DealerError, SlipError
-from sliplm.keys import now
-from sliplm.share import VaultShare, open_vault, open_worker
-from sliplm.vault import LocalProducts, Vault
+from sliplm.network import authority
+from sliplm.network.keys import now
+from sliplm.parties.audit import Record
+from sliplm.parties.vault import LocalProducts, Vault
+from sliplm.shares.share import VaultShare, open_vault, open_worker
 
 Array = np.ndarray
 ASKED, TWIN = 0, 4  # places in `Scene.groups` of the group that is asked for, and of one of the same shape
@@ -73,7 +73,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for party in ("rogue", "honest"):
         authority.issue(folder / "keys", "worker", party)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sliplm.authority.now", lambda: now() - timedelta(days=30))
+        patch.setattr("sliplm.network.authority.now", lambda: now() - timedelta(days=30))
         authority.issue(folder / "keys", "worker", "expired", days=20)
     return folder
 
@@ -92,8 +92,8 @@ def scene(base: Path, tmp_path: Path) -> Scene:
 @pytest.fixture(autouse=True)
 def slow_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody comes back by himself while a test looks."""
-    monkeypatch.setattr("sliplm.workforce._PAUSES", (60.0, 60.0))
-    monkeypatch.setattr("sliplm.workforce._SUSPENSIONS", (60.0, 60.0))
+    monkeypatch.setattr("sliplm.parties.workforce._PAUSES", (60.0, 60.0))
+    monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (60.0, 60.0))
 
 
 @contextmanager

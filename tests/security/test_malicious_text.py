@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from rogues import ROGUES, Honest, Means, Rogue, one_mask_one_message, serving
-from test_malicious import advises, base, scene, slow_pauses  # noqa: F401
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import sliplm
 from ledger import Ledger
+from rogues import ROGUES, Honest, Means, Rogue, one_mask_one_message, serving
 from sliplm.engines.transformers.load import reference
 from sliplm.errors import SlipError
-from sliplm.share import open_worker
+from sliplm.shares.share import open_worker
+from test_malicious import advises, base, scene, slow_pauses  # noqa: F401
 
 TOKENS = 8
 PROMPT = torch.tensor([[1, 17, 200, 45, 99]])

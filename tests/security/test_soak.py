@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rogues
-from rogues import LIMIT, Asked, Honest, Means, Rogue, add, one_mask_one_message, read_log, send, serving
-from test_malicious import Scene, base, scene  # noqa: F401
 
+import rogues
 from ledger import Ledger, size
+from rogues import LIMIT, Asked, Honest, Means, Rogue, add, one_mask_one_message, read_log, send, serving
 from sliplm.errors import SlipError
-from sliplm.protocol import WorkerSide
-from sliplm.transport import Connection
-from sliplm.vault import Vault
+from sliplm.network.transport import Connection
+from sliplm.parties.vault import Vault
+from sliplm.protocol.sides import WorkerSide
+from test_malicious import Scene, base, scene  # noqa: F401
 
 THREADS = 4
 REQUESTS = 30  # of each thread, in each round
@@ -120,8 +120,8 @@ def test_a_liar_a_crash_and_an_operator(
     ledger: Ledger,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sliplm.workforce._PAUSES", (0.1, 0.5))
-    monkeypatch.setattr("sliplm.workforce._SUSPENSIONS", (0.3, 1.0))
+    monkeypatch.setattr("sliplm.parties.workforce._PAUSES", (0.1, 0.5))
+    monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (0.3, 1.0))
     share, log, where = base / "out" / "worker", tmp_path / "log", tmp_path / "mortal.sock"
     moody, steady = Moody(scene.means), Honest(scene.means.share)
     liar, mortal, resting = (

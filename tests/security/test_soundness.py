@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from ledger import Ledger, size
-from sliplm import field
+from sliplm.arithmetic import field
 
 M, N, ROWS = 12, 9, 3
 ALARM = 1e-7  # of each comparison; some fifty of them: a false alarm in 200,000 runs

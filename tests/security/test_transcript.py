@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uniformity
-from recorder import Transcript, tapped, worker_process
-from uniformity import PValues
 
 import sliplm
+import uniformity
 from families import make
 from ledger import Ledger, size
-from sliplm.codec import GroupCodec
+from recorder import Transcript, tapped, worker_process
+from sliplm.arithmetic.field import P, centre
 from sliplm.examples import PROMPTS, demo
-from sliplm.field import P, centre
-from sliplm.share import open_vault
-from sliplm.wire import Kind
+from sliplm.parties.codec import GroupCodec
+from sliplm.protocol.frames import Kind
+from sliplm.shares.share import open_vault
+from uniformity import PValues
 
 ALARM = 1e-8
 PROMPT_TOKENS = 8

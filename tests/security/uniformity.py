@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import torch
 
-from sliplm.field import P, centre
+from sliplm.arithmetic.field import P, centre
 
 NEAR = 2**16
 """Two messages under one mask differ by that of their inputs, which is below this almost everywhere."""

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sliplm.field import new_key
-from sliplm.jit import jit
-from sliplm.rotation import fast_block, make
+from sliplm.arithmetic.field import new_key
+from sliplm.arithmetic.jit import jit
+from sliplm.arithmetic.rotation import fast_block, make
 
 Matrix = npt.NDArray[np.float64]
 Signs = npt.NDArray[np.float64]

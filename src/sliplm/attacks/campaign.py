@@ -9,7 +9,7 @@ from sliplm.attacks.case import Placement
 from sliplm.attacks.folder import AGAIN
 from sliplm.attacks.runs import Line
 from sliplm.attacks.training import Access
-from sliplm.recipe import Recipe, Rule
+from sliplm.shares.recipe import Recipe, Rule
 
 NONE = "none"  # the attacker without a share
 

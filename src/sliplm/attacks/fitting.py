@@ -13,7 +13,7 @@ from sliplm.attacks.a11_fit import CLOSE, GIVEN, RANKS, Matrix, Trial, signs_to_
 from sliplm.engines.source import stack
 from sliplm.engines.transformers.plan import make_plan
 from sliplm.errors import InputError
-from sliplm.recipe import Recipe
+from sliplm.shares.recipe import Recipe
 
 TRIALS = len(RANKS) * len(CLOSE) + len(GIVEN)
 _LARGEST = 512  # a trial takes seconds there

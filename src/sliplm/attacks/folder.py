@@ -16,8 +16,8 @@ from sliplm.attacks.text import Text
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import MismatchError
-from sliplm.recipe import Recipe
-from sliplm.share import read_vault_manifest, record
+from sliplm.shares.recipe import Recipe
+from sliplm.shares.share import read_vault_manifest, record
 
 AGAIN = "-again"  # the second split of the same weights, of another rank
 _CORES = 4  # for each split of several side by side

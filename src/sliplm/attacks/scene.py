@@ -16,8 +16,8 @@ from sliplm.attacks.folder import AGAIN, key_of
 from sliplm.attacks.relatives import Relative, perturbed, read_model
 from sliplm.attacks.text import Text
 from sliplm.errors import CheckpointError
-from sliplm.recipe import Recipe
-from sliplm.share import open_vault, open_worker
+from sliplm.shares.recipe import Recipe
+from sliplm.shares.share import open_vault, open_worker
 
 
 class Oracle:

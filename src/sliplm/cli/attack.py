@@ -18,7 +18,7 @@ from rich.text import Text
 
 from sliplm.cli.screen import console, number, percent, print_json, quiet
 from sliplm.errors import InputError
-from sliplm.recipe import Recipe
+from sliplm.shares.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

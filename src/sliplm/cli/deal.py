@@ -22,10 +22,10 @@ from sliplm.cli.screen import console, number, print_json, size
 from sliplm.errors import InputError, PoolError
 
 if TYPE_CHECKING:
-    from sliplm.dealer import Dealing
-    from sliplm.maskfile import Product
-    from sliplm.poolfolder import GroupStock, PoolWriter
-    from sliplm.share import VaultShare
+    from sliplm.masks.maskfile import Product
+    from sliplm.masks.poolfolder import GroupStock, PoolWriter
+    from sliplm.parties.dealer import Dealing
+    from sliplm.shares.share import VaultShare
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _DEALER_SECONDS = 60.0  # limit of every wait for a dealer
@@ -92,8 +92,8 @@ def command(
     if status == (tokens is not None):
         raise InputError("say how many: --tokens 10000, or ask what is there: --status")
     most = None if limit is None else _bytes(limit)
-    from sliplm.poolfolder import stock
-    from sliplm.share import open_vault
+    from sliplm.masks.poolfolder import stock
+    from sliplm.shares.share import open_vault
 
     opened = open_vault(vault, key)
     shapes = [(secrets.m, secrets.n) for secrets in opened.groups.values()]
@@ -121,11 +121,11 @@ def _dealing(
     vault: VaultShare, shapes: Sequence[tuple[int, int]], share: Path | None, dealers: list[str]
 ) -> Iterator[Dealing]:
     """Who makes the products, and checks them: dealers, the worker share, or both."""
-    from sliplm.audit import AuditLog
-    from sliplm.codec import GroupCodec
-    from sliplm.dealer import Dealing, ShareDealer
-    from sliplm.share import check_pair, open_worker
-    from sliplm.workforce import Workforce
+    from sliplm.parties.audit import AuditLog
+    from sliplm.parties.codec import GroupCodec
+    from sliplm.parties.dealer import Dealing, ShareDealer
+    from sliplm.parties.workforce import Workforce
+    from sliplm.shares.share import check_pair, open_worker
 
     here = None
     if share is not None:
@@ -147,8 +147,8 @@ def _deal(
     vault: VaultShare, pool: Path, shapes: Sequence[tuple[int, int]], tokens: int, dealing: Dealing,
     limit: int | None, anchor: str | None,
 ) -> None:  # fmt: skip
-    from sliplm.anchor import CommandAnchor, file_anchor
-    from sliplm.poolfolder import PoolWriter, stock
+    from sliplm.masks.anchor import CommandAnchor, file_anchor
+    from sliplm.masks.poolfolder import PoolWriter, stock
 
     place = file_anchor() if anchor is None else CommandAnchor(anchor)
     with PoolWriter(pool, vault.pool_name, vault.pool_key, shapes, place) as writer:
@@ -162,7 +162,7 @@ def _deal(
 
 def _missing_bytes(shapes: Sequence[tuple[int, int]], ready: Sequence[int], tokens: int) -> int:
     """What `_plan` would write, without planning it: a number may be mistyped."""
-    from sliplm.maskfile import batch_rows, file_bytes
+    from sliplm.masks.maskfile import batch_rows, file_bytes
 
     total = 0
     for (m, n), have in zip(shapes, ready, strict=True):
@@ -173,7 +173,7 @@ def _missing_bytes(shapes: Sequence[tuple[int, int]], ready: Sequence[int], toke
 
 def _plan(shapes: Sequence[tuple[int, int]], ready: Sequence[int], tokens: int) -> list[_Batch]:
     """The batches that are missing; the group with the fewest masks comes first."""
-    from sliplm.maskfile import batch_rows, file_bytes
+    from sliplm.masks.maskfile import batch_rows, file_bytes
 
     have, batches = list(ready), []
     while have[group := min(range(len(have)), key=have.__getitem__)] < tokens:
@@ -189,7 +189,7 @@ def _check_room(
     limit: int | None, tokens: int,
 ) -> None:  # fmt: skip
     """Refuse what does not fit before any of it is dealt."""
-    from sliplm.maskfile import row_bytes
+    from sliplm.masks.maskfile import row_bytes
 
     room, why = shutil.disk_usage(pool).free - _SPARE, "the disk has room for"
     if limit is not None and limit - sum(group.bytes for group in there) < room:

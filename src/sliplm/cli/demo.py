@@ -41,12 +41,12 @@ from sliplm.examples.demo import (
     trio,
 )
 from sliplm.examples.fetch import cache_dir
-from sliplm.keysource import find
+from sliplm.shares.keysource import find
 
 if TYPE_CHECKING:
-    from sliplm.counts import SplitReport
     from sliplm.engines.transformers.answer import Answer
     from sliplm.examples.demo import Prepared
+    from sliplm.planning.counts import SplitReport
 
 THIEF_HAS = (
     "all the worker's integers, the configuration and the tokenizer; and, which no worker gets, the true "

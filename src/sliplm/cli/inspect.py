@@ -17,15 +17,15 @@ from rich.text import Text
 
 from sliplm.cli.screen import add_difference, console, number, percent, print_json, size, warn_of_tail
 from sliplm.errors import ShareError
-from sliplm.manifest import PLAIN_MODULE, WorkerGroup, public_split_id
-from sliplm.sealing import read_seal
-from sliplm.share import MANIFEST, SHARE, open_worker, read_vault_manifest
+from sliplm.shares.manifest import PLAIN_MODULE, WorkerGroup, public_split_id
+from sliplm.shares.sealing import read_seal
+from sliplm.shares.share import MANIFEST, SHARE, open_worker, read_vault_manifest
 
 if TYPE_CHECKING:
-    from sliplm.counts import GroupReport, SplitReport
-    from sliplm.manifest import VaultManifest
-    from sliplm.sealing import Seal
-    from sliplm.share import WorkerShare
+    from sliplm.planning.counts import GroupReport, SplitReport
+    from sliplm.shares.manifest import VaultManifest
+    from sliplm.shares.sealing import Seal
+    from sliplm.shares.share import WorkerShare
 
 T = TypeVar("T", "GroupReport", WorkerGroup)
 
@@ -53,7 +53,7 @@ def command(
     if _is_worker(path):
         _worker(console(json=json), open_worker(path), all_groups, json)
         return
-    from sliplm.counts import report_for
+    from sliplm.planning.counts import report_for
 
     manifest, seal = read_vault_manifest(path), read_seal(path)
     report = report_for(manifest)

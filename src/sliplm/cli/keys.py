@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sliplm import authority
-from sliplm.authority import Issued
 from sliplm.cli.screen import console, print_json
 from sliplm.errors import LedgerError
-from sliplm.keys import now
+from sliplm.network import authority
+from sliplm.network.authority import Issued
+from sliplm.network.keys import now
 
 app = typer.Typer(help="Keys for the link between vault and worker.", no_args_is_help=True)
 
@@ -145,8 +145,8 @@ def reseal(
 
     Example: slip keys reseal out/vault --new-key passphrase
     """
-    from sliplm.ledger import VAULT_FILE, add
-    from sliplm.sealing import reseal as change
+    from sliplm.shares.ledger import VAULT_FILE, add
+    from sliplm.shares.sealing import reseal as change
 
     new = change(vault, key, new_key)
     if (vault / VAULT_FILE).exists():

@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sliplm import ledger
 from sliplm.cli.screen import console, print_json, printable
-from sliplm.keysource import find
-from sliplm.ledger import Entry, Ledger
+from sliplm.shares import ledger
+from sliplm.shares.keysource import find
+from sliplm.shares.ledger import Entry, Ledger
 
 app = typer.Typer(help="Which models you split before.", no_args_is_help=True)
 

@@ -17,7 +17,7 @@ from sliplm.cli.screen import console, number, percent, print_json, quiet, size
 from sliplm.errors import InputError
 
 if TYPE_CHECKING:
-    from sliplm.planner import Recommendation
+    from sliplm.planning.planner import Recommendation
     from sliplm.sensitivity.results import Results
     from sliplm.sensitivity.variants import Grid
 
@@ -93,7 +93,7 @@ def command(
 
     Example: slip plan ~/models/SmolLM2-135M-Instruct plan --exchanges 60 --vault-bytes 200MB
     """
-    from sliplm.planner import Budget, parse_amount
+    from sliplm.planning.planner import Budget, parse_amount
     from sliplm.report import need
     from sliplm.sensitivity.opening import device_named
     from sliplm.sensitivity.run import Wish, plan

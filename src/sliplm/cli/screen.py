@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sliplm.errors import SlipWarning
-from sliplm.keysource import default_path, described
-from sliplm.tensorfile import read_header
+from sliplm.shares.keysource import default_path, described
+from sliplm.shares.tensorfile import read_header
 
 if TYPE_CHECKING:
-    from sliplm.counts import SplitReport
-    from sliplm.recipe import Recipe
+    from sliplm.planning.counts import SplitReport
+    from sliplm.shares.recipe import Recipe
 
 
 def console(*, json: bool = False) -> Console:

@@ -22,10 +22,10 @@ from sliplm.cli.screen import (
     warn_of_tail,
 )
 from sliplm.errors import RecipeError
-from sliplm.recipe import Recipe
+from sliplm.shares.recipe import Recipe
 
 if TYPE_CHECKING:
-    from sliplm.counts import SplitReport
+    from sliplm.planning.counts import SplitReport
 
 
 def command(

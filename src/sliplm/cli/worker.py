@@ -26,7 +26,7 @@ def command(
 
     Example: slip worker out/worker --listen 0.0.0.0:7400 --keys keys/worker
     """
-    from sliplm.worker import run  # numba takes a moment, which --help need not
+    from sliplm.parties.worker import run  # numba takes a moment, which --help need not
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run(share, listen, keys, json_ready=json, threads=threads, until_stdin_closes=until_stdin_closes)

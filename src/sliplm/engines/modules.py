@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sliplm.adapters import Chosen, chosen
 from sliplm.errors import InputError, ShareError
-from sliplm.manifest import Member
+from sliplm.parties.adapters import Chosen, chosen
+from sliplm.shares.manifest import Member
 
 Floats = NDArray[np.float32]
 

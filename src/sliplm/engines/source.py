@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sliplm.engines.groups import Group
-from sliplm.manifest import Attention, KeptGroup, SourceModel, VaultGroup
-from sliplm.recipe import GroupChoice, Recipe
-from sliplm.splitting import GroupSplit, split_group
-from sliplm.tensorfile import TensorSpec
+from sliplm.shares.manifest import Attention, KeptGroup, SourceModel, VaultGroup
+from sliplm.shares.recipe import GroupChoice, Recipe
+from sliplm.shares.splitting import GroupSplit, split_group
+from sliplm.shares.tensorfile import TensorSpec
 
 Errors = tuple[float, ...]  # of quantisation, of the decomposition; the norms of a `Difference`, if any
 

@@ -7,13 +7,13 @@ import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sliplm.counts import SplitReport, report_for
 from sliplm.engines.source import Source, stack
 from sliplm.engines.transformers.journal import PARTIAL, Journal
 from sliplm.errors import LedgerError, SealError, ShareError
-from sliplm.keysource import Key, KeySpec, checked, find
-from sliplm.ledger import VAULT_FILE, Ledger, Registration, register
-from sliplm.manifest import (
+from sliplm.planning.counts import SplitReport, report_for
+from sliplm.shares.keysource import Key, KeySpec, checked, find
+from sliplm.shares.ledger import VAULT_FILE, Ledger, Registration, register
+from sliplm.shares.manifest import (
     FileRecord,
     KeptTensor,
     VaultManifest,
@@ -21,8 +21,8 @@ from sliplm.manifest import (
     WorkerManifest,
     public_split_id,
 )
-from sliplm.sealing import SEAL, make_seal, open_seal, seal_blob, seal_manifest
-from sliplm.share import (
+from sliplm.shares.sealing import SEAL, make_seal, open_seal, seal_blob, seal_manifest
+from sliplm.shares.share import (
     MANIFEST,
     MODEL,
     SHARE,
@@ -34,7 +34,7 @@ from sliplm.share import (
     sliplm_version,
     worker_spec,
 )
-from sliplm.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
+from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
 
 Progress = Callable[[int, int, str], None]
 """Called with the weights done, the weights in all, and the name of the group that comes next."""

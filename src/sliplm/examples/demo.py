@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sliplm.counts import SplitReport, report_for
+from sliplm.arithmetic.field import derive_key
 from sliplm.errors import FetchError
 from sliplm.examples.fetch import cache_dir
 from sliplm.examples.smollm2 import smollm2
 from sliplm.examples.text import PROMPTS, wikipedia
-from sliplm.field import derive_key
-from sliplm.keysource import Key, find
-from sliplm.manifest import FORMAT_VERSION
-from sliplm.recipe import Recipe
-from sliplm.share import read_vault_manifest, sliplm_version
+from sliplm.planning.counts import SplitReport, report_for
+from sliplm.shares.keysource import Key, find
+from sliplm.shares.manifest import FORMAT_VERSION
+from sliplm.shares.recipe import Recipe
+from sliplm.shares.share import read_vault_manifest, sliplm_version
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sliplm.durable import replace
 from sliplm.report import need
-from sliplm.tensorfile import write_error
+from sliplm.shares.tensorfile import write_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

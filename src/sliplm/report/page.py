@@ -10,7 +10,7 @@ from pathlib import Path
 from sliplm.durable import replace
 from sliplm.report import need
 from sliplm.report.figures import Picture
-from sliplm.tensorfile import write_error
+from sliplm.shares.tensorfile import write_error
 
 
 @dataclass(frozen=True)

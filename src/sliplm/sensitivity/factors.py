@@ -18,8 +18,8 @@ from torch import Tensor
 from sliplm.durable import replace
 from sliplm.engines.source import stack
 from sliplm.sensitivity.subject import Part, Subject
-from sliplm.splitting import EXACT_SVD
-from sliplm.tensorfile import write_error
+from sliplm.shares.splitting import EXACT_SVD
+from sliplm.shares.tensorfile import write_error
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, what is to do in all, and what comes next."""

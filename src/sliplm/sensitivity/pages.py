@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Sequence
 
-from sliplm.planner import Recommendation
-from sliplm.recipe import Recipe
+from sliplm.planning.planner import Recommendation
 from sliplm.report.figures import Axis, Line, line_chart
 from sliplm.report.page import Section, Table
 from sliplm.sensitivity.results import Measurement, Results
 from sliplm.sensitivity.variants import ALL
+from sliplm.shares.recipe import Recipe
 
 BEYOND = 10**6  # times a uniform guess: what is worse is drawn there
 _RECIPE_FILE = "recipe.json, beside this page, is for slip split MODEL OUT --recipe recipe.json."

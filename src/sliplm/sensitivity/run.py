@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sliplm import durable
-from sliplm.planner import DEFAULT_RANK, Budget, Recommendation
+from sliplm.planning.planner import DEFAULT_RANK, Budget, Recommendation
 from sliplm.report import need
 from sliplm.report.figures import save_png
 from sliplm.report.page import write_page
@@ -21,8 +21,8 @@ from sliplm.sensitivity.study import Progress, make_planner, run_study
 from sliplm.sensitivity.subject import open_subject
 from sliplm.sensitivity.text import windows_of
 from sliplm.sensitivity.variants import Grid
-from sliplm.share import sliplm_version
-from sliplm.tensorfile import write_error
+from sliplm.shares.share import sliplm_version
+from sliplm.shares.tensorfile import write_error
 
 WINDOW = 512
 

@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 
 from sliplm.engines.transformers.plan import kept_tensors
-from sliplm.planner import Planner, account
-from sliplm.recipe import Recipe, Rule
-from sliplm.rules import Piece, blank, escape
-from sliplm.sealing import sealed_bytes
+from sliplm.planning.planner import Planner, account
 from sliplm.sensitivity.factors import Factors, Library
 from sliplm.sensitivity.opening import free_memory, open_model
 from sliplm.sensitivity.removal import Loss, MixedRowsError, Removal
@@ -27,7 +24,10 @@ from sliplm.sensitivity.results import Cost, Measurement, Results, Spectrum
 from sliplm.sensitivity.subject import Part, Subject
 from sliplm.sensitivity.variants import Grid, Variant, variants
 from sliplm.sensitivity.work import Work
-from sliplm.share import sliplm_version
+from sliplm.shares.recipe import Recipe, Rule
+from sliplm.shares.rules import Piece, blank, escape
+from sliplm.shares.sealing import sealed_bytes
+from sliplm.shares.share import sliplm_version
 
 Progress = Callable[[str, int, int, str], None]
 """Called with the stage, what is done, what is to do in all, and what comes next."""

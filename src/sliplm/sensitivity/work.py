@@ -17,7 +17,7 @@ from sliplm import durable
 from sliplm.errors import MismatchError, ShareError
 from sliplm.sensitivity.removal import Loss
 from sliplm.sensitivity.variants import Variant
-from sliplm.tensorfile import write_error
+from sliplm.shares.tensorfile import write_error
 
 WORK = ".work"
 

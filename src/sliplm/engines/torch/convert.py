@@ -14,19 +14,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sliplm.counts import SplitReport
 from sliplm.engines.groups import Group
 from sliplm.engines.source import Errors, plain_part
 from sliplm.engines.torch.trace import Inputs, Traced, arguments, trace
 from sliplm.engines.transformers.plan import check_group, members, vault_group
 from sliplm.engines.writing import Progress, refuse_existing, write_split
 from sliplm.errors import CheckpointError, InputError, RecipeError, UnsplittableError
-from sliplm.keysource import KeySpec, checked
-from sliplm.manifest import FORMAT_VERSION, PLAIN_MODULE, Attention, KeptGroup, SourceModel, VaultGroup
-from sliplm.recipe import GroupChoice, Recipe
-from sliplm.share import sliplm_version
-from sliplm.splitting import GroupSplit
-from sliplm.tensorfile import TensorSpec
+from sliplm.planning.counts import SplitReport
+from sliplm.shares.keysource import KeySpec, checked
+from sliplm.shares.manifest import FORMAT_VERSION, PLAIN_MODULE, Attention, KeptGroup, SourceModel, VaultGroup
+from sliplm.shares.recipe import GroupChoice, Recipe
+from sliplm.shares.share import sliplm_version
+from sliplm.shares.splitting import GroupSplit
+from sliplm.shares.tensorfile import TensorSpec
 
 TYPES: Mapping[torch.dtype, str] = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",

@@ -18,11 +18,11 @@ from sliplm.engines.torch.weights import SplitWeight
 from sliplm.engines.transformers.load import Running
 from sliplm.engines.transformers.quantizer import Folder, SlipConfig, connect, open_shares
 from sliplm.errors import InputError, ShareError
-from sliplm.keysource import KeySpec
-from sliplm.local_worker import LocalWorker
-from sliplm.manifest import PLAIN_MODULE
-from sliplm.share import MODEL, VaultShare, open_tensors
-from sliplm.vault import LocalProducts
+from sliplm.parties.local_worker import LocalWorker
+from sliplm.parties.vault import LocalProducts
+from sliplm.shares.keysource import KeySpec
+from sliplm.shares.manifest import PLAIN_MODULE
+from sliplm.shares.share import MODEL, VaultShare, open_tensors
 
 
 def load_module(

@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from sliplm.engines.transformers.layout import Layout
 from sliplm.errors import CheckpointError
-from sliplm.tensorfile import NUMPY, TensorEntry, read_header
+from sliplm.shares.tensorfile import NUMPY, TensorEntry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sliplm.counts import SplitReport
 from sliplm.engines.groups import Group
 from sliplm.engines.source import stack
 from sliplm.engines.transformers.finetune import plan_against, refuse_without_base
 from sliplm.engines.transformers.origin import compare, warn_of_named_base, warn_of_relatives
 from sliplm.engines.transformers.plan import Plan, make_plan, stored_as
 from sliplm.engines.writing import Progress, refuse_existing, write_split
-from sliplm.keysource import KeySpec, checked
-from sliplm.recipe import Recipe
-from sliplm.sketch import Likeness
+from sliplm.planning.counts import SplitReport
+from sliplm.shares.keysource import KeySpec, checked
+from sliplm.shares.recipe import Recipe
+from sliplm.shares.sketch import Likeness
 
 
 def split(

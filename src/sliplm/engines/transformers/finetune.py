@@ -23,11 +23,11 @@ from sliplm.engines.transformers.layout import Layout, discover
 from sliplm.engines.transformers.lora import Adapter, fingerprint, read_adapter
 from sliplm.engines.transformers.plan import Plan, make_plan, read_weight, source_model, stored_as
 from sliplm.errors import CheckpointError, RecipeError
-from sliplm.manifest import ADAPTER_NAME, SourceModel, VaultGroup
-from sliplm.publicbase import check_related, energy_rank, split_base, split_difference
-from sliplm.recipe import GroupChoice, Recipe
-from sliplm.share import adapter_tensors
-from sliplm.splitting import GroupSplit
+from sliplm.shares.manifest import ADAPTER_NAME, SourceModel, VaultGroup
+from sliplm.shares.publicbase import check_related, energy_rank, split_base, split_difference
+from sliplm.shares.recipe import GroupChoice, Recipe
+from sliplm.shares.share import adapter_tensors
+from sliplm.shares.splitting import GroupSplit
 
 Split = tuple[tuple[Group, GroupChoice], ...]
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from sliplm.engines.source import Errors
 from sliplm.errors import ShareError
-from sliplm.tensorfile import write_error
+from sliplm.shares.tensorfile import write_error
 
 PARTIAL = ".partial"
 

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging  # its verbosity 
 
 from sliplm.engines.groups import Group, Linear, group_name
 from sliplm.errors import CheckpointError
-from sliplm.manifest import Attention
+from sliplm.shares.manifest import Attention
 
 TOKENS = 3
 

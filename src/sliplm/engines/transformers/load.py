@@ -10,15 +10,15 @@ from typing import Any, TypedDict, Unpack, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sliplm.attestation import Attester, Verifier
 from sliplm.engines.transformers.layout import architecture
 from sliplm.engines.transformers.quantizer import METHOD, REFERENCE, Folder, checked_workers
 from sliplm.errors import InputError, ShareError
-from sliplm.keysource import KeySpec, checked
-from sliplm.local_worker import LocalWorker
-from sliplm.manifest import PLAIN_MODULE
-from sliplm.share import MODEL, read_vault_manifest
-from sliplm.vault import Fallback
+from sliplm.network.attestation import Attester, Verifier
+from sliplm.parties.local_worker import LocalWorker
+from sliplm.parties.vault import Fallback
+from sliplm.shares.keysource import KeySpec, checked
+from sliplm.shares.manifest import PLAIN_MODULE
+from sliplm.shares.share import MODEL, read_vault_manifest
 
 
 class Running(TypedDict, total=False):

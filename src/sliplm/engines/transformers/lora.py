@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.engines.groups import Group, Linear
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.engines.transformers.plan import Plan, stored_as
 from sliplm.errors import AdapterError, CheckpointError
-from sliplm.fixedpoint import Floats
-from sliplm.manifest import GroupAdapter
-from sliplm.recipe import problems
-from sliplm.splitting import LowRank
+from sliplm.shares.manifest import GroupAdapter
+from sliplm.shares.recipe import problems
+from sliplm.shares.splitting import LowRank
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

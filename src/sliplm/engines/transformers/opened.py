@@ -10,8 +10,8 @@ import weakref
 from pathlib import Path
 
 from sliplm.errors import ShareError
-from sliplm.share import MODEL, VaultShare, open_tensors
-from sliplm.tensorfile import lay_out
+from sliplm.shares.share import MODEL, VaultShare, open_tensors
+from sliplm.shares.tensorfile import lay_out
 
 
 class OpenedModel:

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from sliplm.arithmetic.field import new_key
 from sliplm.errors import SlipWarning
-from sliplm.field import new_key
-from sliplm.sketch import Floats, Likeness, likeness, of_weights
+from sliplm.shares.sketch import Floats, Likeness, likeness, of_weights
 
 Weights = Iterable[tuple[str, Floats]]
 """Name and stacked weight of each group, one in memory at a time."""

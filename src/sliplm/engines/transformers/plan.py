@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sliplm import rotation
+from sliplm.arithmetic import rotation
 from sliplm.engines.groups import Group
 from sliplm.engines.source import Errors, plain_part
 from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
 from sliplm.engines.transformers.companions import companions
 from sliplm.engines.transformers.layout import Layout, discover, read_config
 from sliplm.errors import CheckpointError, RecipeError, UnsplittableError
-from sliplm.manifest import (
+from sliplm.shares.manifest import (
     FORMAT_VERSION,
     Attention,
     Difference,
@@ -28,10 +28,10 @@ from sliplm.manifest import (
     SourceModel,
     VaultGroup,
 )
-from sliplm.recipe import GroupChoice, Recipe
-from sliplm.share import integer_type, sliplm_version
-from sliplm.splitting import GroupSplit
-from sliplm.tensorfile import TensorSpec
+from sliplm.shares.recipe import GroupChoice, Recipe
+from sliplm.shares.share import integer_type, sliplm_version
+from sliplm.shares.splitting import GroupSplit
+from sliplm.shares.tensorfile import TensorSpec
 
 if TYPE_CHECKING:
     from sliplm.engines.transformers.finetune import PublicBase

@@ -20,15 +20,15 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sliplm.anchor import CommandAnchor, file_anchor
-from sliplm.attestation import Attester, Verifier
 from sliplm.engines.modules import GroupProduct, Products, SlipLinear, replace
 from sliplm.engines.transformers.opened import OpenedModel
 from sliplm.errors import InputError, ShareError
-from sliplm.keysource import KeySpec, checked
-from sliplm.pool import DiskPool
-from sliplm.share import MODEL, VaultShare, WorkerShare, check_pair, open_vault, open_worker
-from sliplm.vault import Fallback, LocalProducts, Vault
+from sliplm.masks.anchor import CommandAnchor, file_anchor
+from sliplm.masks.pool import DiskPool
+from sliplm.network.attestation import Attester, Verifier
+from sliplm.parties.vault import Fallback, LocalProducts, Vault
+from sliplm.shares.keysource import KeySpec, checked
+from sliplm.shares.share import MODEL, VaultShare, WorkerShare, check_pair, open_vault, open_worker
 
 Folder = str | os.PathLike[str]
 

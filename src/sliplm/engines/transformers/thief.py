@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sliplm.engines.transformers.layout import architecture, read_config
 from sliplm.errors import ShareError
-from sliplm.share import open_worker, read_vault_manifest
+from sliplm.shares.share import open_worker, read_vault_manifest
 
 
 def thief(model_dir: Path | str, out_dir: Path | str, *, model_class: Any = None) -> PreTrainedModel:

@@ -1,0 +1,243 @@
+"""Secret orthogonal transforms that hide the basis of a share (SPEC split step 2).
+
+`fast`  Q = D2 P2 . H . D1 P1 . H . D0 P0: secret signs D and permutations P around two public Walsh-Hadamard
+layers, n log n.
+        The outermost layer is secret, so that no public factor can be peeled off the share.
+`haar`  Q uniform over the orthogonal group: the provable reference, n^2.
+`none`  the identity: the papers' plain split, for comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sliplm.arithmetic.field import derive_key, keystream
+from sliplm.arithmetic.jit import jit
+from sliplm.errors import RecipeError
+
+Floats = npt.NDArray[np.float32]
+Orders = npt.NDArray[np.int32]
+Tables = tuple[
+    Orders, Floats, Orders, Floats, int
+]  # order and signs of each layer, the same for the way back, block size
+
+MAX_HAAR = 8192  # columns; a wider Haar matrix costs the vault more than the layer itself
+_LAYERS = 3  # secret layers of the fast transform; a Hadamard layer lies between each two
+
+
+class Rotation(Protocol):
+    """An orthogonal map of R^n."""
+
+    n: int
+    macs: int  # multiply-adds for one vector, additions counted as such
+
+    def apply(self, x: Floats) -> Floats:
+        """Q v for each row v of x: float32 [rows, n]."""
+
+    def apply_transpose(self, x: Floats) -> Floats:
+        """Q^T v for each row v of x: float32 [rows, n]."""
+
+
+def make(kind: str, key: bytes, n: int) -> Rotation:
+    """The transform of R^n that a secret key stands for.
+
+    Raises: RecipeError for an unknown kind, or a Haar transform wider than MAX_HAAR.
+    """
+    if kind == "fast":
+        return Fast(key, n)
+    if kind == "haar":
+        return Haar(key, n)
+    if kind == "none":
+        return Identity(n)
+    raise RecipeError(f"unknown rotation {kind!r}: choose fast, haar or none")
+
+
+def macs(kind: str, n: int) -> int:
+    """Multiply-adds of one application to one vector of n entries; an addition counts as one."""
+    if kind == "fast":
+        block = fast_block(n)
+        in_blocks = n // block * block + (block if n % block else 0)  # the last block may overlap
+        return n * _LAYERS + (_LAYERS - 1) * in_blocks * (block.bit_length() - 1)
+    return n * n if kind == "haar" else 0
+
+
+def fast_block(n: int) -> int:
+    """Size of a Hadamard block: the smallest power of two b with b^2 >= 16 n, at most n.
+
+    About b^2 / n signed paths then join each two coordinates through the two Hadamard layers.
+    """
+    block = 1 << max(0, math.ceil(math.log2(16 * n) / 2))
+    while block > n:
+        block //= 2
+    return block
+
+
+class Identity:
+    """No rotation."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.macs = n, 0
+
+    def apply(self, x: Floats) -> Floats:
+        return x
+
+    def apply_transpose(self, x: Floats) -> Floats:
+        return x
+
+
+class Fast:
+    """Signs, permutations and Walsh-Hadamard blocks.  `tables` is what the compiled loops take."""
+
+    def __init__(self, key: bytes, n: int) -> None:
+        self.n, self.macs = n, macs("fast", n)
+        block = fast_block(n)
+        order = np.stack([_permutation(derive_key(key, f"permutation {i}"), n) for i in range(_LAYERS)])
+        signs = np.stack([_signs(derive_key(key, f"signs {i}"), n) for i in range(_LAYERS)])
+        norm = np.float32(1 / math.sqrt(block))
+        signs[:-1, : n // block * block] *= norm  # the Hadamard blocks are computed without their norm
+        if n % block:
+            signs[1:][order[1:] >= n - block] *= norm  # that of the overlapping last block
+        inverse = np.argsort(order, axis=1).astype(np.int32)
+        self.tables: Tables = (order, signs, inverse, np.take_along_axis(signs, inverse, axis=1), block)
+
+    def __repr__(self) -> str:
+        return f"Fast(n={self.n})"
+
+    def apply(self, x: Floats) -> Floats:
+        x = np.ascontiguousarray(x, np.float32)
+        out = np.empty_like(x)
+        _rotate_rows(x, out, self.tables)
+        return out
+
+    def apply_transpose(self, x: Floats) -> Floats:
+        x = np.ascontiguousarray(x, np.float32)
+        out = np.empty_like(x)
+        _rotate_rows_back(x, out, self.tables)
+        return out
+
+
+class Haar:
+    """A dense orthogonal matrix, uniform in law: QR of a Gaussian matrix with the signs of R's diagonal
+    taken out.
+    """
+
+    def __init__(self, key: bytes, n: int) -> None:
+        if n > MAX_HAAR:
+            raise RecipeError(
+                f"rotation 'haar' over {n} coordinates is refused above {MAX_HAAR}: "
+                "give this group rotation='fast' or placement='vault' by a rule"
+            )
+        self.n, self.macs = n, n * n
+        q, r = np.linalg.qr(gaussians(derive_key(key, "haar"), n * n).reshape(n, n))
+        self._matrix = np.ascontiguousarray((q * np.sign(np.diag(r))).astype(np.float32))
+
+    def __repr__(self) -> str:
+        return f"Haar(n={self.n})"
+
+    def apply(self, x: Floats) -> Floats:
+        out: Floats = x @ self._matrix.T
+        return out
+
+    def apply_transpose(self, x: Floats) -> Floats:
+        out: Floats = x @ self._matrix
+        return out
+
+
+# --- secrets from a key -----------------------------------------------------------------------------------
+# ------------------------
+
+
+def gaussians(key: bytes, count: int) -> npt.NDArray[np.float64]:
+    """Independent standard normal float64 [count] from the key stream (Box-Muller on 53-bit uniforms)."""
+    pairs = -(-count // 2)
+    words = keystream(key, 0, 0, pairs).view(np.uint64).reshape(2, pairs)
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(uniform[0])), 2 * np.pi * uniform[1]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def _permutation(key: bytes, n: int) -> npt.NDArray[np.int32]:
+    # sorting 64-bit random keys: a tie, the only departure from uniform, has probability below n^2 2^-65
+    words = keystream(key, 0, 0, -(-n // 2)).view(np.uint64)[:n]
+    return np.argsort(words, kind="stable").astype(np.int32)
+
+
+def _signs(key: bytes, n: int) -> Floats:
+    bits = np.unpackbits(keystream(key, 0, 0, -(-n // 128)).view(np.uint8))[:n]
+    return np.where(bits == 1, np.float32(1), np.float32(-1))
+
+
+# --- compiled loops ---------------------------------------------------------------------------------------
+# ------------------------
+
+
+@jit
+def _hadamard_blocks(x: Floats, block: int, count: int) -> None:
+    """Walsh-Hadamard transforms, without their norm, of `count` interleaved blocks in place.
+
+    Block j is {x[j], x[j + count], ...}: every inner loop runs over neighbours.  Two levels at a time.
+    """
+    width, left = count, block
+    while left >= 4:
+        for start in range(0, block * count, 4 * width):
+            a, b = x[start : start + width], x[start + width : start + 2 * width]
+            c, d = x[start + 2 * width : start + 3 * width], x[start + 3 * width : start + 4 * width]
+            for j in range(width):
+                ab, a_b, cd, c_d = a[j] + b[j], a[j] - b[j], c[j] + d[j], c[j] - d[j]
+                a[j], b[j], c[j], d[j] = ab + cd, a_b + c_d, ab - cd, a_b - c_d
+        width, left = 4 * width, left // 4
+    if left == 2:
+        a, b = x[:width], x[width : 2 * width]
+        for j in range(width):
+            a[j], b[j] = a[j] + b[j], a[j] - b[j]
+
+
+@jit
+def fast_rotate(x: Floats, out: Floats, work: Floats, tables: Tables) -> None:
+    """out = Q x for one vector; `work` is scratch of the same length."""
+    order, signs, _, _, block = tables
+    n = x.size
+    for j in range(n):
+        out[j] = signs[0, j] * x[order[0, j]]
+    for layer in range(1, order.shape[0]):
+        _hadamard_blocks(out, block, n // block)
+        if n % block:
+            _hadamard_blocks(out[n - block :], block, 1)
+        work[:] = out
+        for j in range(n):
+            out[j] = signs[layer, j] * work[order[layer, j]]
+
+
+@jit
+def fast_rotate_back(x: Floats, out: Floats, work: Floats, tables: Tables) -> None:
+    """out = Q^T x for one vector; `work` is scratch of the same length."""
+    _, _, inverse, signs, block = tables
+    n = x.size
+    last = inverse.shape[0] - 1
+    for j in range(n):
+        out[j] = signs[last, j] * x[inverse[last, j]]
+    for layer in range(last - 1, -1, -1):
+        if n % block:
+            _hadamard_blocks(out[n - block :], block, 1)
+        _hadamard_blocks(out, block, n // block)
+        work[:] = out
+        for j in range(n):
+            out[j] = signs[layer, j] * work[inverse[layer, j]]
+
+
+@jit
+def _rotate_rows(x: Floats, out: Floats, tables: Tables) -> None:
+    work = np.empty(x.shape[1], np.float32)
+    for i in range(x.shape[0]):
+        fast_rotate(x[i], out[i], work, tables)
+
+
+@jit
+def _rotate_rows_back(x: Floats, out: Floats, tables: Tables) -> None:
+    work = np.empty(x.shape[1], np.float32)
+    for i in range(x.shape[0]):
+        fast_rotate_back(x[i], out[i], work, tables)

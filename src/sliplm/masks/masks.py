@@ -1,0 +1,271 @@
+"""One-time masks: derive, deal, keep, burn (SPEC steps O1 to O3 and 2).
+
+A mask is a uniform row r in Z_p^n with its product u = w r.  A batch of masks has one key: r is made from it
+again when it is used,
+only u is kept.  `MaskPool.take` burns what it hands out before anybody sees it, so that no row is handed out
+twice.  `pool.DiskPool` does the same for masks on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sliplm.arithmetic.field import Elements, derive_key, new_key, uniform_rows
+from sliplm.errors import MaskError
+
+_JUMP = 1_000_000_000  # nanoseconds
+_ROWS_AT_ONCE = 16  # rows of r made from the key together: opening a key stream costs more than a row of it
+
+
+@dataclass(frozen=True, repr=False)
+class Masks:
+    """Masks for one message, burnt already.  r: uint32 [rows, n]; u = w r: uint32 [rows, m]."""
+
+    r: Elements
+    u: Elements
+
+    def __repr__(self) -> str:
+        return f"Masks(rows={len(self.u)}, secrets hidden)"
+
+
+@dataclass(repr=False)
+class Batch:
+    """Masks dealt under one key; rows from `used` on have not been handed out."""
+
+    key: bytes
+    stream: int
+    n: int
+    u: Elements
+    used: int = 0
+    _r: Elements | None = None  # rows `_first` on, made from the key a few at a time
+    _first: int = 0
+
+    def __repr__(self) -> str:
+        return f"Batch(rows={len(self.u)}, used={self.used}, secrets hidden)"
+
+    def burn(self, rows: int) -> Masks:
+        """Hand out up to `rows` masks, and never again."""
+        first, last = self.used, min(len(self.u), self.used + rows)
+        self.used = last
+        if self._r is None or last > self._first + len(self._r):
+            made = min(len(self.u), max(last, first + _ROWS_AT_ONCE)) - first
+            self._r, self._first = uniform_rows(self.key, self.stream, first, made, self.n), first
+        return Masks(self._r[first - self._first : last - self._first], self.u[first:last])
+
+
+def joined(parts: Sequence[Masks]) -> Masks:
+    """Masks one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Masks(np.concatenate([part.r for part in parts]), np.concatenate([part.u for part in parts]))
+
+
+class Clocks:
+    """Notices that the machine was stopped in between: its memory may have been copied, and run elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = self._offsets()
+
+    def jumped(self) -> bool:
+        """Did the wall clock or the time since boot move against the monotonic clock, by more than a second,
+        since the last call?  (So they do when the wall clock is set: that costs some masks, and no harm.)
+        """
+        now, last = self._offsets(), self._last
+        self._last = now
+        return any(abs(a - b) > _JUMP for a, b in zip(now, last, strict=True))
+
+    @staticmethod
+    def _offsets() -> tuple[int, int]:
+        monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        wall, boot = time.clock_gettime_ns(time.CLOCK_REALTIME), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return wall - monotonic, boot - monotonic
+
+
+def fresh_key(freshness: bytes = b"") -> bytes:
+    """A key of 32 bytes for one batch.
+
+    Args:
+        freshness: bytes that a machine set back to a snapshot would not see again, such as a peer's nonce.
+            With the clock they go into the key beside the system's randomness, which a snapshot repeats.
+    """
+    return derive_key(new_key(), f"batch/{time.time_ns()}/{freshness.hex()}")
+
+
+def deal(
+    group: int, n: int, rows: int, products: Callable[[bytes, Elements], Elements], freshness: bytes
+) -> Batch:
+    """A fresh batch for a group of n inputs (O1, O2).
+
+    Args:
+        products: (key, r uint32 [rows, n]) -> w r mod p, uint32 [rows, m], checked (O3).
+        freshness: as for `fresh_key`.
+    """
+    key = fresh_key(freshness)
+    r = np.ascontiguousarray(uniform_rows(key, group, 0, rows, n))
+    return Batch(key, group, n, products(key, r))
+
+
+class MaskPool:
+    """Masks dealt ahead, in memory, filled by a background thread and by whoever needs more than it holds.
+
+    Keys live in this process alone: after a crash every mask is gone, so none can be used twice.  A forked
+    child gets none.
+
+    If the whole machine goes back to a snapshot, its masks go back too.  `renew` throws them away: its user
+    calls it whenever a connection had to be made again, which a restored machine has to do, and `take` does
+    when the clocks jump.  What remains: the messages made before either is noticed, the first of a restored
+    machine that is given the time of its snapshot.
+
+    Attributes:
+        renewals: how often all masks were thrown away.
+    """
+
+    def __init__(self, groups: int, make: Callable[[int, int, bool, bool], Batch], ahead: int) -> None:
+        """
+        Args:
+            groups: how many there are.
+            make: (group, rows, in the background?, while a request waits?) -> a checked batch.
+            ahead: rows to keep ready for each group; 0 deals nothing ahead.
+        """
+        self._make, self._ahead = make, ahead
+        self._step = max(1, ahead // 4)
+        self._ready: list[deque[Batch]] = [deque() for _ in range(groups)]
+        self._count = [0] * groups
+        self._change = threading.Condition()
+        self._failure: Exception | None = None
+        self._closed = False
+        self.renewals = 0
+        self._clocks = Clocks()
+        self._process = os.getpid()
+        self._thread: threading.Thread | None = None
+        if ahead:
+            self._thread = threading.Thread(target=self._fill, name="sliplm-dealer", daemon=True)
+            self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"MaskPool(groups={len(self._ready)}, ahead={self._ahead}, secrets hidden)"
+
+    def available(self, group: int) -> int:
+        """Rows that are ready for a group."""
+        return self._count[group]
+
+    def stored_bytes(self) -> int:
+        """Memory that the products u of the ready masks take."""
+        with self._change:
+            return sum(batch.u.nbytes for batches in self._ready for batch in batches)
+
+    def take(self, group: int, rows: int) -> Masks:
+        """Burn and hand out masks for `rows` rows; what is not ready is dealt now.
+
+        Raises: MaskError when the pool is closed or the dealer failed.
+        """
+        while True:
+            parts = self._burn_ready(group, rows)
+            missing = rows - sum(len(part.u) for part in parts)
+            if not missing:
+                return joined(parts)
+            age = self.renewals
+            late = self._make(group, missing, False, True)
+            if age == self.renewals:  # else it may be from before the snapshot
+                return joined([*parts, late.burn(missing)])
+
+    def renew(self) -> None:
+        """Throw away all masks dealt before: none of them is handed out after the return."""
+        with self._change:
+            self._discard()
+            self.renewals += 1
+            self._change.notify_all()
+
+    def _burn_ready(self, group: int, rows: int) -> list[Masks]:
+        self._same_process()
+        parts: list[Masks] = []
+        with self._change:
+            if self._closed:
+                raise MaskError("the vault is closed; load the model again")
+            if self._failure is not None:
+                raise MaskError(f"dealing masks failed: {self._failure}") from self._failure
+            if self._clocks.jumped():
+                self._discard()
+                self.renewals += 1
+            ready = self._ready[group]
+            while rows and ready:
+                part = ready[0].burn(rows)
+                rows -= len(part.u)
+                self._count[group] -= len(part.u)
+                parts.append(part)
+                if ready[0].used == len(ready[0].u):
+                    ready.popleft()
+            if self._count[group] <= self._ahead - self._step:
+                self._change.notify()
+        return parts
+
+    def add(self, groups: Sequence[int], rows: int) -> None:
+        """Deal `rows` more masks for each of the groups, now, beyond what the background keeps ready."""
+        self._same_process()
+        for group in groups:
+            age = self.renewals
+            self._keep(group, self._make(group, rows, False, False), age)
+
+    def wait_full(self, timeout: float) -> bool:
+        """Wait until every group has its masks ready; False after `timeout` seconds."""
+        with self._change:
+            return self._change.wait_for(
+                lambda: self._neediest() is None or self._failure is not None, timeout
+            )
+
+    def close(self) -> None:
+        """Stop dealing and forget all masks."""
+        with self._change:
+            self._closed = True
+            self._discard()
+            self._change.notify_all()
+        if self._thread is not None and self._process == os.getpid():
+            self._thread.join(timeout=10)
+
+    def _same_process(self) -> None:
+        if os.getpid() != self._process:
+            raise MaskError(
+                "this process was forked from one that holds the same masks; load the model here anew"
+            )
+
+    def _discard(self) -> None:
+        for ready in self._ready:
+            ready.clear()
+        self._count = [0] * len(self._ready)
+
+    def _keep(self, group: int, batch: Batch, age: int) -> None:
+        with self._change:
+            if not self._closed and age == self.renewals:
+                self._ready[group].append(batch)
+                self._count[group] += len(batch.u)
+                self._change.notify_all()
+
+    def _neediest(self) -> int | None:
+        group = min(range(len(self._count)), key=self._count.__getitem__)
+        return group if self._count[group] <= self._ahead - self._step else None
+
+    def _fill(self) -> None:
+        while True:
+            with self._change:
+                while not self._closed and self._neediest() is None:
+                    self._change.wait()  # woken by take and close
+                group, age = self._neediest(), self.renewals
+                if self._closed or group is None:
+                    return
+            try:
+                batch = self._make(group, self._step, True, False)
+            except (
+                Exception
+            ) as error:  # told to whoever takes next: a dead dealer must not look like a slow one
+                with self._change:
+                    self._failure = error
+                    self._change.notify_all()
+                return
+            self._keep(group, batch, age)

@@ -1,0 +1,232 @@
+"""One worker or dealer as the vault sees it: connect, exchange, deal, reconnect once."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from sliplm.arithmetic.field import Elements
+from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerUnavailable
+from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding
+from sliplm.network.transport import Connection, connect
+from sliplm.protocol.frames import NONCE_BYTES
+from sliplm.protocol.sides import Product, Shape, VaultSide, Welcome
+
+Question = tuple[bytes, memoryview | None]
+Bar = tuple[type[WorkerError], str]
+Greet = Callable[["Link", Connection, Welcome], None]
+
+_CLOSE_LIMIT = 5.0  # seconds for an exchange to notice that its connection is gone
+_BREAKS, _BREAKS_WITHIN = 5, 60.0  # so many lost connections in so many seconds are no accident
+
+
+class Link:
+    """The connection to one worker, made when first needed.  One exchange at a time.
+
+    Args:
+        address: as in `transport`.
+        split_id: the split that both sides must hold.
+        shapes: (m, n) of every group.
+        timeout: limit in seconds of every wait.
+        greet: called with each new connection and its WELCOME before anything is asked; may raise.
+        attester: makes our evidence, where the peer wants it.  verifier: judges the peer's.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        split_id: str,
+        shapes: Sequence[Shape],
+        timeout: float,
+        greet: Greet,
+        attester: Attester,
+        verifier: Verifier,
+    ) -> None:
+        self.address = address
+        self.barred: Bar | None = None  # why it is not asked now
+        self.in_flight = 0  # exchanges under way or waiting for their turn
+        self.connection: Connection | None = None
+        self._peer: str | None = None
+        self._split_id, self._shapes, self._timeout, self._greet = split_id, shapes, timeout, greet
+        self._attester, self._verifier = attester, verifier
+        self._broke: deque[float] = deque(maxlen=_BREAKS)  # when the connection was lost in use
+        self._lock = threading.Lock()
+        self._count = threading.Lock()
+        self._process = os.getpid()
+        self._side = VaultSide(split_id, shapes)
+
+    def __repr__(self) -> str:
+        return f"Link({self.address!r}, barred={self.barred is not None})"
+
+    def max_rows(self, group: int) -> int:
+        """How many rows of a group one exchange carries."""
+        return self._side.max_rows(group)
+
+    def open(self) -> None:
+        """Connect and greet now, so that a wrong address or share shows before the first token.
+
+        Raises: WorkerUnavailable, WorkerTimeout, CredentialError, MismatchError, WireError, and the error of
+            `bar`.
+        """
+        with self._turn():
+            self._connected()
+
+    @contextmanager
+    def exchange(self, group: int, x: Elements) -> Iterator[tuple[Elements, int]]:
+        """Steps 2 and 3: send x~ uint32 [rows, n], give the worker's claim y~ uint32 [rows, m] and its
+        compute time in microseconds.
+
+        The claim is a view into the receive buffer, valid inside the `with` alone, and unverified.  A broken
+        connection is made anew once and the *same* message sent again: that is no second use of its mask.
+
+        Raises: as `open`, and WorkerFault.
+        """
+        with self._turn():
+            product = self._answer(lambda side: (side.multiply(group, len(x)), x.data), group, len(x))
+            claim = np.frombuffer(product.payload, np.uint32).reshape(product.rows, self._shapes[group][0])
+            yield claim, product.micros
+
+    def deal(self, group: int, key: bytes, first_row: int, rows: int, out: Elements) -> None:
+        """Step O2 by the peer: u = w r for rows of the batch with this key into out, uint32 [rows, m];
+        unverified.
+
+        Raises: as `exchange`.
+        """
+        with self._turn():
+            product = self._answer(lambda side: (side.deal(group, rows, key, first_row), None), group, rows)
+            out[:] = np.frombuffer(product.payload, np.uint32).reshape(out.shape)
+
+    def bar(self, kind: type[WorkerError], why: str) -> None:
+        """From any thread: ask it nothing more; whoever waits for it gets an error of this kind."""
+        self.barred = kind, why
+        connection = self.connection
+        if connection is not None and self._process == os.getpid():
+            connection.abort()  # whoever waits on it wakes up and drops it
+            if self._lock.acquire(blocking=False):
+                self._drop()
+                self._lock.release()
+
+    def admit(self) -> None:
+        """Ask it again from now on."""
+        self.barred = None
+
+    def rest(self, kind: type[WorkerError], why: str) -> None:
+        """Let the exchange under way end, then bar it."""
+        with self._lock:
+            self.barred = kind, why
+            self._drop()
+
+    def close(self) -> None:
+        """Close the connection for good; whoever waits on it gets WorkerUnavailable."""
+        self.bar(WorkerUnavailable, "the vault is closed; load the model again")
+        if self._lock.acquire(timeout=_CLOSE_LIMIT):
+            self._drop()
+            self._lock.release()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._count:
+            self.in_flight += 1
+        try:
+            with self._lock:
+                self._check()  # perhaps it was barred while this thread waited for its turn
+                yield
+        finally:
+            with self._count:
+                self.in_flight -= 1
+
+    def _answer(self, ask: Callable[[VaultSide], Question], group: int, rows: int) -> Product:
+        fresh = self.connection is None
+        while True:
+            connection = self._connected()
+            if rows > self._side.max_rows(group):
+                raise WorkerFault(f"{self.address} takes smaller frames than the others", self.address)
+            try:
+                deadline = time.monotonic() + self._timeout
+                header, payload = ask(self._side)
+                connection.send(header, payload, deadline=deadline)
+                answer = connection.receive(self._side, deadline=deadline)
+            except WorkerUnavailable as error:
+                self._drop()
+                self._check()
+                if error.torn:
+                    raise
+                self._count_break(error)
+                if fresh:
+                    raise
+                fresh = True
+                continue
+            except BaseException:
+                self._drop()
+                raise
+            if not isinstance(answer, Product):
+                self._drop()
+                raise WireError(f"{self.address} answered a question with a greeting")
+            return answer
+
+    def _connected(self) -> Connection:
+        self._check()
+        connection = self.connection
+        if connection is None:
+            deadline = time.monotonic() + self._timeout
+            connection = connect(self.address, self._timeout)
+            side = VaultSide(self._split_id, self._shapes)
+            try:
+                welcome = self._hello(connection, side, deadline)
+                self._greet(self, connection, welcome)
+            except BaseException:
+                connection.close()
+                raise
+            self.connection, self._side = connection, side
+            if (shown := connection.identity) is not None:
+                self._peer = f"{shown.name}, serial {shown.serial:x}, sha256 {shown.fingerprint.hex()}"
+            self._check()  # another thread may have barred it, and seen no connection to end
+        return connection
+
+    def _hello(self, connection: Connection, side: VaultSide, deadline: float) -> Welcome:
+        """Greet, and judge the peer's evidence before anything else of it counts."""
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        connection.send(side.hello(nonce), deadline=deadline)
+        welcome = connection.receive(side, deadline=deadline)
+        if not isinstance(welcome, Welcome):
+            raise WireError(f"{self.address} did not greet")
+        theirs = NO_SPKI if connection.identity is None else connection.identity.spki
+        self._verifier.verify(welcome.evidence, binding("worker", theirs, nonce))
+        if welcome.wants_evidence:
+            ours = NO_SPKI if connection.own is None else connection.own.spki
+            evidence = self._attester.evidence(binding("vault", ours, welcome.nonce))
+            connection.send(side.evidence(evidence), deadline=deadline)
+            connection.receive(side, deadline=deadline)  # ACCEPT: the side lets nothing else through
+        return welcome
+
+    def _count_break(self, error: WorkerUnavailable) -> None:
+        """A peer that drops each connection costs us new masks each time."""
+        self._broke.append(time.monotonic())
+        if len(self._broke) == _BREAKS and self._broke[-1] - self._broke[0] < _BREAKS_WITHIN:
+            self._broke.clear()
+            raise WorkerFault(
+                f"{self.address} breaks the connection again and again", self.address
+            ) from error
+
+    @property
+    def peer(self) -> str | None:
+        """The certificate that it showed last, for the audit record."""
+        return self._peer
+
+    def _check(self) -> None:
+        if self.barred is not None:
+            self._drop()
+            kind, why = self.barred
+            raise kind(why, self.address)
+
+    def _drop(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None and self._process == os.getpid():  # a forked child has no say in it
+            connection.close()

@@ -1,0 +1,175 @@
+"""Where a worker waits for vaults: TLS over TCP, or a Unix socket; addresses as in `transport`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import stat
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from sliplm.errors import CredentialError, WorkerUnavailable
+from sliplm.network import keys
+from sliplm.network.transport import (
+    Connection,
+    TcpAddress,
+    UnixAddress,
+    closing_on_error,
+    enlarge,
+    handshake,
+    parse_address,
+    why,
+)
+
+_BACKLOG: Final = 64
+
+
+class Listener:
+    """A bound, listening socket.
+
+    Attributes:
+        address: where it listens, with the port that was chosen.
+        credentials: our keys, as they are now; None on a Unix socket.
+    """
+
+    def __init__(self, sock: socket.socket, address: str, credentials: keys.Credentials | None) -> None:
+        self.address = address
+        self.credentials = credentials
+        self._sock = sock
+        self._wake, self._waker = socket.socketpair()
+        self._poll = select.poll()
+        for awaited in (self._wake, sock):
+            self._poll.register(awaited, select.POLLIN)
+        self._path = Path(sock.getsockname()) if sock.family == socket.AF_UNIX else None
+        self._inode = self._path.stat().st_ino if self._path else 0
+
+    def __repr__(self) -> str:
+        return f"Listener({self.address})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def accept(self) -> socket.socket | None:
+        """Wait for the next peer, without speaking to it; None after `stop`."""
+        while True:
+            if any(handle == self._wake.fileno() for handle, _ in self._poll.poll()):
+                return None
+            try:
+                return self._sock.accept()[0]
+            except (BlockingIOError, ConnectionError):
+                continue  # the peer left before we came
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise WorkerUnavailable(
+                        f"cannot accept on {self.address}: {error}", self.address
+                    ) from error
+                time.sleep(0.1)  # out of descriptors: those in use go back some time
+
+    def secure(self, sock: socket.socket, deadline: float) -> Connection:
+        """Turn an accepted socket into a connection to a vault; TLS's handshake happens here.
+
+        Raises CredentialError, WireError, WorkerTimeout, WorkerUnavailable; the socket is then closed.
+        """
+        if self.credentials is None:
+            return Connection(sock, self.address)
+        with closing_on_error(sock):
+            context = self.credentials.context()
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return handshake(sock, context, "worker", _name_of(sock), deadline)
+
+    def stop(self) -> None:
+        """From any thread or signal handler: make `accept` return None."""
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0")
+
+    def close(self) -> None:
+        """Stop listening, and remove the Unix socket if it is still ours."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                if self._path.stat().st_ino == self._inode:
+                    self._path.unlink()
+            self._path = None
+        for sock in (self._sock, self._wake, self._waker):
+            sock.close()
+
+
+def listen(address: str, keys_dir: Path | None = None) -> Listener:
+    """Listen at an address; port 0 takes a free port.
+
+    Raises InputError (the address), CredentialError, WorkerUnavailable (in use, or not to be bound).
+    """
+    target = parse_address(address)
+    try:
+        if isinstance(target, UnixAddress):
+            return _listen_unix(target)
+        return _listen_tcp(target, keys_dir or target.keys)
+    except OSError as error:
+        raise WorkerUnavailable(
+            f"cannot listen on {target}: {why(error)}; choose another address", str(target)
+        ) from error
+
+
+def _listen_tcp(target: TcpAddress, folder: Path | None) -> Listener:
+    if folder is None:
+        raise CredentialError("listening on TCP needs keys: make them with `slip keys init FOLDER`")
+    credentials = keys.Credentials(folder, "worker")
+    family, kind, number, _, where = socket.getaddrinfo(
+        target.host, target.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, number)
+    with closing_on_error(sock):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+        return Listener(sock, str(TcpAddress(target.host, sock.getsockname()[1], None)), credentials)
+
+
+def _listen_unix(target: UnixAddress) -> Listener:
+    """Bind a Unix socket that only its owner may use; take the place of one that nobody answers."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with closing_on_error(sock):
+        _remove_stale(target)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(str(target.path))
+        finally:
+            os.umask(mask)
+        enlarge(sock)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+        return Listener(sock, str(target), None)
+
+
+def _remove_stale(target: UnixAddress) -> None:
+    if not target.path.exists():
+        return
+    if not stat.S_ISSOCK(target.path.stat().st_mode):
+        raise WorkerUnavailable(f"{target.path} is a file, not a socket: choose another path", str(target))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(target.path))
+        except ConnectionRefusedError:
+            target.path.unlink()
+            return
+    raise WorkerUnavailable(f"a worker answers at {target} already: choose another path", str(target))
+
+
+def _name_of(sock: socket.socket) -> str:
+    try:
+        where = sock.getpeername()
+    except OSError:
+        return "a peer that left"
+    return str(TcpAddress(where[0], where[1], None))

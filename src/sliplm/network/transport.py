@@ -1,0 +1,394 @@
+"""Connections that carry frames: TLS 1.3 over TCP, Unix sockets, and a pair in memory.
+
+An address is a text: "127.0.0.1:7400?keys=/folder" (TCP is always TLS with client certificates, see
+`keys`) or "unix:/path/to.sock" (no TLS: the socket file's permissions decide who may connect).
+
+Sockets block, and every wait has a deadline, a value of time.monotonic(), that covers all the reads or
+writes of one call: a peer that drips bytes gains nothing.  A connection takes memory only for a length
+that the protocol has accepted, at most one frame in each direction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, NamedTuple, Protocol, Self, TypeVar
+
+from sliplm.errors import (
+    CredentialError,
+    InputError,
+    SlipError,
+    WireError,
+    WorkerTimeout,
+    WorkerUnavailable,
+)
+from sliplm.network import keys
+from sliplm.protocol.frames import HEADER_BYTES
+
+_RECORD: Final = 16384  # bytes of the longest TLS record
+_UNIX_BUFFER: Final = 2**20
+_REVOKED: Final = 23  # OpenSSL's X509_V_ERR_CERT_REVOKED
+_FAREWELL: Final = 1.0  # seconds for the last words to reach a peer
+
+EventT_co = TypeVar("EventT_co", covariant=True)
+
+
+class Reader(Protocol[EventT_co]):
+    """What `Connection.receive` needs of a side of the protocol."""
+
+    def header(self, data: memoryview, /) -> int:
+        """How many payload bytes follow."""
+
+    def payload(self, data: memoryview, /) -> EventT_co:
+        """The event."""
+
+
+class TcpAddress(NamedTuple):
+    """A TCP address with the folder of the keys for it."""
+
+    host: str
+    port: int
+    keys: Path | None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+class UnixAddress(NamedTuple):
+    """The path of a Unix socket."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+class Connection:
+    """Frames over one socket, for one thread; only `abort` may come from another.
+
+    After any error but InputError the connection is useless: close it.
+
+    Attributes:
+        identity: who the peer is by its certificate; None on a Unix socket.
+        own: who we are to the peer; None on a Unix socket.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        identity: keys.Identity | None = None,
+        own: keys.Identity | None = None,
+    ) -> None:
+        self.identity = identity
+        self.own = own
+        self._sock = sock
+        self._peer = peer
+        self._start = memoryview(bytearray(_RECORD))
+        self._body = memoryview(bytearray(0))
+        self._first = memoryview(bytearray(_RECORD))
+
+    def __repr__(self) -> str:
+        return f"Connection({self._peer})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def peer(self) -> str:
+        """Who is at the other end, for messages."""
+        return self._peer
+
+    def send(self, header: bytes, payload: memoryview | None = None, *, deadline: float) -> None:
+        """Send one frame; `payload` is a C-contiguous view of bytes or of elements.
+
+        Raises WorkerTimeout, WorkerUnavailable, CredentialError, WireError.
+        """
+        if payload is None:
+            self._send_all(memoryview(header), deadline)
+            return
+        body = payload.cast("B")
+        size = len(header)
+        # Header and payload share the first record; the rest leaves without a copy.
+        taken = min(len(body), _RECORD - size)
+        self._first[:size] = header
+        self._first[size : size + taken] = body[:taken]
+        self._send_all(self._first[: size + taken], deadline)
+        if taken < len(body):
+            self._send_all(body[taken:], deadline)
+
+    def receive(self, side: Reader[EventT_co], *, deadline: float) -> EventT_co:
+        """Read one frame and return the event that `side` makes of it.
+
+        The event's payload is a view that lives until the next call.
+        Raises what `receive_exactly` and the side raise.
+        """
+        return self._receive_frame(self._receive_some(self._start, deadline), side, deadline)
+
+    def wait(self, idle: float, wake: int) -> bool:
+        """Wait until a frame begins (True), or the descriptor `wake` is readable (False, whatever came).
+
+        Raises WorkerTimeout after `idle` seconds.
+        """
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return True  # decrypted already, so poll would not see it
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(wake, select.POLLIN)
+        ready = poll.poll(idle * 1000)
+        if not ready:
+            raise WorkerTimeout(f"{self._peer} did not answer within the limit", self._peer)
+        return all(handle != wake for handle, _ in ready)
+
+    def _receive_frame(self, got: int, side: Reader[EventT_co], deadline: float) -> EventT_co:
+        """The frame whose first `got` bytes lie in `_start`: mostly the whole of a short one."""
+        try:
+            return self._receive_rest(got, side, deadline)
+        except WorkerUnavailable as error:
+            error.torn = True
+            raise
+
+    def _receive_rest(self, got: int, side: Reader[EventT_co], deadline: float) -> EventT_co:
+        while got < HEADER_BYTES:
+            got += self._receive_some(self._start[got:], deadline)
+        length = side.header(self._start[:HEADER_BYTES])
+        here = got - HEADER_BYTES
+        if here > length:  # nobody speaks out of turn in this protocol
+            raise WireError(f"{self._peer} sent more than one frame at once")
+        if length <= _RECORD - HEADER_BYTES:
+            body = self._start[HEADER_BYTES : HEADER_BYTES + length]
+        else:
+            if length > len(self._body):
+                self._body = memoryview(bytearray(length))
+            body = self._body[:length]
+            body[:here] = self._start[HEADER_BYTES:got]
+        self.receive_exactly(body[here:], deadline)
+        return side.payload(body)
+
+    def receive_exactly(self, view: memoryview, deadline: float) -> None:
+        """Fill `view`.  Raises WorkerTimeout, WorkerUnavailable, CredentialError, WireError."""
+        while len(view):
+            view = view[self._receive_some(view, deadline) :]
+
+    def _receive_some(self, view: memoryview, deadline: float) -> int:
+        try:
+            self._sock.settimeout(_remaining(deadline))
+            count = self._sock.recv_into(view)
+        except (OSError, ValueError) as error:
+            raise translate(error, self._peer) from error
+        if not count:
+            raise WorkerUnavailable(f"{self._peer} closed the connection", self._peer)
+        return count
+
+    def _send_all(self, view: memoryview, deadline: float) -> None:
+        try:
+            while len(view):
+                self._sock.settimeout(_remaining(deadline))
+                view = view[self._sock.send(view) :]
+        except (OSError, ValueError) as error:
+            raise self._last_words(translate(error, self._peer)) from error
+
+    def _last_words(self, error: SlipError) -> SlipError:
+        """A peer that refuses our certificate says so and hangs up: what it said explains the error."""
+        if isinstance(error, WorkerUnavailable):
+            try:
+                self._receive_some(memoryview(bytearray(1)), time.monotonic() + _FAREWELL)
+            except CredentialError as refusal:
+                return refusal
+            except SlipError:
+                pass
+        return error
+
+    def finish(self) -> None:
+        """Close after a last frame, and give the peer a second to read it.
+
+        Closing at once with unread bytes would reset the connection and destroy that frame.
+        """
+        _linger(self._sock)
+
+    def abort(self) -> None:
+        """From any thread: end the connection; whoever waits on it gets WorkerUnavailable."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # not SSLSocket's, which drops its state
+
+    def close(self) -> None:
+        """Close; harmless when closed already."""
+        self.abort()
+        self._sock.close()
+
+
+def connect(address: str, timeout: float) -> Connection:
+    """Connect to a worker within `timeout` seconds.
+
+    Raises InputError (the address), CredentialError (our keys, or the peer's), WorkerUnavailable,
+    WorkerTimeout, WireError (whoever answers does not speak TLS 1.3).  A worker that refuses *our*
+    certificate says so only when we first read from it (TLS 1.3): CredentialError comes from there.
+    """
+    deadline = time.monotonic() + timeout
+    target = parse_address(address)
+    if isinstance(target, UnixAddress):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with closing_on_error(sock):
+                enlarge(sock)
+                sock.settimeout(_remaining(deadline))
+                sock.connect(str(target.path))
+        except OSError as error:
+            raise translate(error, str(target)) from error
+        return Connection(sock, str(target))
+    if target.keys is None:
+        raise CredentialError(f"{target} is given without keys: write {target}?keys=FOLDER")
+    context = keys.context(target.keys, "vault")
+    return handshake(_dial(target, deadline), context, "vault", str(target), deadline)
+
+
+def pair() -> tuple[Connection, Connection]:
+    """Two connections to each other, in memory: (vault's, worker's)."""
+    left, right = socket.socketpair()
+    enlarge(left)
+    enlarge(right)
+    return Connection(left, "pair"), Connection(right, "pair")
+
+
+def parse_address(text: str) -> TcpAddress | UnixAddress:
+    """An address from its text.  Raises InputError."""
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path or "\0" in path or len(os.fsencode(path)) > 107:
+            raise InputError("the path of a Unix socket has 1 to 107 bytes")
+        return UnixAddress(Path(path))
+    place, mark, folder = text.partition("?keys=")
+    host, colon, port = place.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    digits = port.isascii() and port.isdigit() and len(port) <= 5
+    if not (host and colon and digits and int(port) < 65536) or bool(mark) != bool(folder):
+        raise InputError(f"{text!r} is not an address: write HOST:PORT?keys=FOLDER or unix:/path")
+    return TcpAddress(host, int(port), Path(folder) if folder else None)
+
+
+def translate(error: Exception, peer: str) -> SlipError:
+    """The error of ours for an error of a socket or of TLS."""
+    if isinstance(error, TimeoutError):
+        return WorkerTimeout(f"{peer} did not answer within the limit", peer)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if error.verify_code == _REVOKED:
+            return CredentialError(
+                f"the certificate of {peer} is revoked: its owner makes a new one with `slip keys rotate`"
+            )
+        return CredentialError(
+            f"the certificate of {peer} is refused ({error.verify_message}): "
+            "both key folders must come from one `slip keys init`"
+        )
+    if isinstance(error, ssl.SSLError):
+        reason = error.reason or ""
+        if any(word in reason for word in ("CERT", "UNKNOWN_CA", "ACCESS_DENIED")):
+            who = f"{peer} refuses our certificate" if "ALERT" in reason else f"{peer} shows none that counts"
+            return CredentialError(
+                f"{who} ({reason.lower().replace('_', ' ')}): "
+                "both key folders must come from one `slip keys init`, not have expired and not be revoked"
+            )
+        if not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
+            return WireError(f"{peer} does not speak TLS 1.3 as agreed ({reason or error})")
+    return WorkerUnavailable(f"no connection to {peer}: {why(error)}; is the worker running?", peer)
+
+
+def handshake(
+    raw: socket.socket, context: keys.Context, role: keys.Role, peer: str, deadline: float
+) -> Connection:
+    """TLS as `role`, then the check that the peer has the other one."""
+    secure: socket.socket = raw
+    try:
+        raw.settimeout(_remaining(deadline))
+        wrapped = context.wrap_socket(raw, server_side=role == "worker", do_handshake_on_connect=False)
+        secure = wrapped
+        wrapped.settimeout(_remaining(deadline))
+        wrapped.do_handshake()
+        identity = keys.check_role(wrapped, "vault" if role == "worker" else "worker")
+    except (OSError, ValueError) as error:
+        if isinstance(error, TimeoutError):
+            secure.close()
+        else:
+            _linger(secure)  # the alert that says why must arrive
+        raise translate(error, peer) from error
+    except CredentialError:
+        secure.close()
+        raise
+    return Connection(wrapped, peer, identity, context.own)
+
+
+def _dial(target: TcpAddress, deadline: float) -> socket.socket:
+    """A TCP connection to the first of the host's addresses that answers."""
+    failure: Exception = OSError("the name has no address")
+    try:
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise translate(error, str(target)) from error
+    for family, kind, number, _, where in found:
+        sock = socket.socket(family, kind, number)
+        try:
+            sock.settimeout(_remaining(deadline))
+            sock.connect(where)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            sock.close()
+            failure = error
+        else:
+            return sock
+    raise translate(failure, str(target)) from failure
+
+
+def _linger(sock: socket.socket) -> None:
+    """Close for writing, swallow what still comes for a second at most, close."""
+    deadline = time.monotonic() + _FAREWELL
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        scratch = bytearray(_RECORD)
+        while (left := deadline - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not socket.socket.recv_into(sock, scratch):
+                break
+    sock.close()
+
+
+@contextlib.contextmanager
+def closing_on_error(sock: socket.socket) -> Iterator[None]:
+    """Close the socket if the block fails."""
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
+
+
+def enlarge(sock: socket.socket) -> None:
+    """Room for a whole frame in a Unix socket; TCP's buffers grow by themselves, and further."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, _UNIX_BUFFER)
+
+
+def _remaining(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def why(error: Exception) -> str:
+    """What an error says, in a few words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

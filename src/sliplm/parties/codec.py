@@ -1,0 +1,188 @@
+"""The vault's own arithmetic for one group: steps 1, 2, 4 and 5 on arrays, without masks' origin or
+sockets.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sliplm.arithmetic.field import Elements, accepts, add_mod, sub_centred
+from sliplm.arithmetic.fixedpoint import Floats, row_alpha, scale_limit, to_field
+from sliplm.arithmetic.jit import fast_jit, jit
+from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
+from sliplm.errors import InputError, VerificationError
+from sliplm.shares.splitting import CHALLENGE_SETS, GroupSecrets, LowRank
+
+Scales = npt.NDArray[np.float64]
+
+_ROWS_A_THREAD = 4  # rows below which a second thread costs more than it gains
+_ROWS_AT_ONCE = 16  # what passes between the parts of a step stays in the cache
+
+
+class GroupCodec:
+    """One group, its secrets laid out for use.  Many rows are shared out over the cores."""
+
+    def __init__(self, secrets: GroupSecrets) -> None:
+        self.name, self.m, self.n = secrets.name, secrets.m, secrets.n
+        self._limit = scale_limit(secrets.norm, secrets.n)
+        self._rotation_in, self._rotation_out = secrets.rotation_in(), secrets.rotation_out()
+        self._scale = secrets.scale.astype(np.float64)
+        self._kept = _laid_out([LowRank(0, secrets.a, secrets.b)])
+        self._adapters = {name: self._kept + _laid_out(parts) for name, parts in secrets.adapters.items()}
+        self._secrets = secrets
+        self._set = 0
+        self._challenges = secrets.challenges(0), secrets.challenge_products(0)
+        self._renewing = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"GroupCodec({self.name!r}, m={self.m}, n={self.n}, secrets hidden)"
+
+    def renew_challenges(self, failed: int) -> None:
+        """Check with the next set of challenges, unless another thread has moved on from set `failed`
+        already.
+
+        Raises: VerificationError when none is left; the last ones stay in force.
+        """
+        with self._renewing:
+            if failed != self._set:
+                return
+            if self._set + 1 >= CHALLENGE_SETS:
+                raise VerificationError(
+                    f"{self.name}: {CHALLENGE_SETS} wrong products used up its challenges; the audit record "
+                    "names who lied: leave them out and load the model again"
+                )
+            self._set += 1
+            # one attribute: a check in another thread sees both or neither
+            self._challenges = (
+                self._secrets.challenges(self._set), self._secrets.challenge_products(self._set)
+            )  # fmt: skip
+
+    @property
+    def challenge_set(self) -> int:
+        """The set in force, for `renew_challenges`."""
+        return self._set
+
+    def scaled(self, x: Floats) -> tuple[Floats, Scales]:
+        """Step 1: Q_in x and the secret scales alpha, float32 [rows, n] and float64 [rows].
+
+        Raises: InputError for NaN or infinity in x.
+        """
+        z, alpha = np.empty_like(x), np.empty(len(x), np.float64)
+
+        def part(first: int, last: int) -> None:
+            z[first:last] = self._rotation_in.apply(x[first:last])
+            alpha[first:last] = _alphas(z[first:last], self._limit)
+
+        in_parallel(part, len(x), _threads(len(x)))
+        if np.isnan(alpha).any():
+            raise InputError(
+                f"{self.name}: the input holds NaN or infinity; look for the cause in the layers before it"
+            )
+        return z, alpha
+
+    def masked(self, z: Floats, alpha: Scales, r: Elements) -> Elements:
+        """Steps 1 and 2: round(alpha z) + r mod p, uint32 [rows, n]."""
+        hidden = np.empty(z.shape, np.uint32)
+
+        def part(first: int, last: int) -> None:
+            hidden[first:last] = _mask(z[first:last], alpha[first:last], r[first:last])
+
+        in_parallel(part, len(z), _threads(len(z)))
+        return hidden
+
+    def in_field(self, z: Floats, alpha: Scales) -> Elements:
+        """Step 1 alone: round(alpha z) as elements, uint32 [rows, n]; for products that never leave this
+        process.
+        """
+        return _mask(z, alpha, np.zeros(z.shape, np.uint32))
+
+    def accepts(self, x: Elements, y: Elements) -> bool:
+        """Step 4 and O3: is y [rows, m] the product of x [rows, n]?  Wrong at most once in p^t tries."""
+        e, c = self._challenges
+        verdicts: list[bool] = []
+        in_parallel(
+            lambda first, last: verdicts.append(accepts(e, c, x[first:last], y[first:last])),
+            len(x),
+            _threads(len(x)),
+        )
+        return all(verdicts)
+
+    def opened(
+        self, x: Floats, alpha: Scales, y: Elements, u: Elements, out: Floats, adapter: str | None = None
+    ) -> None:
+        """Step 5: Q_out^T (s * centre(y - u) / alpha) + A (B x) into out, float32 [rows, m]; and what the
+        adapter adds, if it changes this group.
+        """
+        added = self._kept if adapter is None else self._adapters.get(adapter, self._kept)
+
+        def part(start: int, end: int) -> None:
+            for first in range(start, end, _ROWS_AT_ONCE):
+                rows = slice(first, min(end, first + _ROWS_AT_ONCE))
+                opened = _unmask(y[rows], u[rows], self._scale, alpha[rows])
+                out[rows] = self._rotation_out.apply_transpose(opened)
+                for low in added:
+                    _add_low_rank(low.a_transposed, low.b, x[rows], out[rows], low.first)
+
+        in_parallel(part, len(x), _threads(len(x)))
+
+
+class _LowRank(NamedTuple):
+    """A `LowRank` as the loop below reads it."""
+
+    first: int
+    a_transposed: Floats
+    b: Floats
+
+
+def _laid_out(parts: Iterable[LowRank]) -> list[_LowRank]:
+    return [_LowRank(part.first, np.ascontiguousarray(part.a.T), part.b) for part in parts if len(part.b)]
+
+
+def _threads(rows: int) -> int:
+    return default_threads() if rows >= 2 * _ROWS_A_THREAD else 1
+
+
+@jit
+def _alphas(z: Floats, limit: float) -> Scales:
+    out = np.empty(z.shape[0], np.float64)
+    for i in range(z.shape[0]):
+        out[i] = row_alpha(z[i], limit)
+    return out
+
+
+@jit
+def _mask(z: Floats, alpha: Scales, r: Elements) -> Elements:
+    out = np.empty(z.shape, np.uint32)
+    for i in range(z.shape[0]):
+        scale = alpha[i]
+        for j in range(z.shape[1]):
+            out[i, j] = np.uint32(add_mod(to_field(z[i, j], scale), np.uint64(r[i, j])))
+    return out
+
+
+@jit
+def _unmask(y: Elements, u: Elements, scale: Scales, alpha: Scales) -> Floats:
+    out = np.empty(y.shape, np.float32)
+    for i in range(y.shape[0]):
+        inverse = 1.0 / alpha[i]
+        for j in range(y.shape[1]):
+            out[i, j] = np.float32(np.float64(sub_centred(y[i, j], u[i, j])) * (scale[j] * inverse))
+    return out
+
+
+@fast_jit
+def _add_low_rank(a_transposed: Floats, b: Floats, x: Floats, out: Floats, first: int) -> None:
+    last = first + a_transposed.shape[1]
+    for i in range(x.shape[0]):
+        for k in range(b.shape[0]):
+            row, vector, factors, result = b[k], x[i], a_transposed[k], out[i, first:last]
+            factor = np.float32(0)
+            for j in range(row.size):
+                factor += row[j] * vector[j]
+            for j in range(factors.size):
+                result[j] += factors[j] * factor

@@ -1,0 +1,143 @@
+"""Who makes the products u = w r of the masks (SPEC step O2), and their check (O3).
+
+A dealer is the vault's own machine, from the worker share, or a worker that does *not* collude with those
+that are asked online: it learns r, they learn x + r.  Only keys go to it and only products come back; a
+product that fails the check is used for nothing, and its dealer, not a worker, is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from sliplm.arithmetic import kernels
+from sliplm.arithmetic.field import Elements
+from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
+from sliplm.errors import DealerError, KernelError, SlipError, VerificationError
+from sliplm.masks import masks
+from sliplm.network.link import Link
+from sliplm.parties.codec import GroupCodec
+from sliplm.parties.workforce import FAILURES, Workforce
+from sliplm.shares.share import WorkerShare
+
+_ROWS_A_THREAD: Final = 8
+
+
+class ShareDealer:
+    """Deals from the worker share on this machine."""
+
+    def __init__(self, share: WorkerShare) -> None:
+        self._matrices = [kernels.prepare(share.matrices[name], threads=1) for name in share.names]
+
+    def product(self, group: int, x: Elements, *, threads: int | None = None) -> Elements:
+        """w x for rows x: uint32 [rows, n] -> uint32 [rows, m]; None: all cores where it pays."""
+        matrix = self._matrices[group]
+        if threads is None:
+            threads = default_threads() if len(x) >= _ROWS_A_THREAD else 1
+        y = np.empty((len(x), matrix.shape[0]), np.uint32)
+
+        def part(first: int, last: int) -> None:
+            y[first:last] = matrix.product(x[first:last])
+
+        in_parallel(part, len(x), threads)
+        return y
+
+
+class Dealing:
+    """Steps O1 to O3: batches of masks, checked.
+
+    Args:
+        codecs: of every group.
+        here: the worker share on this machine, or None.
+        dealers: asked first, before `here`.
+    """
+
+    def __init__(
+        self, codecs: Sequence[GroupCodec], here: ShareDealer | None, dealers: Workforce | None
+    ) -> None:
+        self._codecs, self._here, self._dealers = codecs, here, dealers
+
+    @property
+    def possible(self) -> bool:
+        """Whether anybody is there to deal."""
+        return self._here is not None or self._dealers is not None
+
+    def batch(self, group: int, rows: int, *, background: bool, freshness: bytes) -> masks.Batch:
+        """A fresh batch, checked.
+
+        Args:
+            background: spend one core on it, not all.
+            freshness: goes into the batch's key beside the system's randomness.
+
+        Raises: DealerError when no dealer serves or the share here is damaged.
+        """
+
+        def products(key: bytes, r: Elements) -> Elements:
+            return self.products(group, key, r, background=background)
+
+        return masks.deal(group, self._codecs[group].n, rows, products, freshness)
+
+    def products(self, group: int, key: bytes, r: Elements, *, background: bool = False) -> Elements:
+        """u = w r for the rows r of the batch with this key, checked: uint32 [rows, n] -> uint32 [rows, m].
+
+        Raises: DealerError.
+        """
+        failure: SlipError | None = None
+        if self._dealers is not None:
+            tried: set[Link] = set()
+            while (link := self._dealers.pick(tried)) is not None:
+                tried.add(link)
+                u = np.empty((len(r), self._codecs[group].m), np.uint32)
+                step = link.max_rows(group)
+                try:
+                    for first in range(0, len(r), step):
+                        link.deal(group, key, first, min(step, len(r) - first), u[first : first + step])
+                    self._check(group, r, u, link.address)
+                except FAILURES as error:
+                    failure = error
+                    self._dealers.failed(link, error, self._codecs[group].name)
+                    continue
+                self._dealers.served(link)
+                return u
+            failure = failure or self._dealers.nobody()
+        if self._here is None:
+            address = getattr(failure, "address", None)
+            raise DealerError(
+                f"no masks for {self._codecs[group].name}: {failure or 'nobody deals'}; start a dealer, or "
+                "give the vault the worker share or a pool of masks",
+                address,
+            ) from failure
+        u = self._here.product(group, r, threads=1 if background else None)
+        try:
+            self._check(group, r, u, None)
+        except VerificationError as error:
+            raise DealerError(
+                f"{self._codecs[group].name}: a dealt product is wrong; the worker share on this machine or "
+                "its kernel is damaged: copy the share again"
+            ) from error
+        return u
+
+    def compute(self, group: int, x: Elements) -> Elements:
+        """The product of an online exchange, on this machine, for want of a worker: uint32 [rows, m],
+        checked.
+
+        Raises: KernelError if it is wrong; DealerError without the worker share.
+        """
+        if self._here is None:
+            raise DealerError("products are computed here only from the worker share: name its folder")
+        y = self._here.product(group, x)
+        if not self._codecs[group].accepts(x, y):
+            raise KernelError(
+                f"{self._codecs[group].name}: the product computed here is wrong; the worker share on this "
+                "machine is damaged: copy it again"
+            )
+        return y
+
+    def _check(self, group: int, r: Elements, u: Elements, address: str | None) -> None:
+        codec = self._codecs[group]
+        challenges = codec.challenge_set
+        if not codec.accepts(r, u):
+            codec.renew_challenges(challenges)
+            raise VerificationError(f"its product for {codec.name} is wrong", address)

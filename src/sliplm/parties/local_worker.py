@@ -1,0 +1,159 @@
+"""A worker process on this machine, for trying things out and for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from sliplm.errors import WorkerUnavailable
+from sliplm.network import authority as authorities
+
+START_LIMIT: Final = 60.0  # seconds; the first start on a machine compiles its kernel
+_STOP_LIMIT: Final = 5.0
+_LINE: Final = 4096  # bytes of the ready line, at most
+_TAIL: Final = 2000  # bytes of the worker's last words in an error
+
+
+class LocalWorker:
+    """A worker in a process of its own, on loopback.
+
+        with LocalWorker(out_dir / "worker") as worker:
+            model = sliplm.load(out_dir / "vault", workers=[worker.address])
+
+    Its keys are its own, in a private temporary folder until the end of the block, unless it is told whose to
+    use: several workers of one vault share an authority.  The process ends with the block, or with this
+    process, whichever comes first.  If this process is killed, the temporary folder stays, with keys that
+    open nothing any more.
+
+    Args:
+        share_dir: the worker share.
+        threads: cores that one product may use; None for all.
+        authority: the folder of an authority, as `slip keys init` makes it; None makes a fresh one.
+        name: whose keys it uses there; the vault's are those of "vault".
+    """
+
+    def __init__(
+        self,
+        share_dir: Path | str,
+        threads: int | None = None,
+        *,
+        authority: Path | None = None,
+        name: str = "worker",
+    ) -> None:
+        self._share = Path(share_dir)
+        self._threads = threads
+        self._authority, self._name = authority, name
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._address: str | None = None
+
+    def __repr__(self) -> str:
+        return f"LocalWorker({str(self._share)!r}, {self._address or 'not started'})"
+
+    def __enter__(self) -> Self:
+        """Start.  Raises WorkerUnavailable with the process's last words if it does not come up."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the vault's keys.  Raises WorkerUnavailable outside the block."""
+        if self._address is None:
+            raise WorkerUnavailable("the local worker is not running: use it in a with block")
+        return self._address
+
+    @property
+    def pid(self) -> int:
+        """The process's number.  Raises WorkerUnavailable outside the block."""
+        if self._process is None:
+            raise WorkerUnavailable("the local worker is not running: use it in a with block")
+        return self._process.pid
+
+    def close(self) -> None:
+        """Stop the process and delete the keys made for it; harmless when done already."""
+        self._address = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(_STOP_LIMIT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _start(self) -> None:
+        if self._process is not None:
+            raise WorkerUnavailable("the local worker runs already: make a second one")
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="sliplm-"))
+        keys = self._authority
+        if keys is None:
+            keys = folder / "keys"
+            authorities.init(keys)
+        command = [sys.executable, "-P", "-m", "sliplm", "worker", str(self._share)]
+        command += ["--listen", "127.0.0.1:0", "--keys", str(keys / self._name)]
+        command += ["--json", "--until-stdin-closes"]
+        if self._threads is not None:
+            command += ["--threads", str(self._threads)]
+        with (folder / "stderr").open("wb") as log:
+            process = self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
+        line = _first_line(process, time.monotonic() + START_LIMIT)
+        try:
+            listening = json.loads(line)["listening"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._failure(line) from error
+        self._address = f"{listening}?keys={keys / 'vault'}"
+
+    def _failure(self, line: bytes) -> WorkerUnavailable:
+        """Why the process did not come up, in its own words."""
+        said = ""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                said = (self._folder / "stderr").read_bytes()[-_TAIL:].decode("utf-8", "replace").strip()
+        said = said or line.decode("utf-8", "replace").strip() or "it said nothing"
+        return WorkerUnavailable(f"the local worker for {self._share} did not start: {said}")
+
+
+def _first_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """What the process prints up to its first newline, its end, or the deadline."""
+    line = b""
+    if process.stdout is None:
+        return line
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    while b"\n" not in line and len(line) < _LINE:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            break
+        chunk = os.read(process.stdout.fileno(), _LINE)
+        if not chunk:
+            process.wait(_STOP_LIMIT)
+            break
+        line += chunk
+    return line

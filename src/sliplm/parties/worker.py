@@ -1,0 +1,351 @@
+"""The untrusted side: products with the worker share, for every vault that holds a certificate.
+
+A worker knows the integer matrices and sees masked vectors; it keeps nothing and decides nothing.  A vault
+may ask it to deal (SPEC step O2) as well as to multiply: that is one more product.
+A bad peer costs its own connection only.  Memory: the matrices, and for each of at most MAX_CONNECTIONS
+vaults one frame in and one out (`protocol.FRAME_BYTES`, or one row where that is longer).
+
+Peers that have not greeted are counted apart, and one more of them drives the oldest out: first of those
+that have shown no certificate, and of those, one from the address that sent most.  So strangers take no
+place from a vault that is served, nor, unless they come from many addresses at once, from one that arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from sliplm.arithmetic import kernels
+from sliplm.arithmetic.field import uniform_rows
+from sliplm.errors import (
+    AttestationError,
+    CredentialError,
+    MismatchError,
+    SlipError,
+    WireError,
+    WorkerError,
+    WorkerFault,
+)
+from sliplm.network.attestation import NO_SPKI, Attester, NullAttester, NullVerifier, Verifier, binding
+from sliplm.network.keys import Identity, Revocations
+from sliplm.network.listener import Listener, listen
+from sliplm.network.transport import Connection
+from sliplm.protocol.frames import NONCE_BYTES, FaultCode
+from sliplm.protocol.sides import Deal, Evidence, Hello, Multiply, WorkerSide
+from sliplm.shares.share import WorkerShare, open_worker
+
+MAX_CONNECTIONS: Final = 32  # vaults that are served
+MAX_STRANGERS: Final = 32  # peers that have not greeted
+GREETING_LIMIT: Final = 10.0  # seconds for TLS's handshake, and again for the greeting
+FRAME_LIMIT: Final = 60.0  # seconds for a frame to pass once it has begun
+IDLE_LIMIT: Final = 3600.0  # seconds between two frames
+DRAIN_LIMIT: Final = 30.0  # seconds for the exchanges in hand when the worker stops
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Visit:
+    """A peer, from its arrival on; `handle` is a second descriptor of its socket, to end it from outside."""
+
+    source: str
+    handle: socket.socket
+    thread: threading.Thread | None = None
+    identity: Identity | None = None
+    greeted: bool = False
+    ended: bool = False
+
+    def end(self) -> None:
+        """Whoever waits on the connection gets WorkerUnavailable."""
+        self.ended = True
+        with contextlib.suppress(OSError):
+            self.handle.shutdown(socket.SHUT_RDWR)
+
+
+class Worker:
+    """Serves one worker share.
+
+    Args:
+        share: its matrices are laid out for the fastest exact kernel now, which takes a moment.
+        threads: cores that one product may use; None for all.
+        attester: makes the evidence that vaults are shown.
+        verifier: judges the vaults' evidence; they are asked for none unless it is set.
+
+    Raises KernelError if no kernel is exact on this machine, InputError if the share has no group or a row
+    longer than a frame.
+    """
+
+    def __init__(
+        self,
+        share: WorkerShare,
+        threads: int | None = None,
+        attester: Attester | None = None,
+        verifier: Verifier | None = None,
+    ) -> None:
+        self._split_id = share.split_id
+        self._matrices = [kernels.prepare(share.matrices[name], threads=threads) for name in share.names]
+        self._shapes = [matrix.shape for matrix in self._matrices]
+        WorkerSide(self._split_id, self._shapes)  # refuses here what it would refuse every vault
+        self._attester = attester or NullAttester()
+        self._verifier = verifier or NullVerifier()
+        self._compute = threading.Lock()  # one product at a time: each takes all cores anyway
+        self._guard = threading.Lock()
+        self._visits: dict[_Visit, None] = {}  # in the order of their arrival
+        self._listener: Listener | None = None
+        self._stopping = False
+        self._drained = threading.Event()
+        self._wake = os.eventfd(0)  # readable from `stop` on, for those who wait between two frames
+        weakref.finalize(self, os.close, self._wake)
+
+    def __repr__(self) -> str:
+        return f"Worker(split {self._split_id[:8]}, {len(self._matrices)} groups)"
+
+    def serve(
+        self,
+        address: str,
+        keys_dir: Path | None = None,
+        ready: Callable[[str], None] | None = None,
+    ) -> None:
+        """Serve until `stop`; `ready` is called with the address once vaults may connect.
+
+        Raises InputError, CredentialError, WorkerUnavailable, as `listener.listen`.
+        """
+        with listen(address, keys_dir) as listener:
+            self._listener = listener
+            try:
+                if listener.credentials is not None:
+                    self._watch(Revocations(listener.credentials.folder))
+                if ready is not None:
+                    ready(listener.address)
+                while not self._stopping and (sock := listener.accept()) is not None:
+                    self._start(listener, sock)
+            finally:
+                self._listener = None
+                self._drain()
+
+    def stop(self) -> None:
+        """End `serve`: exchanges in hand are finished and answered, then every connection is closed.
+
+        From any thread or signal handler.
+        """
+        self._stopping = True  # no lock is taken here: a signal may come while this thread holds it
+        os.eventfd_write(self._wake, 1)
+        listener = self._listener
+        if listener is not None:
+            listener.stop()
+
+    def attend(self, connection: Connection, visit: _Visit | None = None) -> None:
+        """Serve one connection until it ends, and close it; its errors are logged, not raised."""
+        side = WorkerSide(self._split_id, self._shapes)
+        try:
+            self._converse(connection, side, visit)
+        except MismatchError as error:
+            self._refuse(connection, side, FaultCode.MISMATCH, error)
+        except WireError as error:
+            self._refuse(connection, side, FaultCode.PROTOCOL, error)
+        except AttestationError as error:
+            self._refuse(connection, side, FaultCode.EVIDENCE, error)
+        except WorkerFault as error:
+            self._refuse(connection, side, FaultCode.INTERNAL, error)
+        except (WorkerError, CredentialError) as error:
+            logger.info("connection over: %s", error)
+        except Exception:
+            logger.exception("a product failed")
+            self._refuse(connection, side, FaultCode.INTERNAL, "the worker failed: see its log")
+        finally:
+            connection.close()
+
+    def _converse(self, connection: Connection, side: WorkerSide, visit: _Visit | None) -> None:
+        self._greet(connection, side, visit)
+        while connection.wait(IDLE_LIMIT, self._wake):
+            event = connection.receive(side, deadline=time.monotonic() + FRAME_LIMIT)
+            if isinstance(event, (Multiply, Deal)):  # the protocol lets nothing else through
+                self._answer(connection, side, event)
+
+    def _greet(self, connection: Connection, side: WorkerSide, visit: _Visit | None) -> None:
+        """HELLO and WELCOME, with the evidence that either side asks for."""
+        deadline = time.monotonic() + GREETING_LIMIT
+        hello = connection.receive(side, deadline=deadline)
+        if not isinstance(hello, Hello):
+            raise WireError("the vault did not greet")
+        if visit is not None:
+            self._seat(visit)
+        nonce, wanted = secrets.token_bytes(NONCE_BYTES), not isinstance(self._verifier, NullVerifier)
+        mine = self._attester.evidence(binding("worker", _spki(connection.own), hello.nonce))
+        connection.send(side.welcome(nonce, mine, wants_evidence=wanted), deadline=deadline)
+        if wanted:
+            shown = connection.receive(side, deadline=deadline)
+            if not isinstance(shown, Evidence):
+                raise WireError("the vault showed no evidence")
+            self._verifier.verify(shown.evidence, binding("vault", _spki(connection.identity), nonce))
+            connection.send(side.accept(), deadline=deadline)
+
+    def _seat(self, visit: _Visit) -> None:
+        """A stranger becomes a vault that is served.  Raises WorkerFault if there is no place."""
+        with self._guard:
+            visit.greeted = sum(other.greeted for other in self._visits) < MAX_CONNECTIONS
+        if not visit.greeted:
+            raise WorkerFault(f"{MAX_CONNECTIONS} vaults are served already: try again later")
+
+    def _answer(self, connection: Connection, side: WorkerSide, asked: Multiply | Deal) -> None:
+        """Step 3: y~ = w x~ mod p; or step O2: u = w r mod p for r made of the batch's key."""
+        n = self._shapes[asked.group][1]
+        if isinstance(asked, Deal):
+            r = uniform_rows(asked.key, asked.group, asked.first_row, asked.rows, n)
+            x = np.ascontiguousarray(r)
+        else:
+            x = np.frombuffer(asked.payload, dtype="<u4").reshape(asked.rows, n)  # no copy
+        with self._compute:
+            started = time.perf_counter_ns()
+            y = self._matrices[asked.group].product(x)
+            micros = (time.perf_counter_ns() - started) // 1000
+        connection.send(side.product(micros), y.data, deadline=time.monotonic() + FRAME_LIMIT)
+
+    def _refuse(
+        self, connection: Connection, side: WorkerSide, code: FaultCode, reason: SlipError | str
+    ) -> None:
+        """Say why, and hang up."""
+        logger.warning("refused %s: %s", connection.peer, reason)
+        try:
+            connection.send(side.fault(code, str(reason)), deadline=time.monotonic() + GREETING_LIMIT)
+        except SlipError:
+            return  # the peer does not listen any more
+        connection.finish()
+
+    def _start(self, listener: Listener, sock: socket.socket) -> None:
+        try:
+            visit = _Visit(_source(sock), sock.dup())
+        except OSError as error:  # out of descriptors, or the peer has left
+            logger.warning("refused a connection: %s", error)
+            sock.close()
+            return
+        visit.thread = threading.Thread(target=self._visit, args=(visit, listener, sock), daemon=True)
+        with self._guard:
+            strangers = [other for other in self._visits if not other.greeted and not other.ended]
+            if len(strangers) >= MAX_STRANGERS:
+                unwanted = _least_wanted(strangers)
+                unwanted.end()
+                logger.warning("refused %s: it has not greeted, and others wait", unwanted.source)
+            self._visits[visit] = None
+        try:
+            visit.thread.start()
+        except RuntimeError as error:  # out of threads: those in use come back some time
+            logger.warning("refused %s: %s", visit.source, error)
+            sock.close()
+            self._forget(visit)
+
+    def _visit(self, visit: _Visit, listener: Listener, sock: socket.socket) -> None:
+        """A connection's thread: the handshake, then the conversation."""
+        try:
+            connection = listener.secure(sock, time.monotonic() + GREETING_LIMIT)
+            with self._guard:
+                visit.identity = connection.identity
+            self.attend(connection, visit)
+        except SlipError as error:
+            if not visit.ended:
+                logger.warning("refused %s: %s", visit.source, error)
+        finally:
+            self._forget(visit)
+
+    def _forget(self, visit: _Visit) -> None:
+        with self._guard:
+            del self._visits[visit]
+            visit.handle.close()
+
+    def _watch(self, revocations: Revocations) -> None:
+        def cut() -> None:
+            with self._guard:
+                for visit in self._visits:
+                    who = visit.identity
+                    if who is not None and who.serial in revocations and not visit.ended:
+                        visit.end()
+                        logger.warning("cut off vault %s at %s: it is revoked", who.name, visit.source)
+
+        watch = threading.Thread(target=revocations.watch, args=(cut, self._drained), daemon=True)
+        watch.start()
+
+    def _drain(self) -> None:
+        """Strangers are dropped, vaults have DRAIN_LIMIT to get the answers that they have asked for."""
+        self.stop()
+        self._end(lambda visit: not visit.greeted, DRAIN_LIMIT)
+        self._end(lambda visit: True, GREETING_LIMIT)
+        self._drained.set()
+
+    def _end(self, which: Callable[[_Visit], bool], limit: float) -> None:
+        """End some of the visits, then wait for all."""
+        with self._guard:
+            visits = list(self._visits)
+            for visit in visits:
+                if which(visit):
+                    visit.end()
+        deadline = time.monotonic() + limit
+        for visit in visits:
+            if visit.thread is not None:
+                visit.thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _least_wanted(strangers: Sequence[_Visit]) -> _Visit:
+    """The oldest from the busiest address, of those without a certificate where there are any."""
+    unknown = [visit for visit in strangers if visit.identity is None] or strangers
+    crowd = Counter(visit.source for visit in unknown)
+    return max(unknown, key=lambda visit: crowd[visit.source])  # the first of equals is the oldest
+
+
+def _source(sock: socket.socket) -> str:
+    """The address a peer comes from, without its port."""
+    return "a Unix socket" if sock.family == socket.AF_UNIX else str(sock.getpeername()[0])
+
+
+def _spki(identity: Identity | None) -> bytes:
+    return NO_SPKI if identity is None else identity.spki
+
+
+def run(
+    share_dir: Path,
+    listen: str,
+    keys: Path | None,
+    *,
+    json_ready: bool = False,
+    threads: int | None = None,
+    until_stdin_closes: bool = False,
+) -> None:
+    """The command `slip worker`: serve a share until SIGTERM or SIGINT.
+
+    With `json_ready` the ready line on stdout is one JSON document {"listening": ADDRESS, "pid": PID}.
+    With `until_stdin_closes` the worker also ends with the process that holds the other end of its stdin.
+    Raises ShareError, KernelError, and what `Worker.serve` raises.
+    """
+    worker = Worker(open_worker(share_dir), threads)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    if until_stdin_closes:
+        threading.Thread(target=_wait_for_end_of_input, args=(worker.stop,), daemon=True).start()
+
+    def ready(address: str) -> None:
+        line = json.dumps({"listening": address, "pid": os.getpid()})
+        sys.stdout.write(f"{line if json_ready else f'listening on {address}'}\n")
+        sys.stdout.flush()
+
+    worker.serve(listen, keys, ready)
+
+
+def _wait_for_end_of_input(then: Callable[[], None]) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    then()

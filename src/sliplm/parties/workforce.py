@@ -1,0 +1,304 @@
+"""Several workers, or several dealers: who is asked next, who rests, who is never asked again.
+
+state        how it comes about                                    asked again
+up
+lost         nobody listens, or the connection broke               when nobody else is left, or once a
+                                                                   probe in the background finds it
+suspended    no answer in time, a refusal, an answer cut short     after a pause that doubles each time
+quarantined  a wrong product, a broken protocol, wrong keys,       never, unless the operator says so
+             wrong split, a revoked certificate                    (`rejoin`)
+drained      the operator's wish                                   after `rejoin`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple, Self
+
+from sliplm.errors import (
+    CredentialError,
+    InputError,
+    MismatchError,
+    SlipError,
+    VerificationError,
+    WireError,
+    WorkerError,
+    WorkerFault,
+    WorkerTimeout,
+    WorkerUnavailable,
+)
+from sliplm.network import keys
+from sliplm.network.attestation import Attester, NullAttester, NullVerifier, Verifier
+from sliplm.network.link import Greet, Link
+from sliplm.network.transport import Connection, parse_address
+from sliplm.parties.audit import AuditLog, Event
+from sliplm.protocol.sides import Shape, Welcome
+
+State = Literal["up", "lost", "suspended", "quarantined", "drained"]
+Role = Literal["worker", "dealer"]
+
+FAILURES: Final = (WorkerError, WireError, CredentialError, MismatchError)
+"""What a link may raise that another worker could do better."""
+
+_PAUSES: Final = (1.0, 60.0)  # seconds before a lost one is probed: the first time, at most
+_SUSPENSIONS: Final = (5.0, 300.0)  # seconds for which a stalled one is left alone
+_ROUND: Final = 0.25  # seconds between two looks at revocations and probes
+_STOP_LIMIT: Final = 5.0
+
+
+def _greeted(link: Link, connection: Connection, welcome: Welcome) -> None:
+    """Nothing more is asked of a new connection."""
+
+
+class Status(NamedTuple):
+    """One worker or dealer, for people."""
+
+    address: str
+    state: State
+    reason: str
+    served: int
+
+
+@dataclass
+class _Member:
+    link: Link
+    state: State = "up"
+    reason: str = ""
+    until: float = -math.inf  # time.monotonic() before which it is not probed or asked
+    strikes: int = 0
+    served: int = 0
+    last: int = 0  # number of the exchange that it served last
+    revocations: keys.Revocations | None = field(default=None, repr=False)
+
+
+class Workforce:
+    """The links of one role, with a thread that probes the lost and watches for revoked certificates."""
+
+    def __init__(self, links: Sequence[Link], role: Role, audit: AuditLog) -> None:
+        self._role, self._audit = role, audit
+        self._lock = threading.Lock()
+        self._members = [_Member(link, revocations=_revocations(link.address)) for link in links]
+        self._by_address = {member.link.address: member for member in self._members}
+        if len(self._by_address) != len(self._members):
+            raise InputError(f"a {role} is named twice: name each once")
+        self._exchanges = 0
+        self._closing = threading.Event()
+        self._warden = threading.Thread(target=self._watch, name=f"sliplm-{role}s", daemon=True)
+        self._warden.start()
+
+    @classmethod
+    def of(
+        cls,
+        addresses: Sequence[str],
+        role: Role,
+        split_id: str,
+        shapes: Sequence[Shape],
+        timeout: float,
+        audit: AuditLog,
+        greet: Greet = _greeted,
+        attester: Attester | None = None,
+        verifier: Verifier | None = None,
+    ) -> Self:
+        """With a `Link` to each address, whose arguments these are."""
+        shown, judge = attester or NullAttester(), verifier or NullVerifier()
+        links = [Link(address, split_id, shapes, timeout, greet, shown, judge) for address in addresses]
+        return cls(links, role, audit)
+
+    def __repr__(self) -> str:
+        return f"Workforce({', '.join(f'{m.link.address}: {m.state}' for m in self._members)})"
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """All of them, in the order in which they were named."""
+        return tuple(member.link for member in self._members)
+
+    def states(self) -> tuple[Status, ...]:
+        """How each one stands."""
+        with self._lock:
+            return tuple(Status(m.link.address, m.state, m.reason, m.served) for m in self._members)
+
+    def open_one(self) -> None:
+        """Connect to the first that can serve.  Raises the first one's error when none can."""
+        first: SlipError | None = None
+        tried: set[Link] = set()
+        while (link := self.pick(tried)) is not None:
+            tried.add(link)
+            try:
+                link.open()
+            except FAILURES as error:
+                first = first or error
+                self.failed(link, error)
+            else:
+                return
+        raise self.refusal(first)
+
+    def pick(self, tried: Collection[Link]) -> Link | None:
+        """Who is asked next: of those that are up the one with the fewest exchanges waiting, of these the one
+        that served last; then the lost ones; None when nobody is left but `tried`.
+        """
+        with self._lock:
+            left = [m for m in self._members if m.link not in tried and m.link.barred is None]
+            up = [m for m in left if m.state == "up"]
+            lost = [m for m in left if m.state == "lost"]
+            if up:
+                return min(up, key=lambda m: (m.link.in_flight, -m.last)).link
+            return lost[0].link if lost else None
+
+    def served(self, link: Link) -> None:
+        """An exchange went well."""
+        member = self._by_address[link.address]
+        if member.state == "lost":
+            self._back(member)
+        with self._lock:
+            self._exchanges += 1
+            member.served += 1
+            member.last = self._exchanges
+            member.strikes = 0
+
+    def failed(self, link: Link, error: SlipError, group: str | None = None) -> None:
+        """An exchange went wrong: decide what becomes of the worker, and record it."""
+        member = self._by_address[link.address]
+        event, state, pauses, kind = _verdict(error)
+        with self._lock:
+            if member.state in ("quarantined", "drained") or self._closing.is_set():
+                return  # decided already
+            again = member.state == state == "lost"
+            member.state, member.reason = state, str(error)
+            member.until = time.monotonic() + min(pauses[0] * 2**member.strikes, pauses[1])
+            member.strikes += 1
+            if kind is not None:
+                link.bar(kind, f"{self._role} {link.address} is {state}: {error}")
+        if not again:
+            self._record(member, event, str(error), group)
+
+    def drain(self, address: str) -> None:
+        """Let the exchange under way end, close the connection, and ask it nothing more until `rejoin`.
+
+        Raises InputError for an address that is not ours.
+        """
+        member = self._member(address)
+        with self._lock:
+            member.state, member.reason, member.until = "drained", "by the operator", math.inf
+        member.link.rest(WorkerUnavailable, f"{self._role} {address} was drained")
+        self._record(member, "drained", "by the operator", None)
+
+    def rejoin(self, address: str) -> None:
+        """Connect again now to one that was drained, suspended, lost or even quarantined.
+
+        Raises InputError for an address that is not ours, and what `Link.open` raises; it then stays out.
+        """
+        member = self._member(address)
+        barred = member.link.barred
+        member.link.admit()
+        try:
+            member.link.open()
+        except SlipError:
+            if barred is not None:
+                member.link.bar(*barred)
+            raise
+        self._back(member)
+
+    def nobody(self) -> SlipError:
+        """The error when nobody is left to ask."""
+        states = self.states()
+        reasons = "; ".join(f"{status.address}: {status.reason or status.state}" for status in states)
+        if any(status.state == "quarantined" for status in states):
+            return VerificationError(
+                f"no {self._role} is left ({reasons}); name another one and load the model again"
+            )
+        return WorkerUnavailable(f"no {self._role} serves now ({reasons}); see that one runs, then ask again")
+
+    def refusal(self, failure: SlipError | None) -> SlipError:
+        """The error of a request that nobody could serve: of the last failure's kind, naming all."""
+        everybody = self.nobody()
+        if failure is None:
+            return everybody
+        failure.args = (str(everybody), *failure.args[1:])
+        return failure
+
+    def close(self) -> None:
+        """Close all connections and stop watching."""
+        self._closing.set()
+        for link in self.links:
+            link.close()
+        if threading.current_thread() is not self._warden:
+            self._warden.join(_STOP_LIMIT)
+
+    def _member(self, address: str) -> _Member:
+        if address not in self._by_address:
+            raise InputError(f"{address!r} is no {self._role} of this vault: {', '.join(self._by_address)}")
+        return self._by_address[address]
+
+    def _back(self, member: _Member) -> None:
+        with self._lock:
+            member.state, member.reason = "up", ""
+            member.link.admit()
+        self._record(member, "rejoined", "serves again", None)
+
+    def _record(self, member: _Member, event: Event, reason: str, group: str | None) -> None:
+        link = member.link
+        self._audit.write(event, reason, role=self._role, address=link.address, peer=link.peer, group=group)
+
+    # --- the thread that watches -------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._closing.wait(_ROUND):
+            for member in self._members:
+                self._look_for_revocation(member)
+            now = time.monotonic()
+            due = [m for m in self._members if m.state in ("lost", "suspended") and m.until <= now]
+            for member in due:
+                member.until = math.inf  # one probe at a time
+                threading.Thread(target=self._probe, args=(member,), daemon=True).start()
+
+    def _look_for_revocation(self, member: _Member) -> None:
+        connection = member.link.connection
+        if member.revocations is None or connection is None or connection.identity is None:
+            return
+        with contextlib.suppress(
+            CredentialError
+        ):  # what was known still counts; a handshake says what is wrong
+            member.revocations.refresh()
+        if connection.identity.serial in member.revocations and member.state != "quarantined":
+            reason = f"the certificate {connection.identity.name} was revoked"
+            with self._lock:
+                member.state, member.reason, member.until = "quarantined", reason, math.inf
+                member.link.bar(
+                    VerificationError, f"{self._role} {member.link.address} is quarantined: {reason}"
+                )
+            self._record(member, "revoked", reason, None)
+
+    def _probe(self, member: _Member) -> None:
+        """Connect to one that was lost or suspended; whoever greets is asked again."""
+        link = member.link
+        if member.state == "suspended":
+            link.admit()
+        try:
+            link.open()
+        except FAILURES as error:
+            self.failed(link, error)
+        else:
+            if member.state in ("lost", "suspended"):
+                self._back(member)
+
+
+def _verdict(error: SlipError) -> tuple[Event, State, tuple[float, float], type[WorkerError] | None]:
+    """What becomes of a worker after an error: event, state, pauses, and the bar if it is not to be asked."""
+    if isinstance(error, (WorkerTimeout, WorkerFault)) or getattr(error, "torn", False):
+        return "suspended", "suspended", _SUSPENSIONS, type(error) if isinstance(error, WorkerError) else None
+    if isinstance(error, WorkerUnavailable):
+        return "lost", "lost", _PAUSES, None
+    return "quarantined", "quarantined", (math.inf, math.inf), VerificationError
+
+
+def _revocations(address: str) -> keys.Revocations | None:
+    folder = getattr(parse_address(address), "keys", None)
+    return None if folder is None else keys.Revocations(folder)

@@ -1,0 +1,413 @@
+"""The two artefacts on disk: the vault's share (secret) and the worker's share (assume it is public).
+
+    vault/   seal.json   manifest.json   share.safetensors   model.safetensors   config.json   tokenizer files
+    worker/  manifest.json   share.safetensors
+
+The worker's `share.safetensors` has one integer tensor per group, named by its group.  The vault's has, per
+group G of m rows, n columns and rank k: `G/a` F32 [m,k], `G/b` F32 [k,n], `G/scale` F32 [m], `G/c` U32 [4t,n]
+(4 sets of challenges), `G/norm` F64 [1] and `G/seed` U8 [32]; and for each adapter N and member i that it
+changes, `G/adapter/N/i/a` F32 [rows of i, its rank] and `G/adapter/N/i/b` F32 [its rank, n].  In both files
+of the vault a tensor lies sealed, as U8 [sealed bytes] under its name; its true type and shape are in the
+manifest (`sealing`).
+
+A manifest holds the sha256 of every other file of its folder, but not of `seal.json`, which authenticates the
+manifest; the vault's also holds those of the worker's two files, which binds the pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ValidationError
+
+from sliplm.arithmetic.field import derive_key
+from sliplm.errors import MismatchError, RecipeError, ShareError
+from sliplm.shares.keysource import KeySpec
+from sliplm.shares.manifest import (
+    FileRecord,
+    GroupAdapter,
+    IntegerType,
+    Member,
+    VaultGroup,
+    VaultManifest,
+    WorkerGroup,
+    WorkerManifest,
+)
+from sliplm.shares.recipe import problems
+from sliplm.shares.sealing import check_manifest, open_blob, open_bytes, open_seal, read_seal, sealed_bytes
+from sliplm.shares.splitting import CHALLENGE_SETS, CHALLENGES, GroupSecrets, LowRank
+from sliplm.shares.tensorfile import NUMPY, TensorEntry, TensorSpec, map_file, read_header
+
+MANIFEST = "manifest.json"
+SHARE = "share.safetensors"
+MODEL = "model.safetensors"
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_ITEMS = 1 << 20
+MAX_OBJECT_ITEMS = 100
+AGAIN = "copy the share again, or split again"
+
+
+@dataclass(frozen=True, repr=False)
+class VaultShare:
+    """The vault's share, in memory; a group's index is its place in `manifest.groups`."""
+
+    path: Path
+    manifest: VaultManifest
+    groups: dict[str, GroupSecrets]
+    members: dict[str, tuple[Member, ...]]
+    data_key: bytes
+
+    def pool_key(self, label: str) -> bytes:
+        """A 32-byte secret of this split for masks on disk, one for each label."""
+        return derive_key(self.data_key, f"pool/{label}")
+
+    @property
+    def split_id(self) -> str:
+        return self.manifest.split_id
+
+    @property
+    def pool_name(self) -> str:
+        """The name of this vault's pools: the split id, which the vaults of one public base have in common,
+        or there a name of its own.
+        """
+        return (
+            self.split_id if self.manifest.base is None else derive_key(self.data_key, "pool name")[:16].hex()
+        )
+
+    def __repr__(self) -> str:
+        return f"VaultShare({str(self.path)!r}, groups={len(self.groups)}, secrets hidden)"
+
+
+@dataclass(frozen=True)
+class WorkerShare:
+    """The worker's share, memory-mapped; a group's index is its place in `names`."""
+
+    path: Path
+    manifest: WorkerManifest
+    matrices: dict[str, npt.NDArray[Any]]
+    digests: dict[str, FileRecord]
+
+    @property
+    def split_id(self) -> str:
+        return self.manifest.split_id
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(group.name for group in self.manifest.groups)
+
+    def __repr__(self) -> str:
+        return f"WorkerShare({str(self.path)!r}, groups={len(self.matrices)})"
+
+
+def open_vault(path: Path | str, key: KeySpec = None) -> VaultShare:
+    """Open and verify a vault folder; the secrets are decrypted into memory.
+
+    Args:
+        key: what seals it, see `keysource`; None takes the user's key file.
+
+    Raises:
+        CredentialError: the key cannot be had.
+        SealError: the key is another one, or sealed bytes were altered.
+        ShareError: a file is missing, truncated, altered or not a share; the message names it.
+    """
+    path = Path(path)
+    data, manifest = _read_manifest(path / MANIFEST, VaultManifest)
+    seal = read_seal(path)
+    data_key = open_seal(path, key, seal)
+    check_manifest(path, seal, data_key, data)
+    _verify(path, manifest.files, (SHARE, MODEL, "config.json"))
+    specs = {spec.name: spec for group in manifest.groups for spec in secret_specs(group)}
+    tensors = {spec.name: np.empty(spec.shape, NUMPY[spec.dtype]) for spec in specs.values()}
+    open_tensors(path / SHARE, data_key, specs, {name: array.data for name, array in tensors.items()})
+    return VaultShare(
+        path=path,
+        manifest=manifest,
+        groups={group.name: _secrets(group, tensors) for group in manifest.groups},
+        members={group.name: group.members for group in manifest.groups},
+        data_key=data_key,
+    )
+
+
+def open_sealed_file(path: Path | str, name: str, key: KeySpec, limit: int) -> bytes:
+    """The plain bytes of one small sealed file of a vault folder, which is authenticated like the rest.
+
+    Args:
+        limit: bytes above which it is refused unread.
+
+    Raises:
+        CredentialError: the key cannot be had.
+        SealError: the key is another one, or sealed bytes were altered.
+        ShareError: the folder has no such file, or it cannot be read.
+    """
+    path = Path(path)
+    data, manifest = _read_manifest(path / MANIFEST, VaultManifest)
+    seal = read_seal(path)
+    data_key = open_seal(path, key, seal)
+    check_manifest(path, seal, data_key, data)
+    expected = manifest.files.get(name)
+    if expected is None or expected.bytes > limit:
+        raise ShareError(f"{path} has no {name}: it was made by a release of sliplm that wrote none")
+    _verify(path, {name: expected}, ())
+    try:
+        return open_bytes(data_key, name, (path / name).read_bytes())
+    except OSError as error:
+        raise ShareError(f"{path / name} cannot be read ({error.strerror}); {AGAIN}") from error
+
+
+def open_worker(path: Path | str) -> WorkerShare:
+    """Open and verify a worker folder; the matrices are int8 or int16 [m,n], read-only, memory-mapped.
+
+    Raises:
+        ShareError: a file is missing, truncated, altered or not a share; the message names it.
+    """
+    path = Path(path)
+    data, manifest = _read_manifest(path / MANIFEST, WorkerManifest)
+    _verify(path, manifest.files, (SHARE,))
+    specs = {group.name: worker_spec(group) for group in manifest.groups}
+    matrices = map_file(path / SHARE, _header(path / SHARE, specs))
+    own = FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return WorkerShare(
+        path=path,
+        manifest=manifest,
+        matrices={group.name: matrices[group.name] for group in manifest.groups},
+        digests={MANIFEST: own, **manifest.files},
+    )
+
+
+def check_pair(vault: VaultShare, worker: WorkerShare) -> None:
+    """Check that two shares come from one split.
+
+    Raises:
+        MismatchError: they do not.
+    """
+    if vault.split_id != worker.split_id:
+        raise MismatchError(
+            f"{vault.path} and {worker.path} come from different splits "
+            f"({vault.split_id[:8]} and {worker.split_id[:8]}); use the two folders that one split wrote"
+        )
+    for name, record in vault.manifest.worker_files.items():
+        if worker.digests.get(name) != record:
+            raise MismatchError(
+                f"{worker.path / name} is not the file that was written with {vault.path}; copy it again"
+            )
+
+
+def read_vault_manifest(path: Path | str) -> VaultManifest:
+    """The manifest of a vault folder, without reading or verifying anything else.
+
+    Raises:
+        ShareError: there is none, or it is not valid.
+    """
+    return _read_manifest(Path(path) / MANIFEST, VaultManifest)[1]
+
+
+def record(path: Path) -> FileRecord:
+    """Length and digest of a file, read in chunks.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(bytes=file.tell(), sha256=digest)
+
+
+def worker_spec(group: WorkerGroup) -> TensorSpec:
+    """The tensor of a group in the worker's share."""
+    return TensorSpec(group.name, group.dtype, (group.rows, group.columns))
+
+
+def secret_specs(group: VaultGroup) -> tuple[TensorSpec, ...]:
+    """The tensors of a group in the vault's share."""
+    m, n, k = group.rows, group.columns, group.rank
+    fields: Iterable[tuple[str, str, tuple[int, ...]]] = (
+        ("a", "F32", (m, k)), ("b", "F32", (k, n)), ("scale", "F32", (m,)),
+        ("c", "U32", (CHALLENGE_SETS * CHALLENGES, n)), ("norm", "F64", (1,)), ("seed", "U8", (32,)),
+    )  # fmt: skip
+    own = tuple(TensorSpec(f"{group.name}/{field}", dtype, shape) for field, dtype, shape in fields)
+    return own + tuple(
+        TensorSpec(f"{place}/{field}", "F32", shape)
+        for adapter in group.adapters
+        for place, _, rows, rank in _places(group, adapter)
+        for field, shape in (("a", (rows, rank)), ("b", (rank, n)))
+    )
+
+
+def _places(group: VaultGroup, adapter: GroupAdapter) -> Iterator[tuple[str, int, int, int]]:
+    """Of each member that an adapter changes: where it lies, its first row, its rows, and the rank."""
+    first = 0
+    for i, (member, rank) in enumerate(zip(group.members, adapter.ranks, strict=True)):
+        if rank:
+            yield f"{group.name}/adapter/{adapter.name}/{i}", first, member.rows, rank
+        first += member.rows
+
+
+def sealed_spec(spec: TensorSpec) -> TensorSpec:
+    """The tensor as a file of the vault holds it."""
+    return TensorSpec(spec.name, "U8", (sealed_bytes(spec.nbytes),))
+
+
+def open_tensors(
+    path: Path, data_key: bytes, specs: Mapping[str, TensorSpec], out: Mapping[str, memoryview]
+) -> None:
+    """Decrypt the tensors `specs` of a file of the vault, each into its place.
+
+    Args:
+        specs: what the manifest says of all tensors of this file.
+        out: writable bytes for each of them, of its length.
+
+    Raises:
+        SealError: sealed bytes were altered, or are not those of this tensor.
+        ShareError: the file cannot be read, or does not hold exactly these tensors.
+    """
+    entries = _header(path, {name: sealed_spec(spec) for name, spec in specs.items()})
+    try:
+        with path.open("rb", buffering=0) as file:
+            for name, entry in entries.items():
+                file.seek(entry.start)
+                open_blob(data_key, f"{path.name}/{name}", file, entry.nbytes, out[name])
+    except OSError as error:
+        raise ShareError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from error
+
+
+def secret_tensors(secrets: GroupSecrets) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a group under the names of `secret_specs`, those of adapters apart."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "a": secrets.a,
+        "b": secrets.b,
+        "scale": secrets.scale,
+        "c": secrets.c,
+        "norm": np.array([secrets.norm], dtype=np.float64),
+        "seed": np.frombuffer(secrets.seed, dtype=np.uint8),
+    }
+    return {f"{secrets.name}/{field}": array for field, array in arrays.items()}
+
+
+def adapter_tensors(
+    group: VaultGroup, adapters: Mapping[str, tuple[LowRank, ...]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The arrays of a group's adapters under the names of `secret_specs`."""
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for adapter in group.adapters:
+        for (place, *_), part in zip(_places(group, adapter), adapters[adapter.name], strict=True):
+            found |= {f"{place}/a": part.a, f"{place}/b": part.b}
+    return found
+
+
+def integer_type(precision: int) -> IntegerType:
+    """The type of the worker's integers: int8 up to 8 bits, else int16."""
+    return "I8" if precision <= 8 else "I16"
+
+
+def sliplm_version() -> str:
+    """The installed version, as manifests record it."""
+    try:
+        return version("sliplm")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def _secrets(group: VaultGroup, tensors: Mapping[str, npt.NDArray[Any]]) -> GroupSecrets:
+    def get(field: str) -> npt.NDArray[Any]:
+        return tensors[f"{group.name}/{field}"]
+
+    return GroupSecrets(
+        name=group.name, m=group.rows, n=group.columns, precision=group.precision, rotation=group.rotation,
+        a=get("a"), b=get("b"), scale=get("scale"), norm=float(get("norm")[0]), c=get("c"),
+        seed=get("seed").tobytes(),
+        adapters={
+            adapter.name: tuple(
+                LowRank(first, tensors[f"{place}/a"], tensors[f"{place}/b"])
+                for place, first, _, _ in _places(group, adapter)
+            )
+            for adapter in group.adapters
+        },
+    )  # fmt: skip
+
+
+M = TypeVar("M", VaultManifest, WorkerManifest)
+
+
+def _read_manifest(path: Path, kind: type[M]) -> tuple[bytes, M]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        side = "vault" if kind is VaultManifest else "worker"
+        raise ShareError(
+            f"{path} cannot be read ({error.strerror}); give the {side} folder that a split wrote"
+        ) from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ShareError(f"{path} is longer than {MAX_MANIFEST_BYTES} bytes: this is no manifest")
+    _outline(path, data, kind)
+    try:
+        manifest = kind.model_validate_json(data)
+    except (ValidationError, RecipeError) as error:
+        text = problems(error) if isinstance(error, ValidationError) else str(error)
+        raise ShareError(f"{path} is not a valid manifest; {AGAIN}:\n{text}") from error
+    names = [group.name for group in manifest.groups]
+    if len(set(names)) != len(names):
+        raise ShareError(f"{path} names a group twice; {AGAIN}")
+    return data, manifest
+
+
+def _outline(path: Path, data: bytes, kind: type[BaseModel]) -> None:
+    """Refuse what would make validation list errors by the million, or copy all of it into each of them."""
+    if data.count(b",") > MAX_MANIFEST_ITEMS:
+        raise ShareError(f"{path} has more than {MAX_MANIFEST_ITEMS} entries: this is no manifest")
+    try:
+        found = json.loads(data, object_pairs_hook=_small)
+    except (ValueError, RecursionError) as error:
+        raise ShareError(f"{path} is not a valid manifest; {AGAIN}:\n{error}") from error
+    if isinstance(found, dict) and found.get("version") == 1:
+        raise ShareError(f"{path} was made by an older release of sliplm: split again")
+    fields = found if isinstance(found, dict) else {}
+    wanted = kind.model_fields["format"].default
+    required = [name for name, field in kind.model_fields.items() if field.is_required()]
+    lines = [f"{name}: this field is required" for name in required if name not in fields]
+    if lines:
+        text = "\n".join([f"format: should be {wanted!r}", *lines])
+        raise ShareError(f"{path} is not a valid manifest; {AGAIN}:\n{text}")
+
+
+def _small(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_OBJECT_ITEMS:
+        raise ValueError(f"an object with more than {MAX_OBJECT_ITEMS} fields")
+    return dict(pairs)
+
+
+def _verify(path: Path, files: Mapping[str, FileRecord], required: Iterable[str]) -> None:
+    for name in required:
+        if name not in files:
+            raise ShareError(f"{path / MANIFEST} has no digest of {name}; {AGAIN}")
+    for name, expected in files.items():
+        try:
+            size = (path / name).stat().st_size
+            if size != expected.bytes:
+                raise ShareError(f"{path / name} has {size} bytes instead of {expected.bytes}; {AGAIN}")
+            found = record(path / name)
+        except OSError as error:
+            raise ShareError(f"{path / name} cannot be read ({error.strerror}); {AGAIN}") from error
+        if found != expected:
+            raise ShareError(f"{path / name} was altered or damaged; {AGAIN}")
+
+
+def _header(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, TensorEntry]:
+    try:
+        entries = read_header(path)
+    except (OSError, ValueError) as error:
+        raise ShareError(f"{path} cannot be used: {error}; {AGAIN}") from error
+    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    if found != {name: (spec.dtype, spec.shape) for name, spec in specs.items()}:
+        raise ShareError(f"{path} does not hold the tensors that its manifest names; split again")
+    if any(entry.start % np.dtype(NUMPY[entry.dtype]).itemsize for entry in entries.values()):
+        raise ShareError(f"{path} holds tensors that are not aligned; split again")
+    return entries

@@ -1,0 +1,198 @@
+"""One group's weight matrix -> the vault's part and the worker's part (SPEC section 2, in its order)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from sliplm.arithmetic.field import Elements, challenge_products, challenge_vectors, derive_key, new_key
+from sliplm.arithmetic.fixedpoint import Floats, norm_bound, quantise_rows, scale_limit
+from sliplm.arithmetic.rotation import Rotation, gaussians
+from sliplm.arithmetic.rotation import make as make_rotation
+from sliplm.errors import CheckpointError, RecipeError
+
+CHALLENGES = 2  # t: a wrong product passes with probability p^-2 = 2^-64
+CHALLENGE_SETS = 4  # one in use, the others spare: a set is not used again after a failed check
+EXACT_SVD = 4096  # smaller side up to which the decomposition is exact; above, randomised
+_OVERSAMPLING, _POWER_STEPS = 16, 4
+
+
+@dataclass(frozen=True, repr=False)
+class LowRank:
+    """A [m, k] times B [k, n], float32, added to the `m` rows of a group's product from row `first` on."""
+
+    first: int
+    a: Floats
+    b: Floats
+
+    def __repr__(self) -> str:
+        return f"LowRank(first={self.first}, rank={self.b.shape[0]}, secrets hidden)"
+
+
+@dataclass(frozen=True, repr=False)
+class GroupSecrets:
+    """The vault's part of one split group: all that is needed beside the worker's integers w.
+
+    Attributes:
+        m, n: outputs (of all members together) and inputs.
+        a, b: float32 [m, k] and [k, n], the most sensitive part W_C = A B.
+        scale: float32 [m], row scales of the fixed point.  norm: N, the largest row norm of w.
+        c: uint32 [CHALLENGE_SETS * t, n], products of the challenge vectors with w, one set after the other.
+        seed: 32 bytes from which the rotations and the challenge vectors are derived.
+        adapters: by name what an adapter adds, one part for each member that it changes.
+    """
+
+    name: str
+    m: int
+    n: int
+    precision: int
+    rotation: str
+    a: Floats
+    b: Floats
+    scale: Floats
+    norm: float
+    c: Elements
+    seed: bytes
+    adapters: Mapping[str, tuple[LowRank, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"GroupSecrets({self.name!r}, m={self.m}, n={self.n}, rank={self.b.shape[0]}, secrets hidden)"
+
+    def rotation_out(self) -> Rotation:
+        """Q_out of R^m."""
+        return make_rotation(self.rotation, derive_key(self.seed, "rotation out"), self.m)
+
+    def rotation_in(self) -> Rotation:
+        """Q_in of R^n."""
+        return make_rotation(self.rotation, derive_key(self.seed, "rotation in"), self.n)
+
+    def challenges(self, number: int = 0) -> Elements:
+        """The challenge vectors e of one set, 0 <= number < CHALLENGE_SETS: uint32 [t, m]."""
+        return _challenges(self.seed, number, self.m)
+
+    def challenge_products(self, number: int) -> Elements:
+        """Their products with w: uint32 [t, n], a view."""
+        return self.c[number * CHALLENGES : (number + 1) * CHALLENGES]
+
+
+@dataclass(frozen=True, repr=False)
+class GroupSplit:
+    """Both parts of one group.
+
+    Attributes:
+        w: int8 or int16 [m, n], all that the worker gets.
+        error: relative Frobenius error of w.
+        svd_error: how far the kept directions are from singular ones, see `direction_error`.
+    """
+
+    secrets: GroupSecrets
+    w: npt.NDArray[np.integer]
+    error: float
+    svd_error: float
+
+
+def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotation: str) -> GroupSplit:
+    """Split the stacked weight of a group, float32 [m, n] (rows: outputs).
+
+    Raises: RecipeError for a rank above the matrix's; CheckpointError for weights that are not finite.
+    """
+    m, n = weight.shape
+    if not 0 <= rank <= min(m, n):
+        raise RecipeError(f"{name}: rank {rank} is above the matrix's {min(m, n)}; choose a smaller rank")
+    if not np.isfinite(weight).all():
+        raise CheckpointError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged")
+    # 1. the most sensitive part
+    a, b = top_triplets(weight, rank)
+    rest = weight - a @ b
+    # 2. hide the basis
+    seed = new_key()
+    hidden = rotate_both(rest, rotation, seed)
+    secrets, w, error = in_integers(name, hidden, a, b, precision=precision, rotation=rotation, seed=seed)
+    return GroupSplit(secrets, w, error, direction_error(weight, a, b))
+
+
+def in_integers(
+    name: str, hidden: Floats, a: Floats, b: Floats, *, precision: int, rotation: str, seed: bytes
+) -> tuple[GroupSecrets, npt.NDArray[np.integer], float]:
+    """Steps 3 and 4 for W_R = `hidden`, float32 [m, n]: the secrets, w and w's relative error."""
+    m, n = hidden.shape
+    # 3. fixed point
+    w, scale = quantise_rows(hidden, precision)
+    norm = norm_bound(w)
+    scale_limit(norm, n)
+    # 4. verification
+    c = np.concatenate([challenge_products(_challenges(seed, i, m), w) for i in range(CHALLENGE_SETS)])
+    secrets = GroupSecrets(name, m, n, precision, rotation, a, b, scale, norm, c, seed)
+    return secrets, w, _relative_error(hidden, w, scale)
+
+
+def top_triplets(weight: Floats, rank: int) -> tuple[Floats, Floats]:
+    """A [m, k], B [k, n] with A B the best rank-k approximation of W [m, n], B's rows orthonormal (SPEC split
+    step 1).
+
+    Exact up to EXACT_SVD on the smaller side; above, by a randomised range finder with power steps.
+    """
+    if rank == 0:
+        return np.zeros((weight.shape[0], 0), np.float32), np.zeros((0, weight.shape[1]), np.float32)
+    right = _right_vectors(weight, rank)
+    return np.ascontiguousarray(weight @ right, np.float32), np.ascontiguousarray(right.T, np.float32)
+
+
+def direction_error(weight: Floats, a: Floats, b: Floats) -> float:
+    """|W^T A - B^T (B W^T A)| / |W^T A|, Frobenius: 0 if the rows of B are right singular vectors of W.
+
+    About 10^-6 where the decomposition is exact; where it is randomised, how well it went.
+    """
+    turned = weight.T @ a
+    total = float(np.linalg.norm(turned))
+    return float(np.linalg.norm(turned - b.T @ (b @ turned))) / total if total else 0.0
+
+
+def _right_vectors(weight: Floats, rank: int) -> Floats:
+    m, n = weight.shape
+    if min(m, n) <= EXACT_SVD:
+        # the top of the spectrum loses nothing in a float64 Gram matrix, and costs a tenth of an SVD
+        if n <= m:
+            return np.linalg.eigh(gram(weight))[1][:, -1 : -rank - 1 : -1].astype(np.float32)
+        left = np.linalg.eigh(gram(weight.T))[1][:, -1 : -rank - 1 : -1]
+        return np.linalg.qr((weight.T @ left.astype(np.float32)).astype(np.float64))[0].astype(np.float32)
+    start = gaussians(new_key(), n * min(rank + _OVERSAMPLING, m, n)).reshape(n, -1).astype(np.float32)
+    basis = np.linalg.qr(start)[0]
+    for _ in range(_POWER_STEPS):
+        basis = np.linalg.qr(weight.T @ (weight @ basis))[0]
+    _, _, right = np.linalg.svd(weight @ basis, full_matrices=False)
+    top: Floats = basis @ right[:rank].T
+    return top
+
+
+def gram(x: Floats) -> npt.NDArray[np.float64]:
+    """X^T X in float64."""
+    total = np.zeros((x.shape[1], x.shape[1]))
+    for first in range(0, x.shape[0], 4096):  # in slices: no float64 copy of a large matrix
+        part = x[first : first + 4096].astype(np.float64)
+        total += part.T @ part
+    return total
+
+
+def rotate_both(w: Floats, kind: str, seed: bytes) -> Floats:
+    """Q_out W Q_in^T (SPEC split step 2): float32 [m, n]."""
+    m, n = w.shape
+    inner = make_rotation(kind, derive_key(seed, "rotation in"), n).apply(w)
+    outer = make_rotation(kind, derive_key(seed, "rotation out"), m).apply(np.ascontiguousarray(inner.T))
+    return np.ascontiguousarray(outer.T)
+
+
+def _challenges(seed: bytes, number: int, m: int) -> Elements:
+    return challenge_vectors(derive_key(seed, f"challenges {number}"), CHALLENGES, m)
+
+
+def _relative_error(hidden: Floats, w: npt.NDArray[np.integer], scale: Floats) -> float:
+    wrong = total = 0.0
+    for row, integers, s in zip(hidden, w, scale, strict=True):
+        wrong += float(np.square(row - integers * s).sum())
+        total += float(np.square(row).sum())
+    return math.sqrt(wrong / total) if total else 0.0

@@ -1,0 +1,166 @@
+"""Every kernel, bit for bit, against Python integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sliplm.arithmetic import kernels
+from sliplm.arithmetic.field import P
+from sliplm.arithmetic.kernels import vnni
+from sliplm.errors import KernelError
+
+FAST = [
+    pytest.param(
+        "vnni", marks=pytest.mark.skipif(not vnni.available(), reason="the processor has no AVX-512 VNNI")
+    ),
+    "portable",
+]
+LARGEST = {np.int8: 127, np.int16: 2047}
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@given(st.data())
+@settings(max_examples=60)
+def test_a_kernel_equals_the_reference(kernel: str, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([np.int8, np.int16]))
+    m, n, rows = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 150)), data.draw(st.integers(1, 40))
+    weights = st.one_of(
+        st.integers(-LARGEST[dtype], LARGEST[dtype]), st.sampled_from([LARGEST[dtype], -LARGEST[dtype]])
+    )
+    w = data.draw(hnp.arrays(dtype, (m, n), elements=weights))
+    x = data.draw(hnp.arrays(np.uint32, (rows, n), elements=st.one_of(st.integers(0, P - 1), st.just(P - 1))))
+    answer = kernels.prepare(w, kernel=kernel, threads=2).product(x)
+    assert answer.dtype == np.uint32
+    assert answer.flags.c_contiguous
+    assert np.array_equal(answer, kernels.prepare(w, kernel="reference").product(x))
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+@pytest.mark.parametrize(
+    ("m", "n", "rows"),
+    [
+        (1030, 576, 1),
+        (515, 4096, 70),
+        (5, 20_000, 3),
+        (3, 65, 2),
+        (4099, 64, 300),
+        (1, 576, 16),
+        (7, 513, 15),
+        (9, 1025, 17),
+        (100, 600, 33),
+        (13, 8300, 27),
+        (31, 70_000, 11),
+        (257, 11_008, 64),
+    ],
+)
+def test_large_shapes_and_worst_cases(kernel: str, dtype: type, m: int, n: int, rows: int) -> None:
+    """Many threads, several cache blocks, tails of every kind, and sums as large as they get."""
+    w, x = kernels.known_operands(m, n, rows, LARGEST[dtype])
+    answer = kernels.prepare(w.astype(dtype), kernel=kernel).product(x)
+    assert np.array_equal(answer, kernels.known_answer(w, x))
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+@pytest.mark.parametrize("rows", [*range(1, 35), 63, 64, 65, 75, 80, 128, 139])
+def test_every_number_of_rows(kernel: str, dtype: type, rows: int) -> None:
+    """Blocks of 16, full and filled up, single rows, and several groups of blocks."""
+    w, x = kernels.known_operands(25, 640, rows, LARGEST[dtype])
+    answer = kernels.prepare(w.astype(dtype), kernel=kernel, threads=3).product(x)
+    assert answer.flags.c_contiguous
+    assert np.array_equal(answer, kernels.known_answer(w, x))
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums(kernel: str, dtype: type, rows: int, sign: int) -> None:
+    """Every limb at its largest and every weight of one sign, beyond what a 32-bit lane can sum."""
+    w = np.full((9, 66_000), sign * LARGEST[dtype], dtype)
+    x = np.full((rows, 66_000), (1022 << 22) + (1 << 22) - 1, np.uint32)
+    x[0] = P - 1
+    answer = kernels.prepare(w, kernel=kernel).product(x)
+    assert np.array_equal(answer, kernels.known_answer(w.astype(np.int64), x))
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("rows", [2, 16])
+def test_operands_of_every_kind_of_memory(kernel: str, rows: int, tmp_path: Path) -> None:
+    w, x = kernels.known_operands(10, 128, rows, 2047)
+    np.save(tmp_path / "w.npy", w.astype(np.int16))
+    mapped = np.load(tmp_path / "w.npy", mmap_mode="r")
+    received = np.frombuffer(x.tobytes(), np.uint32).reshape(x.shape)
+    for w_kind in (mapped, np.asfortranarray(mapped), mapped[::-1]):
+        for x_kind in (x, received, np.asfortranarray(x)):
+            answer = kernels.prepare(w_kind, kernel=kernel).product(x_kind)
+            assert np.array_equal(answer, kernels.known_answer(w_kind.astype(np.int64), x))
+    assert x.flags.writeable
+
+
+def test_the_known_answer_is_right() -> None:
+    w, x = kernels.known_operands(7, 50, 4, 2047)
+    assert np.array_equal(
+        kernels.known_answer(w, x), kernels.prepare(w.astype(np.int16), kernel="reference").product(x)
+    )
+
+
+@pytest.mark.parametrize("kernel", [*FAST, "reference"])
+def test_no_rows_give_no_rows(kernel: str) -> None:
+    w = np.ones((6, 10), np.int8)
+    assert kernels.prepare(w, kernel=kernel).product(np.empty((0, 10), np.uint32)).shape == (0, 6)
+
+
+@pytest.mark.parametrize("kernel", [*FAST, "reference"])
+def test_every_kernel_passes_its_self_test(kernel: str) -> None:
+    assert kernels.self_test(kernel)
+
+
+@pytest.fixture
+def fresh_choice() -> object:
+    kernels.choose.cache_clear()
+    kernels.self_test.cache_clear()
+    yield None
+    kernels.choose.cache_clear()
+    kernels.self_test.cache_clear()
+
+
+class Saturating(kernels.portable.PortableMatrix):
+    """What some machines do: sums that stop at the largest 32-bit number."""
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        return np.minimum(super().product(x), np.uint32(2**31 - 1))
+
+
+def test_a_kernel_that_is_wrong_here_is_passed_over(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(kernels._KERNELS, "vnni", (lambda: True, Saturating))
+    assert not kernels.self_test("vnni")
+    assert kernels.choose() == "portable"
+    with pytest.raises(KernelError, match="wrong products"):
+        kernels.prepare(np.ones((4, 4), np.int8), kernel="vnni")
+
+
+def test_without_any_right_kernel_there_is_an_error(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(kernels._KERNELS):
+        monkeypatch.setitem(kernels._KERNELS, name, (lambda: True, Saturating))
+    with pytest.raises(KernelError, match="no kernel"):
+        kernels.prepare(np.ones((4, 4), np.int8))
+
+
+def test_an_unknown_or_missing_kernel_is_named(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelError, match="unknown kernel 'gpu'"):
+        kernels.prepare(np.ones((4, 4), np.int8), kernel="gpu")
+    monkeypatch.setitem(kernels._KERNELS, "vnni", (lambda: False, vnni.VnniMatrix))
+    with pytest.raises(KernelError, match="processor"):
+        kernels.prepare(np.ones((4, 4), np.int8), kernel="vnni")

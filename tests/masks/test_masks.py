@@ -1,0 +1,235 @@
+"""Masks: dealt right, handed out once, forgotten at the end."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from sliplm.arithmetic.field import P, uniform_rows
+from sliplm.errors import MaskError
+from sliplm.masks import masks
+
+N, M = 6, 4
+W = np.arange(M * N).reshape(M, N) - 11
+
+
+def multiply(r: np.ndarray) -> np.ndarray:
+    return np.array(
+        [[sum(int(a) * int(b) for a, b in zip(row, v, strict=True)) % P for row in W] for v in r], np.uint32
+    )
+
+
+def product(key: bytes, r: np.ndarray) -> np.ndarray:
+    return multiply(r)
+
+
+def make(group: int, rows: int, background: bool, late: bool) -> masks.Batch:
+    return masks.deal(group, N, rows, product, b"")
+
+
+def test_a_dealt_batch_is_masks_with_their_products() -> None:
+    seen = []
+    batch = masks.deal(3, N, 5, lambda key, r: seen.append((key, r)) or multiply(r), b"")
+    taken, (key, r) = batch.burn(5), seen[0]
+    assert key == batch.key
+    assert np.array_equal(taken.r, r)
+    assert np.array_equal(taken.u, multiply(r))
+    assert batch.burn(5).u.size == 0
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Takes and deals in any order: every row that comes out is a mask, and none comes out twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = masks.MaskPool(2, make, ahead=0)
+        self.seen: set[bytes] = set()
+
+    @rule(group=st.integers(0, 1), rows=st.integers(1, 9))
+    def take(self, group: int, rows: int) -> None:
+        taken = self.pool.take(group, rows)
+        assert taken.r.shape == (rows, N)
+        assert np.array_equal(taken.u.reshape(rows, M), multiply(taken.r).reshape(rows, M))
+        for row in taken.r:
+            assert row.tobytes() not in self.seen
+            self.seen.add(row.tobytes())
+
+    @rule()
+    def renew(self) -> None:
+        self.pool.renew()
+        assert self.pool.available(0) == self.pool.available(1) == 0
+
+    @rule(groups=st.sampled_from([[0], [1], [0, 1]]), rows=st.integers(1, 7))
+    def deal(self, groups: list[int], rows: int) -> None:
+        self.pool.add(groups, rows)
+
+    @invariant()
+    def counts_are_right(self) -> None:
+        for group in range(2):
+            ready = self.pool._ready[group]
+            assert self.pool.available(group) == sum(len(batch.u) - batch.used for batch in ready)
+
+    def teardown(self) -> None:
+        self.pool.close()
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=40, stateful_step_count=25)
+
+
+def test_the_background_fills_and_refills() -> None:
+    pool = masks.MaskPool(2, make, ahead=16)
+    try:
+        assert pool.wait_full(30)
+        assert all(pool.available(group) > 12 for group in range(2))
+        assert pool.stored_bytes() >= 2 * 13 * M * 4
+        pool.take(0, 12)
+        assert pool.wait_full(30)
+        assert pool.available(0) > 12
+    finally:
+        pool.close()
+
+
+def test_many_takers_never_get_the_same_mask() -> None:
+    pool = masks.MaskPool(1, make, ahead=32)
+    taken: list[bytes] = []
+
+    def taker() -> None:
+        for _ in range(60):
+            rows = [row.tobytes() for row in pool.take(0, 3).r]
+            taken.extend(rows)
+
+    threads = [threading.Thread(target=taker) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pool.close()
+    assert len(taken) == 4 * 60 * 3
+    assert len(set(taken)) == len(taken)
+
+
+def test_a_dead_dealer_is_told() -> None:
+    def broken(group: int, rows: int, background: bool, late: bool) -> masks.Batch:
+        raise MaskError("the product is wrong")
+
+    pool = masks.MaskPool(1, broken, ahead=8)
+    assert pool.wait_full(30)
+    with pytest.raises(MaskError, match="dealing masks failed"):
+        pool.take(0, 1)
+    pool.close()
+
+
+def test_a_closed_pool_gives_nothing() -> None:
+    pool = masks.MaskPool(1, make, ahead=8)
+    pool.close()
+    assert pool.stored_bytes() == 0
+    with pytest.raises(MaskError, match="closed"):
+        pool.take(0, 1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # newer Pythons warn of fork beside threads
+def test_a_forked_child_gets_no_mask() -> None:
+    """Two processes with one pool would send two messages under one mask."""
+    pool = masks.MaskPool(1, make, ahead=0)
+    pool.add([0], 4)
+    child = os.fork()
+    if child == 0:
+        outcome = 1
+        try:
+            pool.take(0, 1)
+        except MaskError:
+            outcome = 0
+        os._exit(outcome)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(pool.take(0, 1).r) == 1
+    pool.close()
+
+
+def test_no_secret_in_repr() -> None:
+    batch = masks.deal(0, N, 2, product, b"")
+    key, r = batch.key, uniform_rows(batch.key, 0, 0, 2, N)
+    pool = masks.MaskPool(1, make, ahead=0)
+    for thing in (batch, batch.burn(1), pool):
+        assert key.hex() not in repr(thing)
+        assert str(int(r[0, 0])) not in repr(thing)
+        assert "hidden" in repr(thing)
+    pool.close()
+
+
+def test_a_batch_is_made_again_from_its_key() -> None:
+    batch = masks.deal(7, N, 3, product, b"")
+    assert np.array_equal(uniform_rows(batch.key, 7, 0, 3, N), batch.burn(3).r)
+
+
+# --- a machine that goes back in time ---------------------------------------------------------------------
+
+
+def test_renewed_masks_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = masks.MaskPool(1, make, ahead=8)
+    assert pool.wait_full(30)
+    with pool._change:
+        old = {
+            row.tobytes()
+            for batch in pool._ready[0]
+            for row in uniform_rows(batch.key, 0, 0, len(batch.u), N)
+        }
+    pool.renew()
+    assert not old & {row.tobytes() for row in pool.take(0, 8).r}
+    assert pool.renewals == 1
+    pool.close()
+
+
+def test_a_batch_that_was_being_dealt_is_thrown_away_too() -> None:
+    """It may have been begun before the snapshot, by the background or by whoever waits for it."""
+    rounds = []
+
+    def slow(group: int, rows: int, background: bool, late: bool) -> masks.Batch:
+        batch = make(group, rows, background, late)
+        rounds.append(batch.key)
+        if len(rounds) == 1:
+            pool.renew()
+        return batch
+
+    pool = masks.MaskPool(1, slow, ahead=0)
+    taken = pool.take(0, 2)
+    assert len(rounds) == 2
+    assert np.array_equal(taken.r, uniform_rows(rounds[1], 0, 0, 2, N))
+    rounds.clear()
+    pool.add([0], 3)
+    assert pool.available(0) == 0
+    pool.close()
+
+
+@pytest.mark.parametrize("clock", [time.CLOCK_REALTIME, time.CLOCK_BOOTTIME])
+@pytest.mark.parametrize("seconds", [-5, 2])
+def test_a_jump_of_a_clock_renews(monkeypatch: pytest.MonkeyPatch, clock: int, seconds: int) -> None:
+    pool = masks.MaskPool(1, make, ahead=0)
+    pool.add([0], 4)
+    pool.take(0, 1)
+    assert pool.renewals == 0
+    assert pool.available(0) == 3
+    real = time.clock_gettime_ns
+    monkeypatch.setattr(time, "clock_gettime_ns", lambda c: real(c) + (c == clock) * seconds * 10**9)
+    pool.take(0, 1)
+    assert pool.renewals == 1
+    assert pool.available(0) == 0
+    pool.take(0, 1)
+    assert pool.renewals == 1  # the new time is the time
+    pool.close()
+
+
+def test_a_key_is_new_even_if_the_generator_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restored machine: the same random bytes, and the clock of the snapshot."""
+    monkeypatch.setattr(masks, "new_key", lambda: bytes(32))
+    assert masks.fresh_key() != masks.fresh_key()  # the time
+    monkeypatch.setattr(time, "time_ns", lambda: 1)
+    assert masks.fresh_key(b"a nonce") != masks.fresh_key(b"another")
+    assert masks.deal(0, N, 1, product, b"a nonce").key == masks.fresh_key(b"a nonce")
