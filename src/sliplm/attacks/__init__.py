@@ -1,4 +1,7 @@
-"""The red team: numbered attacks on worker shares, one file each (docs/red-team.md)."""
+"""The red team: numbered attacks on worker shares, one file each (docs/red-team.md).
+
+May import `report` and what is below it, never `sensitivity`.  Begin with `case`, then `a01_as_is`.
+"""
 
 from sliplm.attacks.a01_as_is import AsIs
 from sliplm.attacks.a02_lora import Lora

@@ -1,5 +1,7 @@
 """The command `slip`: thin commands, one file each; what they do lives in the library.
 
+May import everything; nothing imports it.  Begin with `split`; `screen` has what all commands print.
+
 An error of sliplm becomes one red line on stderr and exit status 2; with --json the last line on stdout
 is a JSON document {"error": CLASS, "message": TEXT}.  Ctrl-C ends with status 130.
 """
@@ -18,7 +20,7 @@ from typer.core import TyperGroup
 
 from sliplm.cli import attack, deal, demo, generate, inspect, keys, ledger, plan, split, worker
 from sliplm.errors import SlipError
-from sliplm.share import sliplm_version
+from sliplm.shares.share import sliplm_version
 
 OWNER, RUN, TRY = "For the model's owner", "To run a split model", "To try it"
 

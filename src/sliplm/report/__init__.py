@@ -1,5 +1,6 @@
 """Reports as one HTML file with pictures: `page` for the file, `figures` for the pictures.
 
+May import `examples` and what is below it.  Begin with `page`.
 They need the extra `report` (jinja2 and matplotlib); `need` says so before hours of work are spent.
 """
 
