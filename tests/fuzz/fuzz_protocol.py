@@ -7,18 +7,9 @@ import contextlib
 from sliplm.errors import InputError, SlipError
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import FaultCode, Header, Kind
-from sliplm.protocol.sides import (
-    FRAME_BYTES,
-    Deal,
-    Evidence,
-    Hello,
-    Multiply,
-    Product,
-    State,
-    VaultSide,
-    Welcome,
-    WorkerSide,
-)
+from sliplm.protocol.side import FRAME_BYTES, State
+from sliplm.protocol.vault_side import Product, VaultSide, Welcome
+from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, WorkerSide
 
 MAX_LEN = 2048
 

@@ -11,7 +11,9 @@ from sliplm.errors import SlipError
 from sliplm.network.transport import Connection
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind
-from sliplm.protocol.sides import Evidence, Hello, Product, State, VaultSide, Welcome, WorkerSide
+from sliplm.protocol.side import State
+from sliplm.protocol.vault_side import Product, VaultSide, Welcome
+from sliplm.protocol.worker_side import Evidence, Hello, WorkerSide
 
 MAX_LEN = 4096
 

@@ -35,7 +35,7 @@ _FRAMES = """
 from fuzz_protocol import header_bytes
 from fuzz_stream import SHAPES, SPLIT_ID, asking_vault, greeted_vault, greeted_vault_hello
 from sliplm.protocol import frames as wire
-from sliplm.protocol.sides import WorkerSide
+from sliplm.protocol.worker_side import WorkerSide
 from sliplm.network.transport import pair
 from sliplm.protocol.frames import Header, Kind
 

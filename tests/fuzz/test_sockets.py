@@ -25,7 +25,7 @@ from sliplm.parties.vault import LocalProducts, Vault
 from sliplm.parties.worker import Worker
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind, WelcomeFields
-from sliplm.protocol.sides import FRAME_BYTES
+from sliplm.protocol.side import FRAME_BYTES
 from sliplm.shares.share import VaultShare, WorkerShare, open_vault, open_worker
 
 GROUP = next(iter(SHAPES))

@@ -24,7 +24,8 @@ from sliplm.network import authority, keys
 from sliplm.network.listener import Listener, listen
 from sliplm.network.transport import Connection, TcpAddress, UnixAddress, connect, pair, parse_address
 from sliplm.protocol.frames import WELCOME_BYTES, Header, Kind, pack_header
-from sliplm.protocol.sides import Multiply, Product, VaultSide, WorkerSide
+from sliplm.protocol.vault_side import Product, VaultSide
+from sliplm.protocol.worker_side import Multiply, WorkerSide
 from test_keys import forge
 
 SPLIT_ID = "ab" * 16

@@ -11,7 +11,7 @@ import pytest
 from sliplm.errors import DealerError, InputError, VerificationError
 from sliplm.network.transport import Connection
 from sliplm.parties.vault import LocalProducts, Vault
-from sliplm.protocol.sides import Deal, Multiply, WorkerSide
+from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from test_vault import Logging, Rogue, Shares, add, folder, group, inputs, serving, shares  # noqa: F401
 
 
@@ -60,7 +60,7 @@ def test_a_second_worker_deals_and_the_vault_needs_no_share(shares: Shares, tmp_
 def test_large_batches_take_several_frames(
     shares: Shares, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sliplm.protocol.sides.FRAME_BYTES", 4096)
+    monkeypatch.setattr("sliplm.protocol.side.FRAME_BYTES", 4096)
     dealer = Dealer(shares[1])
     x = inputs(shares, group, 50)
     with serving(Logging(shares[1]), tmp_path / "w") as address, serving(dealer, tmp_path / "d") as dealing:

@@ -34,7 +34,7 @@ from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.vault import LocalProducts, Vault
 from sliplm.parties.worker import Worker
 from sliplm.protocol.frames import FaultCode, Header, Kind, pack_header
-from sliplm.protocol.sides import Deal, Multiply, WorkerSide
+from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from sliplm.shares.share import VaultShare, WorkerShare, open_vault, open_worker
 from sliplm.shares.splitting import CHALLENGE_SETS
 

@@ -40,9 +40,10 @@ from sliplm.network.attestation import SoftwareAttester, SoftwareVerifier, bindi
 from sliplm.network.transport import Connection, TcpAddress, connect, handshake, pair, parse_address
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.worker import MAX_CONNECTIONS, MAX_STRANGERS, Worker
-from sliplm.protocol import sides as protocol
 from sliplm.protocol.frames import Header, Kind, pack_header
-from sliplm.protocol.sides import Accept, Product, VaultSide, Welcome
+from sliplm.protocol.side import FRAME_BYTES
+from sliplm.protocol.vault_side import Accept, Product, VaultSide, Welcome
+from sliplm.protocol.worker_side import WorkerSide
 from sliplm.shares.share import FileRecord, WorkerGroup, WorkerManifest, WorkerShare, open_worker
 from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec
 
@@ -702,5 +703,5 @@ def test_keys_command(tmp_path: Path) -> None:
 
 def test_frames_are_as_large_as_stated() -> None:
     """What the worker's memory statement rests on."""
-    side = protocol.WorkerSide(SPLIT_ID, [(64, 32)])
-    assert side.max_rows(0) * 64 * 4 <= protocol.FRAME_BYTES
+    side = WorkerSide(SPLIT_ID, [(64, 32)])
+    assert side.max_rows(0) * 64 * 4 <= FRAME_BYTES

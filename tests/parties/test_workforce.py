@@ -31,7 +31,7 @@ from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.vault import LocalProducts, Vault
 from sliplm.parties.workforce import _SUSPENSIONS
-from sliplm.protocol.sides import Deal, Multiply, WorkerSide
+from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from test_vault import Logging, Rogue, Shares, add, folder, group, inputs, serving, shares  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -13,22 +13,9 @@ from hypothesis import strategies as st
 from sliplm.errors import AttestationError, InputError, MismatchError, SlipError, WireError, WorkerFault
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import HEADER_BYTES, FaultCode, Header, Kind
-from sliplm.protocol.sides import (
-    FRAME_BYTES,
-    VAULT_TABLE,
-    WORKER_TABLE,
-    Accept,
-    Deal,
-    Evidence,
-    Hello,
-    Multiply,
-    Product,
-    State,
-    VaultSide,
-    Way,
-    Welcome,
-    WorkerSide,
-)
+from sliplm.protocol.side import FRAME_BYTES, State, Way
+from sliplm.protocol.vault_side import VAULT_TABLE, Accept, Product, VaultSide, Welcome
+from sliplm.protocol.worker_side import WORKER_TABLE, Deal, Evidence, Hello, Multiply, WorkerSide
 
 SPLIT_ID = "ab" * 16
 OTHER_ID = "cd" * 16

@@ -38,7 +38,7 @@ from sliplm.network.transport import Connection
 from sliplm.parties.worker import Worker, _Visit
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import FaultCode, Kind
-from sliplm.protocol.sides import Deal, Multiply, WorkerSide
+from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from sliplm.shares.share import WorkerShare, open_worker
 
 Asked = Multiply | Deal

@@ -24,7 +24,7 @@ from rogues import LIMIT, Asked, Honest, Means, Rogue, add, one_mask_one_message
 from sliplm.errors import SlipError
 from sliplm.network.transport import Connection
 from sliplm.parties.vault import Vault
-from sliplm.protocol.sides import WorkerSide
+from sliplm.protocol.worker_side import WorkerSide
 from test_malicious import Scene, base, scene  # noqa: F401
 
 THREADS = 4

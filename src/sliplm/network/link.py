@@ -17,7 +17,8 @@ from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerUnavailable
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding
 from sliplm.network.transport import Connection, connect
 from sliplm.protocol.frames import NONCE_BYTES
-from sliplm.protocol.sides import Product, Shape, VaultSide, Welcome
+from sliplm.protocol.side import Shape
+from sliplm.protocol.vault_side import Product, VaultSide, Welcome
 
 Question = tuple[bytes, memoryview | None]
 Bar = tuple[type[WorkerError], str]

@@ -27,7 +27,7 @@ from sliplm.parties.audit import AuditLog
 from sliplm.parties.codec import GroupCodec, Scales
 from sliplm.parties.dealer import Dealing, ShareDealer
 from sliplm.parties.workforce import FAILURES, Role, Status, Workforce
-from sliplm.protocol.sides import Welcome
+from sliplm.protocol.vault_side import Welcome
 from sliplm.shares.share import VaultShare, WorkerShare, check_pair
 
 Fallback = Literal["fail", "here"]

@@ -47,7 +47,7 @@ from sliplm.network.keys import Identity, Revocations
 from sliplm.network.listener import Listener, listen
 from sliplm.network.transport import Connection
 from sliplm.protocol.frames import NONCE_BYTES, FaultCode
-from sliplm.protocol.sides import Deal, Evidence, Hello, Multiply, WorkerSide
+from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, WorkerSide
 from sliplm.shares.share import WorkerShare, open_worker
 
 MAX_CONNECTIONS: Final = 32  # vaults that are served

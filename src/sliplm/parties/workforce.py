@@ -37,7 +37,8 @@ from sliplm.network.attestation import Attester, NullAttester, NullVerifier, Ver
 from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection, parse_address
 from sliplm.parties.audit import AuditLog, Event
-from sliplm.protocol.sides import Shape, Welcome
+from sliplm.protocol.side import Shape
+from sliplm.protocol.vault_side import Welcome
 
 State = Literal["up", "lost", "suspended", "quarantined", "drained"]
 Role = Literal["worker", "dealer"]

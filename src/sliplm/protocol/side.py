@@ -1,0 +1,157 @@
+"""The protocol of SPEC section 4 without input or output: two state machines that eat and make bytes.
+
+    state      vault                              worker
+    NEW        may send HELLO                     waits for HELLO
+    GREETED    waits for WELCOME or FAULT         must send WELCOME
+    PROVING    must send EVIDENCE                 waits for EVIDENCE
+    PROVED     waits for ACCEPT or FAULT          must send ACCEPT, once the evidence is judged
+    READY      may send MULTIPLY or DEAL (step 2) waits for MULTIPLY or DEAL
+    ASKED      waits for PRODUCT or FAULT         must send PRODUCT (step 3)
+    CLOSED     refuses everything                 refuses everything
+
+WELCOME leads to PROVING if the worker asks for the vault's evidence, else to READY.
+
+A worker may send FAULT in every state but CLOSED; it closes both sides.  So does every error.
+
+Whoever reads from a peer does so in two steps: 28 bytes to `header`, which decides on kind, sequence,
+group, rows and length *before* any memory is taken and returns how many payload bytes follow; then
+these bytes to `payload`, which returns the event.
+
+A `Product` is what the worker claims, and nothing more: it is unverified until the vault has checked it
+against the challenges (step 4), and nothing may use it before.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Final
+
+from sliplm.errors import InputError, SlipError, WireError
+from sliplm.protocol import frames as wire
+from sliplm.protocol.frames import Header, Kind
+
+FRAME_BYTES: Final = 16 * 2**20
+"""Rows are cut so that a frame and its answer stay below this, unless one row alone is longer."""
+
+Bytes = bytes | bytearray | memoryview
+Shape = tuple[int, int]
+
+
+class State(IntEnum):  # integers because they are looked up four times an exchange
+    """Where a side stands."""
+
+    NEW = 0
+    GREETED = 1
+    READY = 2
+    ASKED = 3
+    CLOSED = 4
+    PROVING = 5
+    PROVED = 6
+
+
+class Way(IntEnum):
+    """The direction of a frame, seen from the side."""
+
+    SEND = 0
+    RECEIVE = 1
+
+
+Table = dict[tuple[State, Way, Kind], State]
+
+
+class Side(ABC):
+    """What both sides share: the state, the table, limits, and closing on every error.
+
+    Args:
+        split_id: 32 hexadecimal digits.
+        shapes: (m, n) of every group, in the manifest's order.
+        table: which kind may go which way in which state, and the state after it.
+
+    Raises InputError for no split's id, no groups, or rows that no frame can carry.
+    """
+
+    def __init__(self, split_id: str, shapes: Sequence[Shape], table: Table) -> None:
+        if not 0 < len(shapes) <= wire.MAX_GROUPS:
+            raise InputError(f"a split has 1 to {wire.MAX_GROUPS} groups, not {len(shapes)}")
+        if min(min(shape) for shape in shapes) < 1:
+            raise InputError("every group has at least one row and one column")
+        self._split_id = split_id
+        wire.pack_split_id(split_id)  # refuses what is none
+        self._shapes = tuple(shapes)
+        self._table = table
+        self._longest = wire.ELEMENT * max(max(shape) for shape in shapes)  # one row of the widest group
+        if self._longest > wire.MAX_PAYLOAD:
+            raise InputError(f"one row takes {self._longest} bytes, a frame at most {wire.MAX_PAYLOAD}")
+        self._max_payload = max(FRAME_BYTES, self._longest)
+        self._state = State.NEW
+        self._sequence = 0
+        self._incoming: Header | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._state.name.lower()}, {len(self._shapes)} groups)"
+
+    @property
+    def state(self) -> State:
+        """Where this side stands."""
+        return self._state
+
+    def close(self) -> None:
+        """Refuse everything from now on."""
+        self._state = State.CLOSED
+        self._incoming = None
+
+    def max_rows(self, group: int) -> int:
+        """How many rows of the group one frame, and its answer, can carry; at least 1.
+
+        Raises InputError if there is no such group.
+        """
+        if not 0 <= group < len(self._shapes):
+            raise InputError(f"there is no group {group}: this split has {len(self._shapes)}")
+        return max(1, self._max_payload // (wire.ELEMENT * max(self._shapes[group])))
+
+    def header(self, data: Bytes) -> int:
+        """How many payload bytes follow this header.  Raises WireError; the side is then closed."""
+        try:
+            header = self._begin(data)
+            self._check(header)
+        except SlipError:
+            self.close()
+            raise
+        self._incoming = header
+        return header.length
+
+    @abstractmethod
+    def _check(self, header: Header) -> None:
+        """Is this header the one that may come now?  Raises WireError."""
+
+    def _move(self, way: Way, kind: Kind) -> None:
+        following = self._table.get((self._state, way, kind))
+        if following is None:
+            state = self._state
+            self.close()
+            raise WireError(
+                f"to {way.name} a {kind.name} is not allowed in state {state.name}: connect again"
+            )
+        self._state = following
+
+    def _begin(self, data: Bytes) -> Header:
+        """Parse a header, and check that its kind may come now and that no header is pending."""
+        if self._incoming is not None:
+            raise WireError("a header came before the payload of the one before")
+        header = wire.parse_header(data)
+        if (self._state, Way.RECEIVE, header.kind) not in self._table:
+            raise WireError(f"a {header.kind.name} is not allowed in state {self._state.name}")
+        return header
+
+    def _end(self, data: Bytes) -> Header:
+        """The header that announced this payload; moves the state."""
+        header = self._incoming
+        if header is None:
+            raise WireError("a payload without a header")
+        if len(data) != header.length:
+            raise WireError(f"a payload of {len(data)} bytes where {header.length} were announced")
+        self._incoming = None
+        self._move(Way.RECEIVE, header.kind)
+        return header

@@ -1,0 +1,146 @@
+"""The vault's side of a connection: what it may send and take in each state, and makes of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from sliplm.errors import AttestationError, InputError, MismatchError, SlipError, WireError, WorkerFault
+from sliplm.protocol import frames as wire
+from sliplm.protocol.frames import Header, Kind
+from sliplm.protocol.side import Bytes, Shape, Side, State, Table, Way
+
+VAULT_TABLE: Final[Table] = {
+    (State.NEW, Way.SEND, Kind.HELLO): State.GREETED,
+    (State.GREETED, Way.RECEIVE, Kind.WELCOME): State.READY,
+    (State.GREETED, Way.RECEIVE, Kind.FAULT): State.CLOSED,
+    (State.PROVING, Way.SEND, Kind.EVIDENCE): State.PROVED,
+    (State.PROVED, Way.RECEIVE, Kind.ACCEPT): State.READY,
+    (State.PROVED, Way.RECEIVE, Kind.FAULT): State.CLOSED,
+    (State.READY, Way.SEND, Kind.MULTIPLY): State.ASKED,
+    (State.READY, Way.SEND, Kind.DEAL): State.ASKED,
+    (State.ASKED, Way.RECEIVE, Kind.PRODUCT): State.READY,
+    (State.ASKED, Way.RECEIVE, Kind.FAULT): State.CLOSED,
+}
+
+_REFUSALS: Final[dict[wire.FaultCode, type[SlipError]]] = {
+    wire.FaultCode.MISMATCH: MismatchError,
+    wire.FaultCode.EVIDENCE: AttestationError,
+}
+
+
+class Welcome(NamedTuple):
+    """The worker serves this split.  Its evidence, for the nonce of our HELLO, is unverified."""
+
+    groups: int
+    max_payload: int
+    nonce: bytes
+    wants_evidence: bool
+    evidence: bytes
+
+
+class Product(NamedTuple):
+    """The worker's claim of w x~ mod p, unverified: `payload` is u32 [rows, m]."""
+
+    group: int
+    rows: int
+    micros: int
+    payload: Bytes
+
+
+class Accept(NamedTuple):
+    """The worker has judged the vault's evidence, and serves it."""
+
+
+class VaultSide(Side):
+    """The trusted side of one connection.
+
+    Args:
+        split_id: 32 hexadecimal digits.
+        shapes: (m, n) of every group, in the manifest's order.
+    """
+
+    def __init__(self, split_id: str, shapes: Sequence[Shape]) -> None:
+        super().__init__(split_id, shapes, VAULT_TABLE)
+        self._asked = (0, 0)  # group and rows of the MULTIPLY that waits for its PRODUCT
+
+    def hello(self, nonce: bytes) -> bytes:
+        """The first frame, whole; `nonce`: 32 fresh bytes, which the worker's evidence must repeat."""
+        payload = wire.pack_hello(self._split_id, nonce)
+        self._move(Way.SEND, Kind.HELLO)
+        return wire.pack_header(Header(Kind.HELLO, 0, 0, 0, 0, len(payload))) + payload
+
+    def evidence(self, evidence: bytes) -> bytes:
+        """The answer to a WELCOME that wants evidence, whole.  Raises InputError, which changes nothing."""
+        if len(evidence) > wire.MAX_EVIDENCE:
+            raise InputError(f"evidence has at most {wire.MAX_EVIDENCE} bytes, not {len(evidence)}")
+        self._move(Way.SEND, Kind.EVIDENCE)
+        return wire.pack_header(Header(Kind.EVIDENCE, 0, 0, 0, 0, len(evidence))) + evidence
+
+    def multiply(self, group: int, rows: int) -> bytes:
+        """Step 2: the header before u32 [rows, n].  Raises InputError, which changes nothing."""
+        self._ask(Kind.MULTIPLY, group, rows)
+        length = wire.ELEMENT * rows * self._shapes[group][1]
+        return wire.pack_header(Header(Kind.MULTIPLY, self._sequence, group, rows, 0, length))
+
+    def deal(self, group: int, rows: int, key: bytes, first_row: int) -> bytes:
+        """Step O2, to a dealer: the frame that carries a batch's key, whole.  Raises InputError."""
+        payload = wire.pack_deal(key, first_row)
+        self._ask(Kind.DEAL, group, rows)
+        return wire.pack_header(Header(Kind.DEAL, self._sequence, group, rows, 0, len(payload))) + payload
+
+    def _ask(self, kind: Kind, group: int, rows: int) -> None:
+        if not 0 < rows <= self.max_rows(group):
+            raise InputError(f"a frame of group {group} carries 1 to {self.max_rows(group)} rows, not {rows}")
+        self._move(Way.SEND, kind)
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self._asked = (group, rows)
+
+    def payload(self, data: Bytes) -> Welcome | Accept | Product:
+        """The event that these bytes complete.
+
+        Raises WireError, MismatchError (a worker of another split), AttestationError (it refuses our
+        evidence), WorkerFault; the side is then closed.
+        """
+        try:
+            header = self._end(data)
+            if header.kind is Kind.FAULT:
+                code, text = wire.parse_fault(header.group, data)
+                raise _REFUSALS.get(code, WorkerFault)(f"the worker refuses ({code.name.lower()}): {text}")
+            if header.kind is Kind.WELCOME:
+                return self._welcome(data)
+            if header.kind is Kind.ACCEPT:
+                return Accept()
+        except SlipError:
+            self.close()
+            raise
+        return Product(header.group, header.rows, header.micros, data)
+
+    def _check(self, header: Header) -> None:
+        kind, sequence, group, rows, micros, length = header
+        if kind is Kind.PRODUCT:
+            asked, asked_rows = self._asked
+            expected = wire.ELEMENT * asked_rows * self._shapes[asked][0]
+            if (sequence, group, rows, length) != (self._sequence, asked, asked_rows, expected):
+                raise WireError("the worker's product does not answer the question that was asked")
+        elif kind is Kind.FAULT:  # its sequence is the worker's guess: it closes the connection anyway
+            if rows or micros or length > wire.MAX_FAULT:
+                raise WireError(f"a fault carries nothing but a text of at most {wire.MAX_FAULT} bytes")
+        else:
+            least, most = (0, 0) if kind is Kind.ACCEPT else (wire.WELCOME_BYTES, wire.MAX_EVIDENCE)
+            if (sequence, group, rows, micros) != (0, 0, 0, 0) or not 0 <= length - least <= most:
+                raise WireError(f"the worker's {kind.name} is malformed")
+
+    def _welcome(self, data: Bytes) -> Welcome:
+        split_id, groups, max_payload, wants_evidence, nonce, evidence = wire.parse_welcome(data)
+        if split_id != self._split_id or groups != len(self._shapes):
+            raise MismatchError(
+                f"the worker holds split {split_id} with {groups} groups, the vault split {self._split_id} "
+                f"with {len(self._shapes)}: start the worker with the share made together with this vault"
+            )
+        if max_payload < self._longest:
+            raise WireError(f"the worker takes {max_payload} bytes a frame, one row needs {self._longest}")
+        self._max_payload = min(self._max_payload, max_payload)
+        if wants_evidence:
+            self._state = State.PROVING
+        return Welcome(groups, max_payload, nonce, wants_evidence, evidence)

@@ -1,0 +1,153 @@
+"""The worker's side of a connection: what it may send and take in each state, and makes of questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from sliplm.errors import MismatchError, SlipError, WireError
+from sliplm.protocol import frames as wire
+from sliplm.protocol.frames import Header, Kind
+from sliplm.protocol.side import Bytes, Shape, Side, State, Table, Way
+
+WORKER_TABLE: Final[Table] = {
+    (State.NEW, Way.RECEIVE, Kind.HELLO): State.GREETED,
+    (State.GREETED, Way.SEND, Kind.WELCOME): State.READY,
+    (State.PROVING, Way.RECEIVE, Kind.EVIDENCE): State.PROVED,
+    (State.PROVED, Way.SEND, Kind.ACCEPT): State.READY,
+    (State.READY, Way.RECEIVE, Kind.MULTIPLY): State.ASKED,
+    (State.READY, Way.RECEIVE, Kind.DEAL): State.ASKED,
+    (State.ASKED, Way.SEND, Kind.PRODUCT): State.READY,
+}
+
+
+class Hello(NamedTuple):
+    """A vault of this split asks to be served; the worker's evidence must be for its nonce."""
+
+    split_id: str
+    nonce: bytes
+
+
+class Evidence(NamedTuple):
+    """The vault's evidence, for the nonce of the worker's WELCOME, unverified."""
+
+    evidence: bytes
+
+
+class Deal(NamedTuple):
+    """Step O2: a batch's key; the dealer makes r [rows, n] of it, from `first_row` on, and answers w r."""
+
+    group: int
+    rows: int
+    key: bytes
+    first_row: int
+
+    def __repr__(self) -> str:
+        return f"Deal(group={self.group}, rows={self.rows}, key hidden)"
+
+
+class Multiply(NamedTuple):
+    """Masked vectors x~: `payload` is u32 [rows, n]."""
+
+    group: int
+    rows: int
+    payload: Bytes
+
+
+class WorkerSide(Side):
+    """The untrusted side of one connection.
+
+    Args:
+        split_id: 32 hexadecimal digits.
+        shapes: (m, n) of every group, in the manifest's order.
+    """
+
+    def __init__(self, split_id: str, shapes: Sequence[Shape]) -> None:
+        super().__init__(split_id, shapes, WORKER_TABLE)
+        self._asked = Header(Kind.HELLO, 0, 0, 0, 0, 0)
+
+    def welcome(self, nonce: bytes, evidence: bytes = b"", *, wants_evidence: bool = False) -> bytes:
+        """The answer to HELLO, whole.
+
+        Args:
+            nonce: 32 fresh bytes, which the vault's evidence must repeat.
+            evidence: the worker's own, for the nonce of the HELLO.
+            wants_evidence: the vault must show its own next.
+
+        Raises InputError, which changes nothing.
+        """
+        fields = wire.WelcomeFields(
+            self._split_id, len(self._shapes), self._max_payload, wants_evidence, nonce, evidence
+        )
+        payload = wire.pack_welcome(fields)
+        self._move(Way.SEND, Kind.WELCOME)
+        if wants_evidence:
+            self._state = State.PROVING
+        return wire.pack_header(Header(Kind.WELCOME, 0, 0, 0, 0, len(payload))) + payload
+
+    def accept(self) -> bytes:
+        """The answer to EVIDENCE that was found good, whole."""
+        self._move(Way.SEND, Kind.ACCEPT)
+        return wire.pack_header(Header(Kind.ACCEPT, 0, 0, 0, 0, 0))
+
+    def product(self, micros: int) -> bytes:
+        """Step 3: the header before u32 [rows, m], the answer to the MULTIPLY or DEAL that came last."""
+        self._move(Way.SEND, Kind.PRODUCT)
+        asked = self._asked
+        length = wire.ELEMENT * asked.rows * self._shapes[asked.group][0]
+        micros = min(max(micros, 0), 0xFFFFFFFF)
+        return wire.pack_header(Header(Kind.PRODUCT, asked.sequence, asked.group, asked.rows, micros, length))
+
+    def fault(self, code: wire.FaultCode, text: str) -> bytes:
+        """A refusal, whole; allowed in every state, also after an error.  The side is then closed."""
+        self.close()
+        payload = wire.pack_fault(text)
+        return wire.pack_header(Header(Kind.FAULT, self._sequence, int(code), 0, 0, len(payload))) + payload
+
+    def payload(self, data: Bytes) -> Hello | Evidence | Multiply | Deal:
+        """The event that these bytes complete.
+
+        Raises WireError, MismatchError (a vault of another split); the side is then closed.
+        """
+        try:
+            header = self._end(data)
+            if header.kind is Kind.HELLO:
+                return self._hello(data)
+        except SlipError:
+            self.close()
+            raise
+        if header.kind is Kind.EVIDENCE:
+            return Evidence(bytes(data))
+        self._asked = header
+        self._sequence = header.sequence
+        if header.kind is Kind.DEAL:
+            return Deal(header.group, header.rows, *wire.parse_deal(data))
+        return Multiply(header.group, header.rows, data)
+
+    def _check(self, header: Header) -> None:
+        kind, sequence, group, rows, micros, length = header
+        if kind is Kind.HELLO:
+            if (sequence, group, rows, micros, length) != (0, 0, 0, 0, wire.HELLO_BYTES):
+                raise WireError("the vault's hello is malformed")
+            return
+        if kind is Kind.EVIDENCE:
+            if (sequence, group, rows, micros) != (0, 0, 0, 0) or length > wire.MAX_EVIDENCE:
+                raise WireError("the vault's evidence is malformed")
+            return
+        if micros or sequence != (self._sequence + 1) & 0xFFFFFFFF:
+            raise WireError("the vault's frame is out of sequence")
+        if group >= len(self._shapes):
+            raise WireError(f"there is no group {group}: this share has {len(self._shapes)}")
+        if not 0 < rows <= self.max_rows(group):
+            raise WireError(f"a frame of group {group} carries 1 to {self.max_rows(group)} rows, not {rows}")
+        if length != (wire.DEAL_BYTES if kind is Kind.DEAL else wire.ELEMENT * rows * self._shapes[group][1]):
+            raise WireError(f"a {kind.name} of {rows} rows of group {group} has not {length} bytes")
+
+    def _hello(self, data: Bytes) -> Hello:
+        split_id, nonce = wire.parse_hello(data)
+        if split_id != self._split_id:
+            raise MismatchError(
+                f"the vault belongs to split {split_id}, this worker holds split {self._split_id}: "
+                "start the worker with the share made together with that vault"
+            )
+        return Hello(split_id, nonce)
