@@ -20,7 +20,8 @@ from sliplm.cli.deal import _bytes
 from sliplm.errors import InputError, MaskError, MismatchError, PoolError
 from sliplm.masks.anchor import FileAnchor, file_anchor
 from sliplm.masks.pool import DiskPool
-from sliplm.parties.vault import LocalProducts, Vault
+from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
 from sliplm.shares.share import open_vault, open_worker
 from test_vault import serving

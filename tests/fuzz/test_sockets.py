@@ -21,7 +21,8 @@ from ledger import Ledger, size
 from sliplm.errors import SlipError
 from sliplm.network import authority, keys
 from sliplm.network.transport import parse_address
-from sliplm.parties.vault import LocalProducts, Vault
+from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind, WelcomeFields

@@ -10,7 +10,8 @@ import pytest
 
 from sliplm.errors import DealerError, InputError, VerificationError
 from sliplm.network.transport import Connection
-from sliplm.parties.vault import LocalProducts, Vault
+from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.vault import Vault
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from test_vault import Logging, Rogue, Shares, add, folder, group, inputs, serving, shares  # noqa: F401
 

@@ -30,8 +30,9 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.network.transport import Connection
+from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.local_worker import LocalWorker
-from sliplm.parties.vault import LocalProducts, Vault
+from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
 from sliplm.protocol.frames import FaultCode, Header, Kind, pack_header
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide

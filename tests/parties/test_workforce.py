@@ -29,7 +29,8 @@ from sliplm.network import authority
 from sliplm.network.attestation import SoftwareAttester, SoftwareVerifier
 from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog
-from sliplm.parties.vault import LocalProducts, Vault
+from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.vault import Vault
 from sliplm.parties.workforce import _SUSPENSIONS
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from test_vault import Logging, Rogue, Shares, add, folder, group, inputs, serving, shares  # noqa: F401

@@ -23,7 +23,8 @@ from sliplm.errors import DealerError, SlipError
 from sliplm.network import authority
 from sliplm.network.keys import now
 from sliplm.parties.audit import Record
-from sliplm.parties.vault import LocalProducts, Vault
+from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.vault import Vault
 from sliplm.shares.share import VaultShare, open_vault, open_worker
 
 Array = np.ndarray

@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
-from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.errors import CredentialError, InputError, MaskError, SlipError, VerificationError
@@ -25,38 +23,13 @@ from sliplm.network.transport import Connection
 from sliplm.parties.adapters import Adapters
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.codec import GroupCodec, Scales
+from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
 from sliplm.parties.workforce import FAILURES, Role, Status, Workforce
 from sliplm.protocol.vault_side import Welcome
 from sliplm.shares.share import VaultShare, WorkerShare, check_pair
 
 Fallback = Literal["fail", "here"]
-
-
-@dataclass
-class Counters:
-    """What a vault has done: counts, bytes, and seconds by where they went."""
-
-    exchanges: int = 0
-    rows: int = 0
-    rows_here: int = 0  # computed by the vault for want of a worker
-    retries: int = 0  # exchanges that another worker had to answer
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    rows_dealt: int = 0
-    rows_dealt_late: int = 0  # dealt while a request waited
-    renewals: int = 0  # times that all masks were thrown away
-    seconds_vault: float = 0.0  # steps 1, 2 and 5
-    seconds_burn: float = 0.0  # taking masks, dealing late apart
-    seconds_check: float = 0.0  # step 4
-    seconds_worker: float = 0.0  # step 3, as the worker says
-    seconds_link: float = 0.0  # the rest of the wait
-    seconds_dealing: float = 0.0  # O1 to O3, in the background or while a request waited
-    seconds_dealing_late: float = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """All counters by name."""
-        return asdict(self)
 
 
 class Vault:
@@ -361,30 +334,6 @@ class _Times(NamedTuple):
     wait: float
     worker: float
     check: float
-
-
-class LocalProducts:
-    """The quantised model in one process: the same products without masks and without a worker.
-
-    What every hybrid run is compared with, bit for bit; it needs both shares, so it protects nothing.
-    """
-
-    def __init__(self, share: VaultShare, worker: WorkerShare, adapter: str | None = None) -> None:
-        check_pair(share, worker)
-        self.adapter = Adapters(share.manifest.adapters, adapter)
-        self._codecs = {name: GroupCodec(secrets) for name, secrets in share.groups.items()}
-        self._matrices = {name: kernels.prepare(worker.matrices[name]) for name in share.groups}
-
-    def product(self, group: str, x: Floats) -> Floats:
-        """As `Vault.product`."""
-        if group not in self._codecs:
-            raise InputError(f"this split has no group {group!r}")
-        codec = self._codecs[group]
-        z, alpha = codec.scaled(x)
-        y = self._matrices[group].product(codec.in_field(z, alpha))
-        out = np.empty((len(x), codec.m), np.float32)
-        codec.opened(x, alpha, y, np.zeros_like(y), out, self.adapter.current)
-        return out
 
 
 def _same_key(one: Connection, other: Connection) -> bool:

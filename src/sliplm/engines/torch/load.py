@@ -18,8 +18,8 @@ from sliplm.engines.torch.weights import SplitWeight
 from sliplm.engines.transformers.load import Running
 from sliplm.engines.transformers.quantizer import Folder, SlipConfig, connect, open_shares
 from sliplm.errors import InputError, ShareError
+from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.local_worker import LocalWorker
-from sliplm.parties.vault import LocalProducts
 from sliplm.shares.keysource import KeySpec
 from sliplm.shares.manifest import PLAIN_MODULE
 from sliplm.shares.share import MODEL, VaultShare, open_tensors

@@ -26,7 +26,8 @@ from sliplm.errors import InputError, ShareError
 from sliplm.masks.anchor import CommandAnchor, file_anchor
 from sliplm.masks.pool import DiskPool
 from sliplm.network.attestation import Attester, Verifier
-from sliplm.parties.vault import Fallback, LocalProducts, Vault
+from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.vault import Fallback, Vault
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.share import MODEL, VaultShare, WorkerShare, check_pair, open_vault, open_worker
 

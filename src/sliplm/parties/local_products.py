@@ -1,0 +1,42 @@
+"""The yardstick: both shares in one process, without masks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sliplm.arithmetic import kernels
+from sliplm.arithmetic.fixedpoint import Floats
+from sliplm.errors import InputError
+from sliplm.parties.adapters import Adapters
+from sliplm.parties.codec import GroupCodec
+from sliplm.shares.share import VaultShare, WorkerShare, check_pair
+
+
+class LocalProducts:
+    """The quantised model in one process: the same products without masks and without a worker.
+
+    What every hybrid run is compared with, bit for bit; it needs both shares, so it protects nothing.
+
+    Args:
+        share, worker: both shares of one split.
+        adapter: the one that products take where no other is chosen; None for none.
+
+    Raises: MismatchError for shares of different splits; InputError for an unknown adapter.
+    """
+
+    def __init__(self, share: VaultShare, worker: WorkerShare, adapter: str | None = None) -> None:
+        check_pair(share, worker)
+        self.adapter = Adapters(share.manifest.adapters, adapter)
+        self._codecs = {name: GroupCodec(secrets) for name, secrets in share.groups.items()}
+        self._matrices = {name: kernels.prepare(worker.matrices[name]) for name in share.groups}
+
+    def product(self, group: str, x: Floats) -> Floats:
+        """As `Vault.product`."""
+        if group not in self._codecs:
+            raise InputError(f"this split has no group {group!r}")
+        codec = self._codecs[group]
+        z, alpha = codec.scaled(x)
+        y = self._matrices[group].product(codec.in_field(z, alpha))
+        out = np.empty((len(x), codec.m), np.float32)
+        codec.opened(x, alpha, y, np.zeros_like(y), out, self.adapter.current)
+        return out
