@@ -256,7 +256,7 @@ def test_damage_is_an_error_of_ours(base: Path, plain: Path, tmp_path: Path, dat
         del text[place:]
     file.write_bytes(text)
     with contextlib.suppress(AdapterError):
-        read_adapter("mine", adapter, plan)
+        read_adapter("mine", adapter, plan.stored)
 
 
 @functools.cache

@@ -84,7 +84,7 @@ def test_spectra_are_those_of_the_stacked_matrices(family: str, tmp_path: Path) 
     found = library(subject, tmp_path / "work", rank=5)
     assert list(found) == [part.name for part in subject.parts]
     for part in subject.parts:
-        weight = stack(subject.read, part.group)
+        weight = stack(subject.stored.read, part.group)
         values = np.linalg.svd(weight.astype(np.float64), compute_uv=False)
         mine = found[part.name]
         assert np.allclose(mine.values.numpy(), values, atol=1e-6 * values[0])

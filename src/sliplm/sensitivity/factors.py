@@ -124,7 +124,7 @@ class Library:
             factors = self._read(path, part)
             if factors is None:
                 subject = self._subject
-                weight = stack(subject.read, part.group)
+                weight = stack(subject.stored.read, part.group)
                 factors = factor(torch.from_numpy(weight).to(device), self._rank)
                 _write(path, part.name, factors)
             found[part.name] = factors

@@ -62,7 +62,7 @@ def plan(model_dir: Path, out: Path, text: str, wish: Wish, progress: Progress |
     began = time.monotonic()
     subject = open_subject(model_dir)
     make_planner(subject, None, wish.grid).check(wish.budget)
-    windows = windows_of(model_dir, text, wish.tokens, _window(subject.layout.config, wish.tokens))
+    windows = windows_of(model_dir, text, wish.tokens, _window(subject.stored.layout.config, wish.tokens))
     results = run_study(subject, out, windows, wish.grid, wish.device, wish.offload, progress)
     advice = make_planner(subject, results, wish.grid).recommend(wish.budget)
     document = _document(results, advice, wish.budget, time.monotonic() - began)

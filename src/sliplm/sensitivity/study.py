@@ -6,7 +6,6 @@ Whatever is finished is kept in `out/.work`, and not done again.
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -61,13 +60,13 @@ def run_study(
         MismatchError: `out` is about another checkpoint.  ShareError: it cannot be written, or is in use.
     """
     tell = progress or (lambda stage, done, total, name: None)
-    checkpoint = [subject.checkpoint.fingerprint(), sliplm_version()]
+    checkpoint = [subject.stored.checkpoint.fingerprint(), sliplm_version()]
     with Work(out, checkpoint, digest(windows)) as work:
         library = Library(work.folder, subject, grid.top)
         factors = library.complete(device, lambda *step: tell("spectra", *step))
         todo = [v for v in variants(subject, grid) if v.key not in work.losses]
         if todo:
-            tell("model", 0, 1, subject.checkpoint.path.name)
+            tell("model", 0, 1, subject.stored.checkpoint.path.name)
             _measure(subject, work, windows, todo, factors, device, offload, tell)
         losses = {v: work.losses[v.key] for v in variants(subject, grid)}
     return _results(subject, windows, grid, factors, losses, device)
@@ -84,7 +83,8 @@ def _measure(
     tell: Progress,
 ) -> None:
     converted = work.folder / "offload"
-    model = open_model(subject.checkpoint.path, subject.layout, device, offload, converted)
+    stored = subject.stored
+    model = open_model(stored.checkpoint.path, stored.layout, device, offload, converted)
     groups = [part.group for part in subject.parts]
     rows = _rows(subject, windows.shape[1], device, offloaded=hasattr(model, "hf_device_map"))
     side_by_side = max(1, rows // len(windows))
@@ -119,7 +119,7 @@ def _rows(subject: Subject, length: int, device: torch.device, *, offloaded: boo
     are as fast as many, and show that the work goes on.  An eighth of the free memory is the bound.
     """
     widest = max(part.group.columns for part in subject.parts)
-    token = 4 * (int(subject.layout.config.get_text_config().vocab_size) + 8 * widest)
+    token = 4 * (int(subject.stored.layout.config.get_text_config().vocab_size) + 8 * widest)
     usual = 65536 if device.type == "cuda" else 16384 if offloaded else 2048
     return max(1, min(usual, free_memory(device) // 8 // token) // length)
 
@@ -135,12 +135,12 @@ def _results(
     losses: dict[Variant, Loss],
     device: torch.device,
 ) -> Results:
-    config = subject.layout.config
+    source, config = subject.stored.source, subject.stored.layout.config
     parts, kept = pieces(subject), kept_bytes(subject, all_weights(subject))
     return Results(
-        model=subject.checkpoint.path.resolve().name,
-        config_class=type(config).__name__,
-        parameters=sum(math.prod(shape) for shape in subject.layout.parameters.values()),
+        model=source.name,
+        config_class=source.config_class,
+        parameters=source.parameters,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         tokens=windows.numel(),
         window=windows.shape[1],
@@ -179,8 +179,8 @@ def _spectrum(part: Part, factors: Factors, grid: Grid) -> Spectrum:
 
 def kept_bytes(subject: Subject, consumed: set[str]) -> int:
     """Bytes that stay whole in the vault when these weights are split."""
-    kept, _ = kept_tensors(subject.layout, subject.sources, consumed)
-    return sum(sealed_bytes(subject.checkpoint.entries[key].nbytes) for key in kept.values())
+    kept, _ = kept_tensors(subject.stored, consumed)
+    return sum(sealed_bytes(subject.stored.checkpoint.entries[key].nbytes) for key in kept.values())
 
 
 def all_weights(subject: Subject) -> set[str]:
@@ -190,9 +190,9 @@ def all_weights(subject: Subject) -> set[str]:
 
 def pieces(subject: Subject, results: Results | None = None) -> tuple[Piece, ...]:
     """The groups as the planner takes them; with results, the most sensitive layers are told."""
-    weights = all_weights(subject)
+    weights, stored = all_weights(subject), subject.stored
     least = kept_bytes(subject, weights)
-    tied = {*subject.layout.tied, *subject.layout.tied.values()}
+    tied = {*stored.layout.tied, *stored.layout.tied.values()}
     by_layer = results.layer_losses() if results else {}
     found = []
     for part in subject.parts:
@@ -200,7 +200,7 @@ def pieces(subject: Subject, results: Results | None = None) -> tuple[Piece, ...
         if mine & tied:
             whole = kept_bytes(subject, weights - mine) - least
         else:
-            entries = [subject.checkpoint.entries[subject.sources.keys[weight]] for weight in mine]
+            entries = [stored.checkpoint.entries[stored.sources.keys[weight]] for weight in mine]
             whole = sum(sealed_bytes(entry.nbytes) for entry in entries)
         found.append(
             Piece(

@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from sliplm.engines.groups import Group
-from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
-from sliplm.engines.transformers.layout import Layout, check_reads_text, discover
-from sliplm.engines.transformers.plan import read_weight, stored_as
+from sliplm.engines.transformers.layout import check_reads_text
+from sliplm.engines.transformers.stored import StoredModel, open_stored
 from sliplm.errors import UnsplittableError
 
 
@@ -44,9 +40,7 @@ class Subject:
         whole: modules and groups that cannot be split, and so stay in the vault whatever the recipe.
     """
 
-    checkpoint: Checkpoint
-    layout: Layout
-    sources: Sources
+    stored: StoredModel
     parts: tuple[Part, ...]
     whole: tuple[str, ...]
 
@@ -60,30 +54,25 @@ class Subject:
         """Ascending."""
         return tuple(sorted({part.layer for part in self.parts if part.layer is not None}))
 
-    def read(self, weight: str) -> npt.NDArray[np.float32]:
-        """A parameter, in its shape; raises as `plan.read_weight`."""
-        return read_weight(self.checkpoint, self.layout, self.sources, weight)
-
 
 def open_subject(model_dir: Path) -> Subject:
     """Look at a checkpoint.
 
     Raises:
-        CheckpointError: as `layout.discover`, `Checkpoint` and `checkpoint.locate`.
+        CheckpointError: as `open_stored`.
         UnsplittableError: nothing in it can be split.
     """
     check_reads_text(model_dir)
-    layout = discover(model_dir)
-    checkpoint = Checkpoint(model_dir)
-    sources = locate(checkpoint, layout)
-    fit = [g for g in layout.groups if all(stored_as(m.weight, layout, sources) for m in g.members)]
+    stored = open_stored(model_dir)
+    groups = stored.layout.groups
+    fit = [group for group in groups if stored.holds(group)]
     if not fit:
         raise UnsplittableError(f"{model_dir} has no linear layer that can be split")
     kinds = kinds_of([group.name for group in fit])
     parts = tuple(Part(group, kind, _layer(group.name)) for group, kind in zip(fit, kinds, strict=True))
-    whole = [name for name in layout.unsplittable]
-    whole += [group.name for group in layout.groups if group not in fit]
-    return Subject(checkpoint, layout, sources, parts, tuple(whole))
+    whole = [name for name in stored.layout.unsplittable]
+    whole += [group.name for group in groups if group not in fit]
+    return Subject(stored, parts, tuple(whole))
 
 
 def kinds_of(names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from sliplm.engines.groups import Group
 from sliplm.engines.source import stack
 from sliplm.engines.transformers.finetune import plan_against, refuse_without_base
 from sliplm.engines.transformers.origin import compare, warn_of_named_base, warn_of_relatives
-from sliplm.engines.transformers.plan import Plan, make_plan, stored_as
+from sliplm.engines.transformers.plan import Plan, make_plan
 from sliplm.engines.writing import Progress, refuse_existing, write_split
 from sliplm.planning.counts import SplitReport
 from sliplm.shares.keysource import KeySpec, checked
@@ -91,7 +91,7 @@ def _relatives(plan: Plan, public: Path | str | Iterable[Path | str]) -> dict[st
     plans = {str(folder): make_plan(Path(folder), Recipe(placement="vault")) for folder in folders}
     if not plans:
         if not proven and plan.base is None:
-            warn_of_named_base(plan.checkpoint.path, level=3)
+            warn_of_named_base(plan.stored.checkpoint.path, level=3)
         return {}
     ours = _weights(plan, (group for group, _ in plan.split))
     found = compare(ours, {name: _weights(other, _whole(other)) for name, other in plans.items()})
@@ -102,7 +102,7 @@ def _relatives(plan: Plan, public: Path | str | Iterable[Path | str]) -> dict[st
 def _whole(plan: Plan) -> Iterator[Group]:
     """The groups of a public model, but for those that the checkpoint stores in another form."""
     for group in plan.whole:
-        if all(stored_as(member.weight, plan.layout, plan.sources) for member in group.members):
+        if plan.stored.holds(group):
             yield group
 
 

@@ -8,95 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from sliplm.engines.groups import Group
 from sliplm.engines.source import stack
-from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
-from sliplm.engines.transformers.layout import Layout, discover
-from sliplm.engines.transformers.lora import Adapter, fingerprint, read_adapter
-from sliplm.engines.transformers.plan import Plan, make_plan, read_weight, source_model, stored_as
+from sliplm.engines.transformers.lora import Adapter, read_adapter
+from sliplm.engines.transformers.plan import Plan, make_plan
+from sliplm.engines.transformers.publicbase import PublicBase, Split
+from sliplm.engines.transformers.stored import StoredModel, open_stored
 from sliplm.errors import CheckpointError, RecipeError
-from sliplm.shares.manifest import ADAPTER_NAME, SourceModel, VaultGroup
-from sliplm.shares.publicbase import check_related, energy_rank, split_base, split_difference
-from sliplm.shares.recipe import GroupChoice, Recipe
-from sliplm.shares.share import adapter_tensors
-from sliplm.shares.splitting import GroupSplit
-
-Split = tuple[tuple[Group, GroupChoice], ...]
-
-
-@dataclass(frozen=True)
-class PublicBase:
-    """The public model that a split is made against, and the adapters to it.
-
-    Attributes:
-        same: the model that is split is the base itself.
-        tail_to_worker: as the recipe says.
-    """
-
-    checkpoint: Checkpoint
-    layout: Layout
-    sources: Sources
-    adapters: tuple[Adapter, ...]
-    same: bool
-    tail_to_worker: bool
-
-    @property
-    def key(self) -> object:
-        """What the result depends on beside the model and the recipe."""
-        return [self.checkpoint.fingerprint(), [fingerprint(adapter) for adapter in self.adapters]]
-
-    @property
-    def source(self) -> SourceModel:
-        """The base, for the manifest."""
-        return source_model(self.checkpoint, self.layout)
-
-    def read(self, weight: str) -> npt.NDArray[np.float32]:
-        """A parameter of the base, in its shape."""
-        return read_weight(self.checkpoint, self.layout, self.sources, weight)
-
-    @property
-    def alone(self) -> bool:
-        """The worker gets the base and nothing else."""
-        return not self.tail_to_worker
-
-    def with_adapters(self, groups: Sequence[VaultGroup], split: Split) -> tuple[VaultGroup, ...]:
-        """The groups with what the adapters do to them."""
-        changed = []
-        for found, (group, _) in zip(groups, split, strict=True):
-            parts = (adapter.in_group(group) for adapter in self.adapters)
-            there = tuple(part for part in parts if part is not None)
-            changed.append(found.model_copy(update={"adapters": there}))
-        return tuple(changed)
-
-    def split_group(
-        self, plan: Plan, group: Group, choice: GroupChoice
-    ) -> tuple[GroupSplit, tuple[float, ...]]:
-        """Both parts of a group, and the norms of the difference, if there may be one."""
-        base = stack(self.read, group)
-        if self.same:
-            return split_base(group.name, base, choice.precision), ()
-        return split_difference(
-            group.name,
-            stack(plan.read, group),
-            base,
-            rank=choice.rank,
-            precision=choice.precision,
-            tail_to_worker=self.tail_to_worker,
-        )
-
-    def adapter_arrays(self, group: Group, found: VaultGroup) -> dict[str, npt.NDArray[np.float32]]:
-        """The tensors of a group's adapters, under their names in the vault's share."""
-        named = {adapter.name: adapter for adapter in self.adapters}
-        parts = {part.name: named[part.name].parts(group) for part in found.adapters}
-        return adapter_tensors(found, parts)
+from sliplm.shares.manifest import ADAPTER_NAME
+from sliplm.shares.publicbase import check_related, energy_rank
+from sliplm.shares.recipe import Recipe
 
 
 def plan_against(model_dir: Path, recipe: Recipe, base_dir: Path, adapters: Mapping[str, Path | str]) -> Plan:
@@ -109,16 +36,12 @@ def plan_against(model_dir: Path, recipe: Recipe, base_dir: Path, adapters: Mapp
     recipe = _checked(recipe, same)
     _check_names(adapters)
     plan = make_plan(model_dir, recipe)
-    checkpoint, layout, sources = plan.checkpoint, plan.layout, plan.sources
-    if not same:
-        layout = discover(base_dir)
-        checkpoint = Checkpoint(base_dir)
-        sources = locate(checkpoint, layout)
-    _check_base(plan, base_dir, layout, sources)
-    read = tuple(read_adapter(name, Path(path), plan) for name, path in adapters.items())
+    public = plan.stored if same else open_stored(base_dir)
+    _check_base(plan, base_dir, public)
+    read = tuple(read_adapter(name, Path(path), plan.stored) for name, path in adapters.items())
     for adapter in read:
         _check_reached(plan, adapter)
-    base = PublicBase(checkpoint, layout, sources, read, same, recipe.tail == "worker")
+    base = PublicBase(public, read, same, recipe.tail == "worker")
     return replace(plan, base=base, split=plan.split if same else _with_ranks(plan, base))
 
 
@@ -172,9 +95,9 @@ def _check_names(adapters: Mapping[str, Path | str]) -> None:
             )
 
 
-def _check_base(plan: Plan, base_dir: Path, layout: Layout, sources: Sources) -> None:
+def _check_base(plan: Plan, base_dir: Path, public: StoredModel) -> None:
     """Check that every group that is split is one of the base's too."""
-    theirs = {group.name: group for group in layout.groups}
+    theirs = {group.name: group for group in public.layout.groups}
     for group, _ in plan.split:
         other = theirs.get(group.name)
         if other is None:
@@ -190,7 +113,7 @@ def _check_base(plan: Plan, base_dir: Path, layout: Layout, sources: Sources) ->
                 f'Rule(pattern="{group.name}", placement="vault"); else name the model that this one was '
                 "trained from"
             )
-        if any(stored_as(member.weight, layout, sources) is None for member in other.members):
+        if not public.holds(other):
             raise CheckpointError(
                 f"{base_dir} stores {group.name} in a form that transformers converts while loading; load "
                 "and save it once with transformers"
@@ -212,7 +135,7 @@ def _with_ranks(plan: Plan, base: PublicBase) -> Split:
     found = []
     products = np.zeros(3)  # of the model with itself, with the base, and of the base with itself
     for group, choice in plan.split:
-        weight, public = (stack(model.read, group) for model in (plan, base))
+        weight, public = (stack(model.read, group) for model in (plan.stored, base.stored))
         for row, other in zip(weight, public, strict=True):
             one, two = row.astype(np.float64), other.astype(np.float64)
             products += one @ one, one @ two, two @ two
@@ -221,5 +144,5 @@ def _with_ranks(plan: Plan, base: PublicBase) -> Split:
         found.append((group, replace(choice, rank=rank if weight.any() else 0)))
     scale = math.sqrt(products[0] * products[2])
     if scale:
-        check_related(str(base.checkpoint.path), products[1] / scale)
+        check_related(str(base.stored.checkpoint.path), products[1] / scale)
     return tuple(found)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.engines.groups import Group, Linear
 from sliplm.engines.transformers.checkpoint import Checkpoint
-from sliplm.engines.transformers.plan import Plan, stored_as
+from sliplm.engines.transformers.stored import StoredModel
 from sliplm.errors import AdapterError, CheckpointError
 from sliplm.shares.manifest import GroupAdapter
 from sliplm.shares.recipe import problems
@@ -129,7 +129,7 @@ class Adapter:
         return scaled.astype(np.float32), inner
 
 
-def read_adapter(name: str, path: Path, plan: Plan) -> Adapter:
+def read_adapter(name: str, path: Path, model: StoredModel) -> Adapter:
     """Read an adapter and check it against the model.
 
     Raises:
@@ -138,13 +138,13 @@ def read_adapter(name: str, path: Path, plan: Plan) -> Adapter:
     """
     config = _read_config(name, path)
     file = _AdapterFile(name, path)
-    linears = {member.module: member for group in plan.layout.groups for member in group.members}
+    linears = {member.module: member for group in model.layout.groups for member in group.members}
     keys: dict[str, dict[str, str]] = {}
     for key in file.entries:
-        module, what = _module(key, plan)
+        module, what = _module(key, model)
         if what in ("lora_A.weight", "lora_B.weight"):
             keys.setdefault(module, {})[what] = key
-        elif not (what == "base_layer.weight" and _same(file, key, plan, module)):
+        elif not (what == "base_layer.weight" and _same(file, key, model, module)):
             raise AdapterError(f"adapter {name} has the tensor {key}, which is no plain LoRA: {MERGE}")
     for module, found in keys.items():
         _check_factors(name, module, found, file, config, linears.get(module))
@@ -257,18 +257,18 @@ def _check_factors(
             )
 
 
-def _module(key: str, plan: Plan) -> tuple[str, str]:
+def _module(key: str, model: StoredModel) -> tuple[str, str]:
     """Module and rest of a tensor's name: `base_model.model.MODULE.lora_A.weight`."""
     match = re.fullmatch(r"base_model\.model\.(.+?)\.((?:lora_\w+|base_layer)\.\w+|\w+)", key)
     module, what = match.groups() if match else ("", key)
-    prefixed = f"{plan.layout.model.base_model_prefix}.{module}"
-    return prefixed if f"{prefixed}.weight" in plan.layout.parameters else module, what
+    prefixed = f"{model.layout.model.base_model_prefix}.{module}"
+    return prefixed if f"{prefixed}.weight" in model.layout.parameters else module, what
 
 
-def _same(file: Checkpoint, key: str, plan: Plan, module: str) -> bool:
+def _same(file: Checkpoint, key: str, model: StoredModel, module: str) -> bool:
     """Whether a copy of a weight, as peft saves it along with adapters of the head, is the model's own."""
-    stored = stored_as(f"{module}.weight", plan.layout, plan.sources)
-    return stored is not None and np.array_equal(file.read(key), plan.checkpoint.read(stored))
+    stored = model.stored_as(f"{module}.weight")
+    return stored is not None and np.array_equal(file.read(key), model.checkpoint.read(stored))
 
 
 def _of(pattern: Mapping[str, float], module: str, default: float) -> float:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +13,12 @@ import numpy.typing as npt
 from sliplm.arithmetic import rotation
 from sliplm.engines.groups import Group
 from sliplm.engines.source import Errors, plain_part
-from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
+from sliplm.engines.transformers.checkpoint import Checkpoint, locate
 from sliplm.engines.transformers.companions import companions
 from sliplm.engines.transformers.layout import Layout, discover, read_config
-from sliplm.errors import CheckpointError, RecipeError, UnsplittableError
+from sliplm.engines.transformers.publicbase import PublicBase, Split
+from sliplm.engines.transformers.stored import StoredModel
+from sliplm.errors import RecipeError, UnsplittableError
 from sliplm.shares.manifest import (
     FORMAT_VERSION,
     Attention,
@@ -33,19 +33,14 @@ from sliplm.shares.share import integer_type, sliplm_version
 from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 
-if TYPE_CHECKING:
-    from sliplm.engines.transformers.finetune import PublicBase
-
 
 @dataclass(frozen=True)
 class Plan:
     """All that is decided before the first weight is read."""
 
-    checkpoint: Checkpoint
-    layout: Layout
+    stored: StoredModel
     recipe: Recipe
-    sources: Sources
-    split: tuple[tuple[Group, GroupChoice], ...]
+    split: Split
     whole: tuple[Group, ...]
     kept: dict[str, str]  # tensor in the vault's model file -> tensor of the checkpoint
     untied: bool  # a tied weight is split off, so that its other user needs a copy of its own
@@ -56,7 +51,7 @@ class Plan:
         """Whatever the result depends on: work of an earlier run is only used where this is the same."""
         version = [sliplm_version(), FORMAT_VERSION]
         base = [] if self.base is None else [self.base.key]
-        return [self.checkpoint.fingerprint(), self.recipe.model_dump(mode="json"), version, *base]
+        return [self.stored.checkpoint.fingerprint(), self.recipe.model_dump(mode="json"), version, *base]
 
     def groups(self, errors: Mapping[str, Errors]) -> tuple[VaultGroup, ...]:
         """The groups as the manifest has them; without `errors`, only their names and shapes count."""
@@ -73,21 +68,21 @@ class Plan:
 
     def kept_specs(self) -> list[TensorSpec]:
         """The tensors that stay whole, in clear."""
-        entries = {name: self.checkpoint.entries[key] for name, key in self.kept.items()}
+        entries = {name: self.stored.checkpoint.entries[key] for name, key in self.kept.items()}
         return [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()]
 
     def kept_bytes(self, name: str) -> Iterator[bytes]:
         """A tensor that stays whole, as it is stored, in pieces."""
-        return self.checkpoint.chunks(self.kept[name])
+        return self.stored.checkpoint.chunks(self.kept[name])
 
     def read(self, weight: str) -> npt.NDArray[np.float32]:
         """A parameter that is split, in its shape."""
-        return read_weight(self.checkpoint, self.layout, self.sources, weight)
+        return self.stored.read(weight)
 
     def part(self, group: Group, choice: GroupChoice) -> tuple[GroupSplit, tuple[float, ...]]:
         """Both parts of a group, and the norms of the difference to the base, if any."""
         if self.base is not None:
-            return self.base.split_group(self, group, choice)
+            return self.base.split_group(self.stored, group, choice)
         return plain_part(self, group, choice), ()
 
     @property
@@ -98,7 +93,7 @@ class Plan:
     @property
     def base_model(self) -> SourceModel | None:
         """The public base, if any."""
-        return None if self.base is None else self.base.source
+        return None if self.base is None else self.base.stored.source
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -112,16 +107,16 @@ class Plan:
     @property
     def attention(self) -> tuple[Attention, ...]:
         """For counting."""
-        return self.layout.attention
+        return self.stored.layout.attention
 
     @property
     def model(self) -> SourceModel:
         """Which model this is."""
-        return source_model(self.checkpoint, self.layout)
+        return self.stored.source
 
     def companions(self) -> dict[str, bytes]:
         """config.json of the split model, generation settings, tokenizer files."""
-        return companions(self.checkpoint, untied=self.untied)
+        return companions(self.stored.checkpoint, untied=self.untied)
 
 
 def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
@@ -138,17 +133,15 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
     chosen = tuple((group, choice) for group, choice in choices if choice.placement == "split")
     for group, choice in chosen:
         check_group(group, choice)
-    sources = locate(checkpoint, layout)
+    stored = StoredModel(checkpoint, layout, locate(checkpoint, layout))
     consumed = {member.weight for group, _ in chosen for member in group.members}
-    _check_stored(consumed, layout, sources)
-    kept, untied = kept_tensors(layout, sources, consumed)
+    _check_stored(consumed, stored)
+    kept, untied = kept_tensors(stored, consumed)
     if untied and getattr(layout.config, "is_encoder_decoder", False):
         _refuse_untying(consumed, layout)
     return Plan(
-        checkpoint=checkpoint,
-        layout=layout,
+        stored=stored,
         recipe=recipe,
-        sources=sources,
         split=chosen,
         whole=tuple(group for group, choice in choices if choice.placement == "vault"),
         kept=kept,
@@ -193,8 +186,8 @@ def check_group(group: Group, choice: GroupChoice) -> None:
         )
 
 
-def _check_stored(consumed: set[str], layout: Layout, sources: Sources) -> None:
-    odd = tuple(sorted(name for name in consumed if stored_as(name, layout, sources) is None))
+def _check_stored(consumed: set[str], model: StoredModel) -> None:
+    odd = tuple(sorted(name for name in consumed if model.stored_as(name) is None))
     if odd:
         raise UnsplittableError(
             f"the checkpoint stores {', '.join(odd[:5])} in a form that transformers converts while loading; "
@@ -214,47 +207,18 @@ def _refuse_untying(consumed: set[str], layout: Layout) -> None:
     )
 
 
-def kept_tensors(layout: Layout, sources: Sources, consumed: set[str]) -> tuple[dict[str, str], bool]:
+def kept_tensors(model: StoredModel, consumed: set[str]) -> tuple[dict[str, str], bool]:
     """What stays whole when the weights `consumed` are split: its name in the vault -> its key in the
     checkpoint; and whether a tied weight is among the consumed."""
-    untied = any(alias in consumed or name in consumed for alias, name in layout.tied.items())
+    tied, sources = model.layout.tied, model.sources
+    untied = any(alias in consumed or name in consumed for alias, name in tied.items())
     kept = {name: key for name, key in sources.keys.items() if name not in consumed}
     if untied:
-        for name in {*layout.tied, *layout.tied.values()} - consumed - set(kept):
-            key = stored_as(name, layout, sources)
+        for name in {*tied, *tied.values()} - consumed - set(kept):
+            key = model.stored_as(name)
             if key is not None:
                 kept[name] = key
     return kept | {key: key for key in sources.converted}, untied
-
-
-def stored_as(name: str, layout: Layout, sources: Sources) -> str | None:
-    """Where a parameter is stored, under its own name or one that it is tied to."""
-    first = layout.tied.get(name, name)
-    aliases = [alias for alias, target in layout.tied.items() if target == first]
-    return next((sources.keys[n] for n in (name, first, *aliases) if n in sources.keys), None)
-
-
-def source_model(checkpoint: Checkpoint, layout: Layout) -> SourceModel:
-    """A model's folder, class and size, for the manifest."""
-    return SourceModel(
-        name=checkpoint.path.resolve().name,
-        config_class=type(layout.config).__name__,
-        parameters=sum(math.prod(shape) for shape in layout.parameters.values()),
-    )
-
-
-def read_weight(
-    checkpoint: Checkpoint, layout: Layout, sources: Sources, weight: str
-) -> npt.NDArray[np.float32]:
-    """A parameter of a model, in its shape.
-
-    Raises:
-        CheckpointError: it holds NaN or infinity, cannot be read, or is not stored as such.
-    """
-    key = stored_as(weight, layout, sources)
-    if key is None:
-        raise CheckpointError(f"{weight} is not in the checkpoint in a form that can be split")
-    return checkpoint.read(key)
 
 
 def vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup:
