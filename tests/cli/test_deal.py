@@ -21,6 +21,7 @@ from sliplm.errors import InputError, MaskError, MismatchError, PoolError
 from sliplm.masks.anchor import FileAnchor, file_anchor
 from sliplm.masks.pool import DiskPool
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
 from sliplm.shares.share import open_vault, open_worker
@@ -64,7 +65,7 @@ def test_a_vault_computes_with_dealt_masks(out: Path, tmp_path: Path) -> None:
     with (
         serving(Worker(worker, threads=1), tmp_path / "w") as address,
         disk_pool(out, tmp_path / "pool") as pool,
-        Vault(share, [address], pool=pool) as vault,
+        Vault(share, Terms([address], pool=pool)) as vault,
     ):
         rng = np.random.default_rng(0)
         for _ in range(3):

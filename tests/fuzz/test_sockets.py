@@ -22,6 +22,7 @@ from sliplm.errors import SlipError
 from sliplm.network import authority, keys
 from sliplm.network.transport import parse_address
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
 from sliplm.protocol import frames as wire
@@ -124,7 +125,7 @@ def test_a_worker_survives_any_bytes(way: str, pair: Pair, tmp_path: Path, ledge
 
 def served_wrong(pair: Pair, address: str) -> int:
     """1 if the worker does not serve as it should."""
-    with Vault(pair.vault, [address], pair.worker, ahead=0) as vault:
+    with Vault(pair.vault, Terms([address], pair.worker, ahead=0)) as vault:
         return int(not np.array_equal(vault.product(GROUP, X), pair.right()))
 
 
@@ -140,7 +141,7 @@ def test_a_vault_survives_any_bytes(greets: bool, pair: Pair, tmp_path: Path, le
         words[:] = [start + data]
         with (
             contextlib.suppress(SlipError),
-            Vault(pair.vault, [address], pair.worker, ahead=0, timeout=5) as vault,
+            Vault(pair.vault, Terms([address], pair.worker, ahead=0, timeout=5)) as vault,
         ):
             vault.product(GROUP, X)
             used += 1

@@ -11,6 +11,7 @@ import pytest
 from sliplm.errors import DealerError, InputError, VerificationError
 from sliplm.network.transport import Connection
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from test_vault import Logging, Rogue, Shares, add, folder, group, inputs, serving, shares  # noqa: F401
@@ -47,7 +48,7 @@ def test_a_second_worker_deals_and_the_vault_needs_no_share(shares: Shares, tmp_
     local = LocalProducts(*shares)
     worker, dealer = Logging(shares[1]), Dealer(shares[1])
     with serving(worker, tmp_path / "w") as address, serving(dealer, tmp_path / "d") as dealing:
-        with Vault(shares[0], [address], dealers=[dealing], ahead=4) as vault:
+        with Vault(shares[0], Terms([address], dealers=[dealing], ahead=4)) as vault:
             for name in shares[0].groups:
                 for rows in (1, 3, 40):
                     x = inputs(shares, name, rows)
@@ -65,7 +66,7 @@ def test_large_batches_take_several_frames(
     dealer = Dealer(shares[1])
     x = inputs(shares, group, 50)
     with serving(Logging(shares[1]), tmp_path / "w") as address, serving(dealer, tmp_path / "d") as dealing:
-        with Vault(shares[0], [address], dealers=[dealing], ahead=0) as vault:
+        with Vault(shares[0], Terms([address], dealers=[dealing], ahead=0)) as vault:
             vault.deal(50, [group])
             assert np.array_equal(vault.product(group, x), LocalProducts(*shares).product(group, x))
             assert vault.counters.rows_dealt_late == 0
@@ -80,7 +81,7 @@ def test_a_bad_dealer_is_told_apart_from_the_worker(
 ) -> None:
     worker = Logging(shares[1])
     with serving(worker, tmp_path / "w") as address, serving(kind(shares[1]), tmp_path / "d") as dealing:
-        with Vault(shares[0], [address], dealers=[dealing], ahead=0, timeout=1) as vault:
+        with Vault(shares[0], Terms([address], dealers=[dealing], ahead=0, timeout=1)) as vault:
             with pytest.raises(DealerError) as caught:
                 vault.product(group, inputs(shares, group))
             assert caught.value.address == dealing
@@ -101,10 +102,10 @@ def test_another_dealer_or_the_share_takes_over(
         serving(kind(shares[1]), tmp_path / "d") as bad,
         serving(Dealer(shares[1]), tmp_path / "e") as good,
     ):
-        with Vault(shares[0], [address], dealers=[bad, good], ahead=0, timeout=1) as vault:
+        with Vault(shares[0], Terms([address], dealers=[bad, good], ahead=0, timeout=1)) as vault:
             assert np.array_equal(vault.product(group, x), expected)
             assert vault.workers[0].state == "up"
-        with Vault(shares[0], [address], shares[1], dealers=[bad], ahead=0, timeout=1) as vault:
+        with Vault(shares[0], Terms([address], shares[1], dealers=[bad], ahead=0, timeout=1)) as vault:
             assert np.array_equal(vault.product(group, x), expected)
 
 
@@ -113,7 +114,7 @@ def test_a_bad_worker_is_not_taken_for_a_bad_dealer(shares: Shares, group: str, 
         serving(Rogue(shares[1], add(1)), tmp_path / "w") as address,
         serving(Dealer(shares[1]), tmp_path / "d") as dealing,
     ):
-        with Vault(shares[0], [address], dealers=[dealing], ahead=0) as vault:
+        with Vault(shares[0], Terms([address], dealers=[dealing], ahead=0)) as vault:
             with pytest.raises(VerificationError):
                 vault.product(group, inputs(shares, group))
             assert vault.dealers[0].state == "up"
@@ -122,6 +123,6 @@ def test_a_bad_worker_is_not_taken_for_a_bad_dealer(shares: Shares, group: str, 
 
 def test_a_worker_may_not_deal_for_itself(shares: Shares, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its own dealer"):
-        Vault(shares[0], ["unix:/x"], dealers=["unix:/x"])
+        Terms(["unix:/x"], dealers=["unix:/x"])
     with pytest.raises(InputError, match="nobody deals"):
-        Vault(shares[0], ["unix:/x"])
+        Terms(["unix:/x"])

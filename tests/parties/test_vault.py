@@ -32,6 +32,7 @@ from sliplm.errors import (
 from sliplm.network.transport import Connection
 from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.local_worker import LocalWorker
+from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
 from sliplm.protocol.frames import FaultCode, Header, Kind, pack_header
@@ -121,7 +122,7 @@ def test_products_equal_the_quantised_model_exactly(shares: Shares, socket: Path
     local = LocalProducts(*shares)
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=4) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=4)) as vault,
     ):
         for name in shares[0].groups:
             for rows in (1, 3, 40):
@@ -159,7 +160,7 @@ def test_products_are_close_to_the_weights(folder: Path, shares: Shares, group: 
 
 def test_no_message_repeats_even_for_the_same_input(shares: Shares, group: str, socket: Path) -> None:
     worker = Logging(shares[1])
-    with serving(worker, socket) as address, Vault(shares[0], [address], shares[1], ahead=8) as vault:
+    with serving(worker, socket) as address, Vault(shares[0], Terms([address], shares[1], ahead=8)) as vault:
         x = inputs(shares, group, 1)
         for _ in range(100):
             vault.product(group, x)
@@ -177,7 +178,7 @@ def test_no_message_repeats_even_for_the_same_input(shares: Shares, group: str, 
 def test_an_empty_batch_asks_nobody(shares: Shares, group: str, socket: Path) -> None:
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=0) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
     ):
         assert vault.product(group, inputs(shares, group, 0)).shape == (0, shares[0].groups[group].m)
         assert vault.counters.exchanges == 0
@@ -186,7 +187,7 @@ def test_an_empty_batch_asks_nobody(shares: Shares, group: str, socket: Path) ->
 def test_masks_dealt_ahead_are_used(shares: Shares, group: str, socket: Path) -> None:
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=8) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=8)) as vault,
     ):
         assert vault.wait_dealt(30)
         vault.deal(20, [group])
@@ -204,7 +205,7 @@ def test_counters_add_up(shares: Shares, group: str, socket: Path) -> None:
     secrets = shares[0].groups[group]
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=0) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
     ):
         vault.product(group, inputs(shares, group, 5))
         counted = vault.counters.as_dict()
@@ -219,7 +220,7 @@ def test_inputs_that_are_no_numbers_are_refused_and_the_vault_lives_on(
 ) -> None:
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=0) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
     ):
         x = inputs(shares, group)
         x[1, 2] = bad
@@ -232,7 +233,7 @@ def test_inputs_that_are_no_numbers_are_refused_and_the_vault_lives_on(
 def test_wrong_arguments_are_named(shares: Shares, group: str, socket: Path) -> None:
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=0) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
     ):
         with pytest.raises(InputError, match="no group"):
             vault.product("nobody", inputs(shares, group))
@@ -241,9 +242,9 @@ def test_wrong_arguments_are_named(shares: Shares, group: str, socket: Path) -> 
         with pytest.raises(InputError, match="float32"):
             vault.product(group, inputs(shares, group)[:, :-1])
     with pytest.raises(InputError, match="no worker"):
-        Vault(shares[0], [], shares[1])
+        Terms([], shares[1])
     with pytest.raises(InputError, match="ahead"):
-        Vault(shares[0], ["unix:/x"], shares[1], ahead=-1)
+        Terms(["unix:/x"], shares[1], ahead=-1)
 
 
 # --- workers that are wrong ---------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def test_a_wrong_product_is_detected_and_the_worker_quarantined(
     shares: Shares, group: str, socket: Path, kind: str
 ) -> None:
     worker = Rogue(shares[1], WRONG[kind])
-    with serving(worker, socket) as address, Vault(shares[0], [address], shares[1], ahead=0) as vault:
+    with serving(worker, socket) as address, Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault:
         with pytest.raises(VerificationError, match="is wrong") as caught:
             vault.product(group, inputs(shares, group))
         assert caught.value.address == address
@@ -289,7 +290,7 @@ def test_a_wrong_product_is_detected_and_the_worker_quarantined(
 def test_another_worker_takes_over_with_the_same_message(shares: Shares, group: str, tmp_path: Path) -> None:
     bad, good = Rogue(shares[1], WRONG["one entry by one"]), Logging(shares[1])
     with serving(bad, tmp_path / "a") as first, serving(good, tmp_path / "b") as second:
-        with Vault(shares[0], [first, second], shares[1], ahead=0) as vault:
+        with Vault(shares[0], Terms([first, second], shares[1], ahead=0)) as vault:
             x = inputs(shares, group)
             assert np.array_equal(vault.product(group, x), LocalProducts(*shares).product(group, x))
             assert list(vault.quarantined) == [first]
@@ -301,7 +302,7 @@ def test_another_worker_takes_over_with_the_same_message(shares: Shares, group: 
 def test_challenges_are_new_after_a_failed_check(shares: Shares, group: str, tmp_path: Path) -> None:
     bad, good = Rogue(shares[1], add(1)), Logging(shares[1])
     with serving(bad, tmp_path / "a") as first, serving(good, tmp_path / "b") as second:
-        with Vault(shares[0], [first, second], shares[1], ahead=0) as vault:
+        with Vault(shares[0], Terms([first, second], shares[1], ahead=0)) as vault:
             old = vault._codecs[0]._challenges[0].copy()
             vault.product(group, inputs(shares, group))
             assert not np.array_equal(old, vault._codecs[0]._challenges[0])
@@ -312,7 +313,7 @@ def test_challenges_are_new_after_a_failed_check(shares: Shares, group: str, tmp
 def test_challenges_are_used_up_by_failures(shares: Shares, group: str, socket: Path) -> None:
     """Each wrong product costs a set of challenges; with the last one the vault stops, and says so."""
     with serving(Rogue(shares[1], add(1)), socket) as address:
-        with Vault(shares[0], [address], shares[1], ahead=0) as vault:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault:
             for _ in range(CHALLENGE_SETS - 1):
                 with pytest.raises(VerificationError, match="is wrong"):
                     vault.product(group, inputs(shares, group, 1))
@@ -327,7 +328,10 @@ def test_a_waiting_thread_does_not_use_a_worker_that_was_quarantined_meanwhile(
     shares: Shares, group: str, tmp_path: Path
 ) -> None:
     worker = Slow(shares[1], add(1))
-    with serving(worker, tmp_path / "a") as address, Vault(shares[0], [address], shares[1], ahead=0) as vault:
+    with (
+        serving(worker, tmp_path / "a") as address,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
+    ):
         caught: list[Exception] = []
 
         def ask() -> None:
@@ -347,14 +351,14 @@ def test_a_waiting_thread_does_not_use_a_worker_that_was_quarantined_meanwhile(
 
 def test_the_first_worker_that_can_serve_does(shares: Shares, group: str, tmp_path: Path) -> None:
     with serving(Logging(shares[1]), tmp_path / "b") as good:
-        with Vault(shares[0], [f"unix:{tmp_path / 'nobody'}", good], shares[1], ahead=0) as vault:
+        with Vault(shares[0], Terms([f"unix:{tmp_path / 'nobody'}", good], shares[1], ahead=0)) as vault:
             vault.product(group, inputs(shares, group))
 
 
 def test_deal_takes_names_and_rows(shares: Shares, socket: Path) -> None:
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=0) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
     ):
         for rows, names in ((0, None), (-1, None), (1, ["nobody"])):
             with pytest.raises(InputError, match="deal takes"):
@@ -364,7 +368,7 @@ def test_deal_takes_names_and_rows(shares: Shares, socket: Path) -> None:
 
 def test_closing_ends_an_exchange_at_once(shares: Shares, group: str, socket: Path) -> None:
     with serving(Silent(shares[1]), socket) as address:
-        vault = Vault(shares[0], [address], shares[1], ahead=0, timeout=60)
+        vault = Vault(shares[0], Terms([address], shares[1], ahead=0, timeout=60))
         closer = threading.Timer(0.3, vault.close)
         closer.start()
         started = time.monotonic()
@@ -428,7 +432,7 @@ def test_bad_answers_are_typed_errors(
     worker = kind(shares[1])
     with (
         serving(worker, socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=0, timeout=1) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=0, timeout=1)) as vault,
     ):
         with pytest.raises(error):
             vault.product(group, inputs(shares, group))
@@ -447,20 +451,20 @@ def test_a_worker_that_dies_in_mid_token_is_told_and_its_successor_found(
         LocalWorker(folder / "worker", threads=1) as worker,
         LocalWorker(folder / "worker", threads=1) as spare,
     ):
-        with Vault(shares[0], [worker.address], shares[1], ahead=0, timeout=10) as vault:
+        with Vault(shares[0], Terms([worker.address], shares[1], ahead=0, timeout=10)) as vault:
             vault.product(group, inputs(shares, group))
 
             os.kill(worker.pid, signal.SIGKILL)
             with pytest.raises(WorkerUnavailable):
                 vault.product(group, inputs(shares, group))
-        with Vault(shares[0], [spare.address], shares[1], ahead=0, timeout=10) as vault:
+        with Vault(shares[0], Terms([spare.address], shares[1], ahead=0, timeout=10)) as vault:
             vault.product(group, inputs(shares, group))
 
 
 def test_a_restarted_worker_is_found_again(shares: Shares, group: str, socket: Path) -> None:
     first = Logging(shares[1])
     with serving(first, socket) as address:
-        vault = Vault(shares[0], [address], shares[1], ahead=0)
+        vault = Vault(shares[0], Terms([address], shares[1], ahead=0))
         vault.product(group, inputs(shares, group))
     with serving(Logging(shares[1]), socket), vault:
         x = inputs(shares, group, seed=5)
@@ -472,16 +476,16 @@ def test_a_restarted_worker_is_found_again(shares: Shares, group: str, socket: P
 
 def test_nobody_listens(shares: Shares, tmp_path: Path) -> None:
     with pytest.raises(WorkerUnavailable, match="is the worker running"):
-        Vault(shares[0], [f"unix:{tmp_path / 'nobody'}"], shares[1])
+        Vault(shares[0], Terms([f"unix:{tmp_path / 'nobody'}"], shares[1]))
 
 
 def test_shares_and_workers_of_another_split(shares: Shares, tmp_path: Path, socket: Path) -> None:
     sliplm.split(make("llama", tmp_path / "model"), tmp_path / "out")
     other = open_worker(tmp_path / "out" / "worker")
     with pytest.raises(MismatchError, match="different splits"):
-        Vault(shares[0], ["unix:/nowhere"], other)
+        Vault(shares[0], Terms(["unix:/nowhere"], other))
     with serving(Logging(other), socket) as address, pytest.raises(MismatchError, match="split"):
-        Vault(shares[0], [address], shares[1])
+        Vault(shares[0], Terms([address], shares[1]))
 
 
 def test_keys_of_another_authority(folder: Path, shares: Shares, tmp_path: Path) -> None:
@@ -491,7 +495,7 @@ def test_keys_of_another_authority(folder: Path, shares: Shares, tmp_path: Path)
     with LocalWorker(folder / "worker", threads=1) as worker:
         place = worker.address.partition("?")[0]
         with pytest.raises(CredentialError):
-            Vault(shares[0], [f"{place}?keys={tmp_path / 'other' / 'vault'}"], shares[1])
+            Vault(shares[0], Terms([f"{place}?keys={tmp_path / 'other' / 'vault'}"], shares[1]))
 
 
 def test_a_damaged_dealing_share_is_found_before_any_mask_is_used(
@@ -500,7 +504,7 @@ def test_a_damaged_dealing_share_is_found_before_any_mask_is_used(
     """Memory that flips a bit after the digest was checked: O3 catches it."""
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=0) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
     ):
         damaged = np.array(shares[1].matrices[group])
         damaged[0, 0] ^= 1
@@ -515,7 +519,7 @@ def test_a_damaged_dealing_share_is_found_before_any_mask_is_used(
 def test_reprs_hide_secrets(shares: Shares, socket: Path) -> None:
     with (
         serving(Logging(shares[1]), socket) as address,
-        Vault(shares[0], [address], shares[1], ahead=0) as vault,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
     ):
         for thing in (
             vault,

@@ -30,6 +30,7 @@ from sliplm.network.attestation import SoftwareAttester, SoftwareVerifier
 from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.parties.workforce import _SUSPENSIONS
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
@@ -107,7 +108,7 @@ def test_requests_spread_over_the_workers(shares: Shares, group: str, tmp_path: 
     x = inputs(shares, group)
     expected = LocalProducts(*shares).product(group, x)
     with serving(one, tmp_path / "a") as first, serving(two, tmp_path / "b") as second:
-        with Vault(shares[0], [first, second], shares[1], ahead=0) as vault:
+        with Vault(shares[0], Terms([first, second], shares[1], ahead=0)) as vault:
             found: list[np.ndarray] = []
             threads = [
                 threading.Thread(target=lambda: found.append(vault.product(group, x))) for _ in range(2)
@@ -125,7 +126,7 @@ def test_a_stalled_worker_is_left_alone_and_comes_back(shares: Shares, group: st
     slow, good = Stalling(shares[1]), Logging(shares[1])
     x = inputs(shares, group)
     with serving(slow, tmp_path / "a") as first, serving(good, tmp_path / "b") as second:
-        with Vault(shares[0], [first, second], shares[1], ahead=0, timeout=0.5) as vault:
+        with Vault(shares[0], Terms([first, second], shares[1], ahead=0, timeout=0.5)) as vault:
             assert np.array_equal(vault.product(group, x), LocalProducts(*shares).product(group, x))
             assert np.array_equal(slow.messages[0][1], good.messages[0][1].ravel()), "the same message"
             assert vault.counters.retries == 1
@@ -144,7 +145,7 @@ def test_pauses_double(shares: Shares, group: str, tmp_path: Path) -> None:
             time.sleep(1)
 
     with serving(Refusing(shares[1]), tmp_path / "a") as address:
-        with Vault(shares[0], [address], shares[1], ahead=0, timeout=0.3) as vault:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0, timeout=0.3)) as vault:
             member = vault._workers._members[0]
             for strikes in (1, 2):
                 eventually(lambda: state(vault, address) == "up")
@@ -157,7 +158,7 @@ def test_a_lost_worker_is_found_again_without_a_request(shares: Shares, group: s
     x = inputs(shares, group)
     with serving(Logging(shares[1]), tmp_path / "b") as second:
         with serving(Logging(shares[1]), tmp_path / "a") as first:
-            vault = Vault(shares[0], [first, second], shares[1], ahead=0)
+            vault = Vault(shares[0], Terms([first, second], shares[1], ahead=0))
             vault.product(group, x)
         with vault:
             vault.product(group, x)
@@ -171,7 +172,7 @@ def test_drain_and_rejoin(shares: Shares, group: str, tmp_path: Path) -> None:
     one, two = Logging(shares[1]), Logging(shares[1])
     x = inputs(shares, group)
     with serving(one, tmp_path / "a") as first, serving(two, tmp_path / "b") as second:
-        with Vault(shares[0], [first, second], shares[1], ahead=0) as vault:
+        with Vault(shares[0], Terms([first, second], shares[1], ahead=0)) as vault:
             vault.product(group, x)
             vault.drain(first)
             vault.product(group, x)
@@ -193,7 +194,10 @@ def test_draining_lets_the_exchange_under_way_end(shares: Shares, group: str, tm
     barrier = threading.Barrier(2)
     worker = Meeting(shares[1], barrier)
     x = inputs(shares, group)
-    with serving(worker, tmp_path / "a") as address, Vault(shares[0], [address], shares[1], ahead=0) as vault:
+    with (
+        serving(worker, tmp_path / "a") as address,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
+    ):
         found: list[np.ndarray] = []
         asking = threading.Thread(target=lambda: found.append(vault.product(group, x)))
         asking.start()
@@ -210,7 +214,10 @@ def test_a_quarantined_worker_rejoins_by_the_operators_word_alone(
     shares: Shares, group: str, tmp_path: Path
 ) -> None:
     worker = Rogue(shares[1], add(1))
-    with serving(worker, tmp_path / "a") as address, Vault(shares[0], [address], shares[1], ahead=0) as vault:
+    with (
+        serving(worker, tmp_path / "a") as address,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
+    ):
         with pytest.raises(VerificationError):
             vault.product(group, inputs(shares, group))
         time.sleep(1)  # longer than all pauses
@@ -231,7 +238,7 @@ def test_a_worker_that_drops_every_connection_is_suspended(
             connection.close()
 
     with serving(Dropping(shares[1]), tmp_path / "a") as address:
-        with Vault(shares[0], [address], shares[1], ahead=0) as vault:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault:
             with pytest.raises(WorkerError, match="again and again"):
                 deque(vault.product(group, inputs(shares, group, 1)) for _ in range(20))
             assert 3 <= vault.counters.exchanges < 10
@@ -249,7 +256,7 @@ def test_a_revoked_worker_is_cut_off_within_a_second(shares: Shares, group: str,
         serving_tls(one, tmp_path / "kept", tmp_path) as first,
         serving_tls(two, tmp_path / "keys" / "worker-2", tmp_path) as second,
     ):
-        with Vault(shares[0], [first, second], shares[1], ahead=0) as vault:
+        with Vault(shares[0], Terms([first, second], shares[1], ahead=0)) as vault:
             vault.product(group, x)
             connection = vault._workers.links[0].connection
             assert connection is not None
@@ -273,7 +280,7 @@ def test_a_dealer_with_a_workers_key_is_refused(shares: Shares, group: str, tmp_
     one, two = Logging(shares[1]), Logging(shares[1])
     with serving_tls(one, folder, tmp_path) as first, serving_tls(two, folder, tmp_path) as second:
         with pytest.raises(CredentialError, match="show the same key"):
-            Vault(shares[0], [first], dealers=[second], ahead=0)
+            Vault(shares[0], Terms([first], dealers=[second], ahead=0))
 
 
 @pytest.mark.parametrize("good", [True, False])
@@ -288,13 +295,13 @@ def test_evidence_is_judged_by_both_sides(shares: Shares, group: str, tmp_path: 
     }
     with serving(worker, tmp_path / "w") as address:
         if good:
-            with Vault(shares[0], [address], shares[1], ahead=0, **means) as vault:
+            with Vault(shares[0], Terms([address], shares[1], ahead=0, **means)) as vault:
                 vault.product(group, inputs(shares, group))
         else:
             with pytest.raises(AttestationError, match=r"refuses \(evidence\)"):
-                Vault(shares[0], [address], shares[1], ahead=0, **means)
+                Vault(shares[0], Terms([address], shares[1], ahead=0, **means))
         with pytest.raises(AttestationError, match="nobody here can judge"):
-            Vault(shares[0], [address], shares[1], ahead=0)
+            Vault(shares[0], Terms([address], shares[1], ahead=0))
     assert len(worker.messages) == good
 
 
@@ -306,16 +313,16 @@ def test_the_vault_computes_itself_if_the_owner_says_so(
 ) -> None:
     x = inputs(shares, group, 20)
     with serving(Rogue(shares[1], add(1)), tmp_path / "a") as address:
-        with Vault(shares[0], [address], shares[1], ahead=0, fallback="here") as vault:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0, fallback="here")) as vault:
             for _ in range(2):
                 assert np.array_equal(vault.product(group, x), LocalProducts(*shares).product(group, x))
             assert vault.counters.rows_here == 40
             assert [record.event for record in vault.audit.records] == ["quarantined", "computed here"]
     assert "computed here: slowly" in caplog.text
     with pytest.raises(InputError, match="fallback"):
-        Vault(shares[0], ["unix:/x"], shares[1], fallback="pray")  # type: ignore[arg-type]
+        Terms(["unix:/x"], shares[1], fallback="pray")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="worker share"):
-        Vault(shares[0], ["unix:/x"], dealers=["unix:/y"], fallback="here")
+        Terms(["unix:/x"], dealers=["unix:/y"], fallback="here")
 
 
 # --- padding -------------------------------------------------------------------------------------------
@@ -325,13 +332,13 @@ def test_prompts_are_padded(shares: Shares, group: str, tmp_path: Path) -> None:
     worker = Logging(shares[1])
     local = LocalProducts(*shares)
     with serving(worker, tmp_path / "a") as address:
-        with Vault(shares[0], [address], shares[1], ahead=0, pad_to=16) as vault:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0, pad_to=16)) as vault:
             for rows in (1, 2, 15, 16, 17, 33):
                 x = inputs(shares, group, rows, seed=rows)
                 assert np.array_equal(vault.product(group, x), local.product(group, x))
     assert [len(message) for _, message in worker.messages] == [1, 16, 16, 16, 32, 48]
     with pytest.raises(InputError, match="pad_to"):
-        Vault(shares[0], ["unix:/x"], shares[1], pad_to=0)
+        Terms(["unix:/x"], shares[1], pad_to=0)
 
 
 # --- the audit record -----------------------------------------------------------------------------------
@@ -340,7 +347,7 @@ def test_prompts_are_padded(shares: Shares, group: str, tmp_path: Path) -> None:
 def test_the_audit_file(shares: Shares, group: str, tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     with serving(Rogue(shares[1], add(1)), tmp_path / "a") as address:
-        with Vault(shares[0], [address], shares[1], ahead=0, audit=path) as vault:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0, audit=path)) as vault:
             with pytest.raises(VerificationError):
                 vault.product(group, inputs(shares, group))
     (line,) = path.read_text().splitlines()

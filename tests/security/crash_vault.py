@@ -34,6 +34,7 @@ from sliplm.masks.masks import MaskPool
 from sliplm.masks.pool import DiskPool
 from sliplm.network.transport import Connection
 from sliplm.parties.codec import GroupCodec
+from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.shares.share import open_vault, open_worker
 
@@ -86,7 +87,7 @@ def run(vault: Path, address: str, masks: list[Path], count: mmap.mmap) -> None:
         disk = DiskPool(masks[0], share.split_id, share.pool_key, shapes, anchor, reserve=8)
     worker = None if disk else open_worker(masks[0])
     products = 0
-    with Vault(share, [address], worker, pool=disk, ahead=16) as served:
+    with Vault(share, Terms([address], worker, pool=disk, ahead=16)) as served:
         while True:
             for name, (_, n) in zip(share.groups, shapes, strict=True):
                 served.product(name, rng.standard_normal((rng.integers(1, 5), n)).astype(np.float32))

@@ -24,6 +24,7 @@ from sliplm.network import authority
 from sliplm.network.keys import now
 from sliplm.parties.audit import Record
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.shares.share import VaultShare, open_vault, open_worker
 
@@ -100,7 +101,7 @@ def slow_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def vault_of(scene: Scene, rogue: Rogue, workers: list[str], **options: Any) -> Iterator[Vault]:
     settings = {"dealing_share": scene.means.share, "ahead": 0, "timeout": rogue.timeout} | options
-    with Vault(scene.vault, workers, **settings) as vault:
+    with Vault(scene.vault, Terms(workers, **settings)) as vault:
         yield vault
 
 
@@ -260,7 +261,7 @@ def test_bad_from_the_first_connection_on(name: str, scene: Scene) -> None:
         serving(honest, scene.means.keys, "honest") as good,
     ):
         with pytest.raises(rogue.error):
-            Vault(scene.vault, [bad], scene.means.share, ahead=0, timeout=rogue.timeout)
+            Vault(scene.vault, Terms([bad], scene.means.share, ahead=0, timeout=rogue.timeout))
         with vault_of(scene, rogue, [bad, good]) as vault:
             assert scene.wrong(vault, (scene.groups[ASKED], scene.inputs(3, 0))) == 0
             assert states(vault) == [rogue.ends, "up"]
@@ -380,7 +381,7 @@ def test_the_servers_are_honest_without_their_lie(kind: Callable[[Any], Honest],
     """The control: what the rogues have in common is not what is detected."""
     worker = kind(scene.means if kind is Rogue else scene.means.share)
     with serving(worker, scene.means.keys, "rogue") as address:
-        with Vault(scene.vault, [address], scene.means.share, ahead=0) as vault:
+        with Vault(scene.vault, Terms([address], scene.means.share, ahead=0)) as vault:
             for seed in range(20):
                 assert scene.wrong(vault, (scene.groups[ASKED], scene.inputs(3, seed))) == 0
             assert (vault.audit.records, states(vault)) == ((), ["up"])

@@ -23,6 +23,7 @@ from ledger import Ledger, size
 from rogues import LIMIT, Asked, Honest, Means, Rogue, add, one_mask_one_message, read_log, send, serving
 from sliplm.errors import SlipError
 from sliplm.network.transport import Connection
+from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.protocol.worker_side import WorkerSide
 from test_malicious import Scene, base, scene  # noqa: F401
@@ -135,7 +136,7 @@ def test_a_liar_a_crash_and_an_operator(
         serving(steady, tmp_path / "rest.sock"),
         process(share, where, log) as first,
         Vault(
-            scene.vault, [liar, mortal, resting], scene.means.share, ahead=8, timeout=LIMIT
+            scene.vault, Terms([liar, mortal, resting], scene.means.share, ahead=8, timeout=LIMIT)
         ) as vault,
     ):  # fmt: skip
         crowd = Crowd(scene, vault)

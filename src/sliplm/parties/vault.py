@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.errors import CredentialError, InputError, MaskError, SlipError, VerificationError
 from sliplm.masks import masks
 from sliplm.masks.masks import Masks
-from sliplm.masks.pool import DiskPool
-from sliplm.network.attestation import Attester, Verifier
 from sliplm.network.link import Link
 from sliplm.network.transport import Connection
 from sliplm.parties.adapters import Adapters
@@ -25,87 +23,52 @@ from sliplm.parties.audit import AuditLog
 from sliplm.parties.codec import GroupCodec, Scales
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
+from sliplm.parties.terms import Terms
 from sliplm.parties.workforce import FAILURES, Role, Status, Workforce
 from sliplm.protocol.vault_side import Welcome
-from sliplm.shares.share import VaultShare, WorkerShare, check_pair
-
-Fallback = Literal["fail", "here"]
+from sliplm.shares.share import VaultShare, check_pair
 
 
 class Vault:
     """The trusted side of one split model.
 
-    Masks come from the pool on disk while it has some, then from the dealers, then from the worker share.
-
     Args:
         share: the vault's share.
-        workers: addresses; requests are spread over those that serve.
-        dealing_share: the worker's share, from which this vault deals its own masks; may be None where
-            dealers or a pool are named.
-        dealers: addresses of workers that deal masks and do not collude with `workers`.
-        pool: masks dealt ahead on disk.
-        ahead: masks kept ready in memory for each group, in rows.
-        timeout: limit in seconds of every wait for a worker or dealer.
-        fallback: when no worker is left, "fail" the request, or compute the product "here", from
-            `dealing_share`: slow.
-        pad_to: products of more than one row are padded to a multiple of so many rows, so that the worker
-            does not see a prompt's exact length.
-        audit: where events are recorded.
-        attester: gives this vault's evidence to workers that ask for it.
-        verifier: judges the workers' and dealers' evidence.
-        adapter: the one that products take where no other is chosen; None for none.
+        terms: whom it asks, where its masks come from, and what else is chosen.
 
     Attributes:
         adapter: what it has, and how to choose for a block: `with vault.adapter("fr"): ...`
+        counters: what it has done.
+        audit: who lied, stalled, vanished or came back.
 
-    Raises: MismatchError for shares of different splits; InputError without a worker, without masks or for
-        an unknown adapter; what `Link.open` raises.
+    Raises: MismatchError for shares of different splits; InputError for an unknown adapter; what `Link.open`
+        raises.
     """
 
-    def __init__(
-        self,
-        share: VaultShare,
-        workers: Sequence[str],
-        dealing_share: WorkerShare | None = None,
-        *,
-        dealers: Sequence[str] = (),
-        pool: DiskPool | None = None,
-        ahead: int = 64,
-        timeout: float = 30.0,
-        fallback: Fallback = "fail",
-        pad_to: int = 1,
-        audit: AuditLog | Path | str | None = None,
-        attester: Attester | None = None,
-        verifier: Verifier | None = None,
-        adapter: str | None = None,
-    ) -> None:
-        self.adapter = Adapters(share.manifest.adapters, adapter)
-        if dealing_share is not None:
-            check_pair(share, dealing_share)
-        _check_arguments(workers, dealers, dealing_share, pool, ahead, timeout, fallback, pad_to)
-        self.counters = Counters()
-        self.audit = audit if isinstance(audit, AuditLog) else AuditLog(audit)
+    def __init__(self, share: VaultShare, terms: Terms) -> None:
+        self.adapter = Adapters(share.manifest.adapters, terms.adapter)
+        if terms.dealing_share is not None:
+            check_pair(share, terms.dealing_share)
+        self.counters, self.audit = Counters(), AuditLog(terms.audit)
         self._lock = threading.Lock()
         self._index = {name: i for i, name in enumerate(share.groups)}
         self._codecs = [GroupCodec(secrets) for secrets in share.groups.values()]
-        self._fallback, self._pad_to, self._disk = fallback, pad_to, pool
+        self._fallback, self._pad_to, self._disk = terms.fallback, terms.pad_to, terms.pool
         self._freshness = b""  # the nonces that peers sent: see masks.deal
         shapes = [(codec.m, codec.n) for codec in self._codecs]
 
         def workforce(addresses: Sequence[str], role: Role) -> Workforce:
-            def greet(link: Link, connection: Connection, welcome: Welcome) -> None:
-                self._greeted(role, link, connection, welcome)
-
             return Workforce.of(
-                addresses, role, share.split_id, shapes, timeout, self.audit, greet, attester, verifier
-            )
+                addresses, role, share.split_id, shapes, terms.timeout, self.audit,
+                partial(self._greeted, role), terms.attester, terms.verifier,
+            )  # fmt: skip
 
-        self._workers = workforce(workers, "worker")
-        self._dealers = workforce(dealers, "dealer") if dealers else None
-        here = None if dealing_share is None else ShareDealer(dealing_share)
+        self._workers = workforce(terms.workers, "worker")
+        self._dealers = workforce(terms.dealers, "dealer") if terms.dealers else None
+        here = None if terms.dealing_share is None else ShareDealer(terms.dealing_share)
         self._dealing = Dealing(self._codecs, here, self._dealers)
         self._pool = masks.MaskPool(
-            len(self._codecs), self._deal, ahead if self._dealing.possible and pool is None else 0
+            len(self._codecs), self._deal, terms.ahead if self._dealing.possible and terms.pool is None else 0
         )
         try:
             self._workers.open_one()
@@ -340,32 +303,3 @@ def _same_key(one: Connection, other: Connection) -> bool:
     return (
         one.identity is not None and other.identity is not None and one.identity.spki == other.identity.spki
     )
-
-
-def _check_arguments(
-    workers: Sequence[str],
-    dealers: Sequence[str],
-    dealing_share: WorkerShare | None,
-    pool: DiskPool | None,
-    ahead: int,
-    timeout: float,
-    fallback: Fallback,
-    pad_to: int,
-) -> None:
-    if not workers:
-        raise InputError(
-            "no worker is named: start one with `slip worker SHARE --listen ADDRESS` and pass its address"
-        )
-    if ahead < 0 or timeout <= 0 or pad_to < 1:
-        raise InputError(
-            "ahead is a number of rows from 0, timeout a number of seconds above 0, pad_to a number of rows "
-            "from 1"
-        )
-    if dealing_share is None and not dealers and pool is None:
-        raise InputError("nobody deals masks: give the worker share, a dealer's address or a pool of masks")
-    if set(workers) & set(dealers):
-        raise InputError("a worker cannot be its own dealer: it would know the masks of what it is sent")
-    if fallback not in ("fail", "here"):
-        raise InputError(f"fallback is 'fail' or 'here', not {fallback!r}")
-    if fallback == "here" and dealing_share is None:
-        raise InputError("fallback 'here' computes from the worker share: name its folder")

@@ -15,7 +15,7 @@ from sliplm.engines.transformers.quantizer import METHOD, REFERENCE, Folder, che
 from sliplm.errors import InputError, ShareError
 from sliplm.network.attestation import Attester, Verifier
 from sliplm.parties.local_worker import LocalWorker
-from sliplm.parties.vault import Fallback
+from sliplm.parties.terms import Fallback
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.manifest import PLAIN_MODULE
 from sliplm.shares.share import MODEL, read_vault_manifest

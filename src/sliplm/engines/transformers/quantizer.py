@@ -27,7 +27,8 @@ from sliplm.masks.anchor import CommandAnchor, file_anchor
 from sliplm.masks.pool import DiskPool
 from sliplm.network.attestation import Attester, Verifier
 from sliplm.parties.local_products import LocalProducts
-from sliplm.parties.vault import Fallback, Vault
+from sliplm.parties.terms import Fallback, Terms
+from sliplm.parties.vault import Vault
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.share import MODEL, VaultShare, WorkerShare, check_pair, open_vault, open_worker
 
@@ -207,8 +208,7 @@ def connect(config: SlipConfig, vault: VaultShare, worker: WorkerShare | None) -
         anchor = file_anchor() if config.anchor is None else CommandAnchor(config.anchor)
         pool = DiskPool(Path(config.pool), vault.pool_name, vault.pool_key, shapes, anchor)
     try:
-        return Vault(
-            vault,
+        terms = Terms(
             workers,
             worker,
             dealers=config.dealers,
@@ -222,6 +222,7 @@ def connect(config: SlipConfig, vault: VaultShare, worker: WorkerShare | None) -
             verifier=config.verifier,
             adapter=config.adapter,
         )
+        return Vault(vault, terms)
     except BaseException:
         if pool is not None:
             pool.close()
