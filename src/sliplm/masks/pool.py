@@ -35,10 +35,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from sliplm import durable
+from sliplm.closing import Closing
 from sliplm.errors import MaskError, PoolError
 from sliplm.masks.anchor import Anchor
 from sliplm.masks.maskfile import MaskFile
@@ -114,7 +114,7 @@ class _Stock:
             yield batch, first, first + used
 
 
-class DiskPool:
+class DiskPool(Closing):
     """The masks of one split in a pool folder, for one vault.
 
     Args:
@@ -165,14 +165,6 @@ class DiskPool:
 
     def __repr__(self) -> str:
         return f"DiskPool({str(self._folder.path)!r}, groups={len(self._stocks)}, secrets hidden)"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def available(self, group: int) -> int:
         """Rows that are ready for a group; new batches are found within a second.  Raises: PoolError."""

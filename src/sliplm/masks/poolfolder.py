@@ -16,13 +16,13 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sliplm import durable
 from sliplm.arithmetic.field import derive_key
+from sliplm.closing import Closing
 from sliplm.errors import PoolError
 from sliplm.masks import maskfile
 from sliplm.masks.anchor import Anchor
@@ -182,7 +182,7 @@ def next_token(secret: bytes, positions: Sequence[Position]) -> str:
     return hmac.digest(derive_key(secret, "token"), digest, "sha256")[:16].hex()
 
 
-class PoolWriter:
+class PoolWriter(Closing):
     """Adds batches to a pool, which is made if there is none; a vault may be using it meanwhile.
 
     Args: as `DiskPool`.
@@ -209,14 +209,6 @@ class PoolWriter:
 
     def __repr__(self) -> str:
         return f"PoolWriter({str(self._folder.path)!r}, secrets hidden)"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def add(self, group: int, rows: int, product: Product) -> None:
         """Deal one batch; at the return it is there for good.

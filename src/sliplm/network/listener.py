@@ -10,9 +10,9 @@ import socket
 import stat
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
+from sliplm.closing import Closing
 from sliplm.errors import CredentialError, WorkerUnavailable
 from sliplm.network import keys
 from sliplm.network.transport import (
@@ -29,7 +29,7 @@ from sliplm.network.transport import (
 _BACKLOG: Final = 64
 
 
-class Listener:
+class Listener(Closing):
     """A bound, listening socket.
 
     Attributes:
@@ -50,14 +50,6 @@ class Listener:
 
     def __repr__(self) -> str:
         return f"Listener({self.address})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def accept(self) -> socket.socket | None:
         """Wait for the next peer, without speaking to it; None after `stop`."""

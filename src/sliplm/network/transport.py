@@ -18,9 +18,9 @@ import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Final, NamedTuple, Protocol, Self, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
+from sliplm.closing import Closing
 from sliplm.errors import (
     CredentialError,
     InputError,
@@ -71,7 +71,7 @@ class UnixAddress(NamedTuple):
         return f"unix:{self.path}"
 
 
-class Connection:
+class Connection(Closing):
     """Frames over one socket, for one thread; only `abort` may come from another.
 
     After any error but InputError the connection is useless: close it.
@@ -98,14 +98,6 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"Connection({self._peer})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def peer(self) -> str:

@@ -12,9 +12,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
+from sliplm.closing import Closing
 from sliplm.errors import WorkerUnavailable
 from sliplm.network import authority as authorities
 
@@ -24,7 +24,7 @@ _LINE: Final = 4096  # bytes of the ready line, at most
 _TAIL: Final = 2000  # bytes of the worker's last words in an error
 
 
-class LocalWorker:
+class LocalWorker(Closing):
     """A worker in a process of its own, on loopback.
 
         with LocalWorker(out_dir / "worker") as worker:
@@ -68,11 +68,6 @@ class LocalWorker:
             self.close()
             raise
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def address(self) -> str:

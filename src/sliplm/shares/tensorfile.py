@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from sliplm.closing import Closing
 from sliplm.errors import ShareError
 
 MAX_HEADER_BYTES = 16 << 20
@@ -117,7 +117,7 @@ def lay_out(
     return head, {name: start + len(head) for name, start in starts.items()}, len(head) + end
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(Closing):
     """Writes tensors of known shapes into a preallocated file, each at its own offset, in any order.
 
     The tensors lie as `lay_out` says.  With `resume`, a file of the same header and length is continued
@@ -193,14 +193,6 @@ class SafetensorsWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _same(self, header: bytes) -> bool:
         try:
