@@ -189,8 +189,9 @@ def test_a_damaged_manifest_is_named(out: Path, side: str, harm: Callable[[Path]
     ("change", "word"),
     [
         ({"format": "other"}, "format"),
-        ({"version": 3}, "version"),
+        ({"version": 4}, "version"),
         ({"version": 1}, "older release.*split again"),
+        ({"version": 2}, "older release.*split again"),
         ({"extra": 1}, "extra"),
         ({"split_id": "xyz"}, "split_id"),
         ({"files": {"../secret": {"bytes": 1, "sha256": "00"}}}, "files"),

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from sliplm.shares.recipe import Recipe, RotationKind
 from sliplm.shares.tensorfile import ITEM_BYTES, TensorSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ADAPTER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 PLAIN_MODULE = "plain PyTorch module"  # a `config_class`: no configuration of transformers
 
@@ -157,7 +157,7 @@ class WorkerManifest(_Model):
     """
 
     format: Literal["sliplm-worker"] = "sliplm-worker"
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     split_id: SplitId
     groups: Several[WorkerGroup]
     files: dict[FileName, FileRecord]
@@ -171,7 +171,7 @@ class VaultManifest(_Model):
     """
 
     format: Literal["sliplm-vault"] = "sliplm-vault"
-    version: Literal[2] = 2
+    version: Literal[2, 3] = 3  # of version 2 only the ledger's entry is still read
     split_id: SplitId
     sliplm: str = Field(max_length=64)
     source: SourceModel

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sliplm.arithmetic.equilibration import Equilibrated, column_factors, divided
 from sliplm.arithmetic.field import new_key
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.errors import CheckpointError
@@ -21,11 +22,14 @@ Norms = tuple[float, float, float]
 
 def split_base(name: str, base: Floats, precision: int) -> GroupSplit:
     """The public matrix alone, float32 [m, n]: no part of it is secret, and w is a function of `base` and
-    `precision` (M40).
+    `precision` (M40), as is the diagonal D_in.
     """
     m, n = base.shape
     empty = np.zeros((m, 0), np.float32), np.zeros((0, n), np.float32)
-    secrets, w, error = in_integers(name, base, *empty, precision=precision, rotation="none", seed=new_key())
+    published = _published(base, column_factors(base))
+    secrets, w, error = in_integers(
+        name, published, *empty, precision=precision, rotation="none", seed=new_key()
+    )
     return GroupSplit(secrets, w, error, 0.0)
 
 
@@ -46,9 +50,20 @@ def split_difference(
     a, b = top_triplets(difference, rank)
     tail = difference - a @ b
     public = base + tail if tail_to_worker else base
-    secrets, w, error = in_integers(name, public, a, b, precision=precision, rotation="none", seed=new_key())
+    columns = column_factors(base)
+    columns[(columns == 0) & public.any(axis=0)] = 1  # where only the tail is anything
+    published = _published(public, columns)
+    secrets, w, error = in_integers(name, published, a, b, precision=precision, rotation="none", seed=new_key())
     norms = (frobenius(difference), frobenius(base), frobenius(tail))
     return GroupSplit(secrets, w, error, direction_error(difference, a, b)), norms
+
+
+def _published(matrix: Floats, columns: Floats) -> Equilibrated:
+    """The worker's matrix before rounding: its columns equal in norm, by a diagonal that the base alone makes.
+
+    Its rows have scales of their own (step 3), since nothing mixes them.
+    """
+    return Equilibrated(divided(matrix, columns), np.ones(len(matrix), np.float32), columns)
 
 
 def energy_rank(difference: Floats, energy: float) -> int:

@@ -4,8 +4,9 @@
     worker/  manifest.json   share.safetensors
 
 The worker's `share.safetensors` has one integer tensor per group, named by its group.  The vault's has, per
-group G of m rows, n columns and rank k: `G/a` F32 [m,k], `G/b` F32 [k,n], `G/scale` F32 [m], `G/c` U32 [4t,n]
-(4 sets of challenges), `G/norm` F64 [1] and `G/seed` U8 [32]; and for each adapter N and member i that it
+group G of m rows, n columns and rank k: `G/a` F32 [m,k], `G/b` F32 [k,n], `G/d_out` F32 [m], `G/d_in` F32 [n],
+`G/scale` F32 [m], `G/c` U32 [4t,n] (4 sets of challenges), `G/norm` F64 [1], `G/noise` F64 [1] and `G/seed`
+U8 [32]; and for each adapter N and member i that it
 changes, `G/adapter/N/i/a` F32 [rows of i, its rank] and `G/adapter/N/i/b` F32 [its rank, n].  In both files
 of the vault a tensor lies sealed, as U8 [sealed bytes] under its name; its true type and shape are in the
 manifest (`sealing`).
@@ -139,6 +140,8 @@ def open_vault(path: Path | str, key: KeySpec = None) -> VaultShare:
 def open_sealed_file(path: Path | str, name: str, key: KeySpec, limit: int) -> bytes:
     """The plain bytes of one small sealed file of a vault folder, which is authenticated like the rest.
 
+    Folders of release 0.2 are read too: the ledger must know what they show.
+
     Args:
         limit: bytes above which it is refused unread.
 
@@ -148,7 +151,7 @@ def open_sealed_file(path: Path | str, name: str, key: KeySpec, limit: int) -> b
         ShareError: the folder has no such file, or it cannot be read.
     """
     path = Path(path)
-    data, manifest = _read_manifest(path / MANIFEST, VaultManifest)
+    data, manifest = _read_manifest(path / MANIFEST, VaultManifest, old=True)
     seal = read_seal(path)
     data_key = open_seal(path, key, seal)
     check_manifest(path, seal, data_key, data)
@@ -229,8 +232,10 @@ def secret_specs(group: VaultGroup) -> tuple[TensorSpec, ...]:
     """The tensors of a group in the vault's share."""
     m, n, k = group.rows, group.columns, group.rank
     fields: Iterable[tuple[str, str, tuple[int, ...]]] = (
-        ("a", "F32", (m, k)), ("b", "F32", (k, n)), ("scale", "F32", (m,)),
-        ("c", "U32", (CHALLENGE_SETS * CHALLENGES, n)), ("norm", "F64", (1,)), ("seed", "U8", (32,)),
+        ("a", "F32", (m, k)), ("b", "F32", (k, n)),
+        ("d_out", "F32", (m,)), ("d_in", "F32", (n,)), ("scale", "F32", (m,)),
+        ("c", "U32", (CHALLENGE_SETS * CHALLENGES, n)),
+        ("norm", "F64", (1,)), ("noise", "F64", (1,)), ("seed", "U8", (32,)),
     )  # fmt: skip
     own = tuple(TensorSpec(f"{group.name}/{field}", dtype, shape) for field, dtype, shape in fields)
     return own + tuple(
@@ -283,9 +288,12 @@ def secret_tensors(secrets: GroupSecrets) -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {
         "a": secrets.a,
         "b": secrets.b,
+        "d_out": secrets.d_out,
+        "d_in": secrets.d_in,
         "scale": secrets.scale,
         "c": secrets.c,
         "norm": np.array([secrets.norm], dtype=np.float64),
+        "noise": np.array([secrets.noise], dtype=np.float64),
         "seed": np.frombuffer(secrets.seed, dtype=np.uint8),
     }
     return {f"{secrets.name}/{field}": array for field, array in arrays.items()}
@@ -321,7 +329,8 @@ def _secrets(group: VaultGroup, tensors: Mapping[str, npt.NDArray[Any]]) -> Grou
 
     return GroupSecrets(
         name=group.name, m=group.rows, n=group.columns, precision=group.precision, rotation=group.rotation,
-        a=get("a"), b=get("b"), scale=get("scale"), norm=float(get("norm")[0]), c=get("c"),
+        a=get("a"), b=get("b"), d_out=get("d_out"), d_in=get("d_in"), scale=get("scale"),
+        norm=float(get("norm")[0]), noise=float(get("noise")[0]), c=get("c"),
         seed=get("seed").tobytes(),
         adapters={
             adapter.name: tuple(
@@ -336,7 +345,7 @@ def _secrets(group: VaultGroup, tensors: Mapping[str, npt.NDArray[Any]]) -> Grou
 M = TypeVar("M", VaultManifest, WorkerManifest)
 
 
-def _read_manifest(path: Path, kind: type[M]) -> tuple[bytes, M]:
+def _read_manifest(path: Path, kind: type[M], *, old: bool = False) -> tuple[bytes, M]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
@@ -347,7 +356,7 @@ def _read_manifest(path: Path, kind: type[M]) -> tuple[bytes, M]:
         ) from error
     if len(data) > MAX_MANIFEST_BYTES:
         raise ShareError(f"{path} is longer than {MAX_MANIFEST_BYTES} bytes: this is no manifest")
-    _outline(path, data, kind)
+    _outline(path, data, kind, old=old)
     try:
         manifest = kind.model_validate_json(data)
     except (ValidationError, RecipeError) as error:
@@ -359,7 +368,7 @@ def _read_manifest(path: Path, kind: type[M]) -> tuple[bytes, M]:
     return data, manifest
 
 
-def _outline(path: Path, data: bytes, kind: type[BaseModel]) -> None:
+def _outline(path: Path, data: bytes, kind: type[BaseModel], *, old: bool) -> None:
     """Refuse what would make validation list errors by the million, or copy all of it into each of them."""
     if data.count(b",") > MAX_MANIFEST_ITEMS:
         raise ShareError(f"{path} has more than {MAX_MANIFEST_ITEMS} entries: this is no manifest")
@@ -367,8 +376,11 @@ def _outline(path: Path, data: bytes, kind: type[BaseModel]) -> None:
         found = json.loads(data, object_pairs_hook=_small)
     except (ValueError, RecursionError) as error:
         raise ShareError(f"{path} is not a valid manifest; {AGAIN}:\n{error}") from error
-    if isinstance(found, dict) and found.get("version") == 1:
-        raise ShareError(f"{path} was made by an older release of sliplm: split again")
+    if isinstance(found, dict) and found.get("version") in (1, 2) and not (old and found["version"] == 2):
+        raise ShareError(
+            f"{path} was made by an older release of sliplm, whose default basis can be told from a random "
+            "one: split again with --i-know, and count the old worker share as published (SECURITY.md)"
+        )
     fields = found if isinstance(found, dict) else {}
     wanted = kind.model_fields["format"].default
     required = [name for name, field in kind.model_fields.items() if field.is_required()]

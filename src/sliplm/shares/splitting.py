@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from sliplm.arithmetic.equilibration import Equilibrated, equilibrated
 from sliplm.arithmetic.field import Elements, challenge_products, challenge_vectors, derive_key, new_key
 from sliplm.arithmetic.fixedpoint import Floats, norm_bound, quantise_rows, scale_limit
 from sliplm.arithmetic.rotation import Rotation, gaussians
@@ -19,6 +20,7 @@ CHALLENGES = 2  # t: a wrong product passes with probability p^-2 = 2^-64
 CHALLENGE_SETS = 4  # one in use, the others spare: a set is not used again after a failed check
 EXACT_SVD = 4096  # smaller side up to which the decomposition is exact; above, randomised
 _OVERSAMPLING, _POWER_STEPS = 16, 4
+_SLIGHT = 2.0**-20  # of the columns' root mean square
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,7 +42,9 @@ class GroupSecrets:
     Attributes:
         m, n: outputs (of all members together) and inputs.
         a, b: float32 [m, k] and [k, n], the most sensitive part W_C = A B.
+        d_out, d_in: float32 [m] and [n], the diagonals that the share lies between.
         scale: float32 [m], row scales of the fixed point.  norm: N, the largest row norm of w.
+        noise: what rounding an input to integers adds to an answer, expected Euclidean norm, times alpha.
         c: uint32 [CHALLENGE_SETS * t, n], products of the challenge vectors with w, one set after the other.
         seed: 32 bytes from which the rotations and the challenge vectors are derived.
         adapters: by name what an adapter adds, one part for each member that it changes.
@@ -53,8 +57,11 @@ class GroupSecrets:
     rotation: str
     a: Floats
     b: Floats
+    d_out: Floats
+    d_in: Floats
     scale: Floats
     norm: float
+    noise: float
     c: Elements
     seed: bytes
     adapters: Mapping[str, tuple[LowRank, ...]] = field(default_factory=dict)
@@ -63,12 +70,12 @@ class GroupSecrets:
         return f"GroupSecrets({self.name!r}, m={self.m}, n={self.n}, rank={self.b.shape[0]}, secrets hidden)"
 
     def rotation_out(self) -> Rotation:
-        """Q_out of R^m."""
-        return make_rotation(self.rotation, derive_key(self.seed, "rotation out"), self.m)
+        """Q_out D_out of R^m."""
+        return make_rotation(self.rotation, derive_key(self.seed, "rotation out"), self.m, _other(self.d_out))
 
     def rotation_in(self) -> Rotation:
-        """Q_in of R^n."""
-        return make_rotation(self.rotation, derive_key(self.seed, "rotation in"), self.n)
+        """Q_in D_in of R^n."""
+        return make_rotation(self.rotation, derive_key(self.seed, "rotation in"), self.n, _other(self.d_in))
 
     def challenges(self, number: int = 0) -> Elements:
         """The challenge vectors e of one set, 0 <= number < CHALLENGE_SETS: uint32 [t, m]."""
@@ -108,26 +115,47 @@ def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotatio
     # 1. the most sensitive part
     a, b = top_triplets(weight, rank)
     rest = weight - a @ b
-    # 2. hide the basis
+    # 2. hide the basis, of a matrix without small or large rows and columns
     seed = new_key()
-    hidden = rotate_both(rest, rotation, seed)
-    secrets, w, error = in_integers(name, hidden, a, b, precision=precision, rotation=rotation, seed=seed)
+    level = equilibrated(rest) if rotation != "none" else undivided(rest)
+    hidden = rotate_both(level.matrix, rotation, seed)
+    secrets, w, error = in_integers(
+        name, level._replace(matrix=hidden), a, b, precision=precision, rotation=rotation, seed=seed
+    )
     return GroupSplit(secrets, w, error, direction_error(weight, a, b))
 
 
+def undivided(w: Floats) -> Equilibrated:
+    """W between diagonals of ones, which change nothing."""
+    return Equilibrated(w, np.ones(w.shape[0], np.float32), np.ones(w.shape[1], np.float32))
+
+
 def in_integers(
-    name: str, hidden: Floats, a: Floats, b: Floats, *, precision: int, rotation: str, seed: bytes
+    name: str, hidden: Equilibrated, a: Floats, b: Floats, *, precision: int, rotation: str, seed: bytes
 ) -> tuple[GroupSecrets, npt.NDArray[np.integer], float]:
-    """Steps 3 and 4 for W_R = `hidden`, float32 [m, n]: the secrets, w and w's relative error."""
-    m, n = hidden.shape
+    """Steps 3 and 4 for W_R = `hidden.matrix`, float32 [m, n]: the secrets, w and w's relative error."""
+    m, n = hidden.matrix.shape
     # 3. fixed point
-    w, scale = quantise_rows(hidden, precision)
+    w, scale = quantise_rows(hidden.matrix, precision)
     norm = norm_bound(w)
     scale_limit(norm, n)
     # 4. verification
     c = np.concatenate([challenge_products(_challenges(seed, i, m), w) for i in range(CHALLENGE_SETS)])
-    secrets = GroupSecrets(name, m, n, precision, rotation, a, b, scale, norm, c, seed)
-    return secrets, w, _relative_error(hidden, w, scale)
+    secrets = GroupSecrets(
+        name, m, n, precision, rotation, a, b, hidden.d_out, hidden.d_in, scale, norm,
+        rounding_noise(w, scale, hidden.d_out), c, seed,
+    )  # fmt: skip
+    return secrets, w, _relative_error(hidden.matrix, w, scale)
+
+
+def rounding_noise(w: npt.NDArray[np.integer], scale: Floats, d_out: Floats) -> float:
+    """Root mean square of |D_out Q_out^T (s * w d)| for an error d of x_int that is uniform in [-1/2, 1/2]^n.
+
+    Q_out spreads it over all rows alike.  A public base has neither Q_out nor D_out.
+    """
+    squares = (float(np.dot(row, row)) for row in (r.astype(np.float64) for r in w))
+    total = sum(square * float(s) ** 2 for square, s in zip(squares, scale, strict=True))
+    return math.sqrt(total / 12 * float(np.square(d_out.astype(np.float64)).mean()))
 
 
 def top_triplets(weight: Floats, rank: int) -> tuple[Floats, Floats]:
@@ -139,6 +167,9 @@ def top_triplets(weight: Floats, rank: int) -> tuple[Floats, Floats]:
     if rank == 0:
         return np.zeros((weight.shape[0], 0), np.float32), np.zeros((0, weight.shape[1]), np.float32)
     right = _right_vectors(weight, rank)
+    # of a column that is nearly zero the vectors hold rounding noise, which W_D would show beside it
+    norms = np.linalg.norm(weight, axis=0)
+    right[norms <= _SLIGHT * np.sqrt(np.square(norms).mean())] = 0
     return np.ascontiguousarray(weight @ right, np.float32), np.ascontiguousarray(right.T, np.float32)
 
 
@@ -179,11 +210,16 @@ def gram(x: Floats) -> npt.NDArray[np.float64]:
 
 
 def rotate_both(w: Floats, kind: str, seed: bytes) -> Floats:
-    """Q_out W Q_in^T (SPEC split step 2): float32 [m, n]."""
+    """Q_out W Q_in^T (SPEC split step 2), without any diagonal: float32 [m, n]."""
     m, n = w.shape
     inner = make_rotation(kind, derive_key(seed, "rotation in"), n).apply(w)
     outer = make_rotation(kind, derive_key(seed, "rotation out"), m).apply(np.ascontiguousarray(inner.T))
     return np.ascontiguousarray(outer.T)
+
+
+def _other(factors: Floats) -> Floats | None:
+    """A diagonal, or None for that of ones."""
+    return None if np.all(factors == 1) else factors
 
 
 def _challenges(seed: bytes, number: int, m: int) -> Elements:
