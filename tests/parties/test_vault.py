@@ -510,7 +510,7 @@ def test_a_damaged_dealing_share_is_found_before_any_mask_is_used(
         damaged[0, 0] ^= 1
         from sliplm.arithmetic import kernels
 
-        vault._dealing._here._matrices[0] = kernels.prepare(damaged)
+        vault._supply._dealing._here._matrices[0] = kernels.prepare(damaged)
         with pytest.raises(DealerError, match="dealt product is wrong"):
             vault.product(group, inputs(shares, group))
         assert vault.counters.exchanges == 0
@@ -526,7 +526,8 @@ def test_reprs_hide_secrets(shares: Shares, socket: Path) -> None:
             vault._codecs[0],
             vault._workers,
             vault._workers.links[0],
-            vault._dealing,
+            vault._supply,
+            vault._supply._dealing,
             shares[0],
             vault.counters,
         ):

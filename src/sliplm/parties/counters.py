@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+
+class Times(NamedTuple):
+    """Seconds of one exchange."""
+
+    vault: float
+    burn: float
+    wait: float
+    worker: float  # its word
+    check: float
 
 
 @dataclass
 class Counters:
-    """What a vault has done: counts, bytes, and seconds by where they went."""
+    """What a vault has done: counts, bytes, and seconds by where they went.  Any thread may count."""
 
     exchanges: int = 0
     rows: int = 0
@@ -26,6 +38,39 @@ class Counters:
     seconds_dealing: float = 0.0  # O1 to O3, in the background or while a request waited
     seconds_dealing_late: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
     def as_dict(self) -> dict[str, float]:
         """All counters by name."""
         return asdict(self)
+
+    def exchanged(self, rows: int, sent: int, received: int, tries: int, times: Times) -> None:
+        """Count an exchange that a worker served, its bytes, and how many workers were asked for it."""
+        with self._lock:
+            self.exchanges += 1
+            self.rows += rows
+            self.retries += tries - 1
+            self.bytes_sent += sent
+            self.bytes_received += received
+            self.seconds_vault += times.vault
+            self.seconds_burn += times.burn
+            self.seconds_check += times.check
+            self.seconds_worker += min(times.worker, times.wait)  # M19: its word is never more than the wait
+            self.seconds_link += max(0.0, times.wait - times.worker)
+
+    def computed_here(self, rows: int) -> bool:
+        """Count rows that no worker served; whether they are the first."""
+        with self._lock:
+            first = self.rows_here == 0
+            self.rows_here += rows
+        return first
+
+    def dealt(self, rows: int, seconds: float, *, late: bool) -> None:
+        """Count a batch of masks.  late: a request waited for it."""
+        with self._lock:
+            self.rows_dealt += rows
+            self.seconds_dealing += seconds
+            if late:
+                self.rows_dealt_late += rows
+                self.seconds_dealing_late += seconds

@@ -1,0 +1,128 @@
+"""One masked product: steps 1 to 5 of SPEC section 4 in their order, with retry and fail-over.
+
+What must not change places:
+
+    M7   the mask is burnt before the message made with it exists
+    M8   who is asked next, after a failure, is sent the same message
+    M13  nothing of an answer is used before step 4 has passed for every row
+    M15  after a wrong answer other challenges are in force before the next one is checked
+    M16  when nobody is left, an error or a product computed here: never an unmasked or unverified one
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from sliplm.arithmetic.field import Elements
+from sliplm.arithmetic.fixedpoint import Floats
+from sliplm.errors import SlipError, VerificationError
+from sliplm.network.link import Link
+from sliplm.parties.audit import AuditLog
+from sliplm.parties.codec import GroupCodec, Scales
+from sliplm.parties.counters import Counters, Times
+from sliplm.parties.dealer import Dealing
+from sliplm.parties.supply import Supply
+from sliplm.parties.workforce import FAILURES, Workforce
+
+
+class Exchange:
+    """The exchanges of one vault with its workers.  Several threads may run theirs at once.
+
+    Args:
+        codecs: of every group.
+        supply: where masks come from.
+        workers: who is asked.
+        here: who computes for want of a worker, or None where the request is to fail.
+        counters: where exchanges are counted.
+        audit: where it is said that a product was computed here.
+    """
+
+    def __init__(
+        self,
+        codecs: Sequence[GroupCodec],
+        supply: Supply,
+        workers: Workforce,
+        here: Dealing | None,
+        counters: Counters,
+        audit: AuditLog,
+    ) -> None:
+        self._codecs, self._supply, self._workers, self._here = codecs, supply, workers, here
+        self._counters, self._audit = counters, audit
+
+    def run(self, group: int, x: Floats, out: Floats, adapter: str | None) -> None:
+        """W x for the rows of one message: x float32 [rows, n] into out, float32 [rows, m].
+
+        Raises: InputError for NaN or infinity; MaskError; the last worker's error when none is left.
+        """
+        codec = self._codecs[group]
+        start = time.perf_counter()
+        z, alpha = codec.scaled(x)  # step 1
+        taken = time.perf_counter()
+        late = self._counters.seconds_dealing_late
+        mask = self._supply.take(group, len(x))  # burnt: M7
+        late = self._counters.seconds_dealing_late - late
+        have = time.perf_counter()
+        message = codec.masked(z, alpha, mask.r)  # step 2
+
+        def opened(y: Elements, u: Elements) -> None:
+            """Step 5, of a verified product; what is to be counted of its result is counted here."""
+            codec.opened(x, alpha, y, u, out, adapter)
+
+        failure: SlipError | None = None
+        tried: set[Link] = set()
+        while (link := self._workers.pick(tried)) is not None:
+            tried.add(link)
+            sent = time.perf_counter()
+            try:
+                with link.exchange(group, message) as (claim, micros):  # step 3, of the same message: M8
+                    came = time.perf_counter()
+                    self._verify(codec, link, message, claim)  # step 4, before all use: M13
+                    checked = time.perf_counter()
+                    opened(claim, mask.u)  # step 5
+            except FAILURES as error:
+                failure = error
+                self._workers.failed(link, error, codec.name)
+                continue
+            self._workers.served(link)
+            times = Times(
+                vault=(taken - start) + (sent - have) + (time.perf_counter() - checked),
+                burn=max(0.0, have - taken - late),
+                wait=came - sent,
+                worker=micros * 1e-6,
+                check=checked - came,
+            )
+            self._counters.exchanged(len(x), message.nbytes, out.size * 4, len(tried), times)
+            return
+        y = self._computed_here(group, z, alpha, failure)
+        opened(y, np.zeros_like(y))
+
+    def _verify(self, codec: GroupCodec, link: Link, message: Elements, claim: Elements) -> None:
+        """Step 4.  Raises VerificationError; the worker is then quarantined, other challenges in force."""
+        challenges = codec.challenge_set
+        if codec.accepts(message, claim):
+            return
+        codec.renew_challenges(challenges)  # M15: that it failed tells the worker something about them
+        error = VerificationError(
+            f"worker {link.address}: its product for {codec.name} is wrong; nothing of it was used, and "
+            "the worker is quarantined",
+            link.address,
+        )
+        self._workers.failed(link, error, codec.name)  # now, while nobody else has his turn with it: M14
+        raise error
+
+    def _computed_here(self, group: int, z: Floats, alpha: Scales, failure: SlipError | None) -> Elements:
+        """M16: the product from the worker share on this machine, checked, where the owner chose so.
+
+        Raises: the last worker's error where he did not; KernelError for a damaged share.
+        """
+        if self._here is None:
+            raise self._workers.refusal(failure)
+        if self._counters.computed_here(len(z)):
+            why = failure or self._workers.nobody()
+            self._audit.write(
+                "computed here", f"slowly, for want of a worker: {why}", group=self._codecs[group].name
+            )
+        return self._here.compute(group, self._codecs[group].in_field(z, alpha))

@@ -1,0 +1,70 @@
+"""Where a vault's masks come from: the pool on disk while it has some, else dealt, ahead or on demand."""
+
+from __future__ import annotations
+
+import time
+
+from sliplm.errors import MaskError
+from sliplm.masks import masks
+from sliplm.masks.masks import Batch, Masks
+from sliplm.masks.pool import DiskPool
+from sliplm.parties.counters import Counters
+from sliplm.parties.dealer import Dealing
+
+
+class Supply:
+    """The masks of one vault.
+
+    Args:
+        groups: how many there are.
+        dealing: who deals.
+        disk: masks dealt ahead on disk, or None.
+        ahead: rows kept ready in memory for each group; none where there is a pool on disk.
+        counters: where dealing is counted.
+
+    Attributes:
+        memory: the masks dealt by this vault, which no disk ever sees.
+        freshness: the nonce that a peer sent last; it goes into the keys of batches, see `masks.fresh_key`.
+    """
+
+    def __init__(
+        self, groups: int, dealing: Dealing, disk: DiskPool | None, ahead: int, counters: Counters
+    ) -> None:
+        self._dealing, self._disk, self._counters = dealing, disk, counters
+        self.freshness = b""
+        self.memory = masks.MaskPool(groups, self._deal, ahead if dealing.possible and disk is None else 0)
+
+    def __repr__(self) -> str:
+        return f"Supply({self._disk or self.memory!r})"
+
+    def take(self, group: int, rows: int) -> Masks:
+        """Masks for one message of so many rows, burnt: nobody is handed them again (M7).
+
+        Raises: MaskError when the vault is closed, or there are no masks and nobody deals.
+        """
+        disk = self._disk
+        if disk is not None and (not self._dealing.possible or disk.available(group) >= rows):
+            return disk.take(group, rows)
+        return self.memory.take(group, rows)
+
+    def renew(self) -> None:
+        """Throw away all masks that are ready: this machine may have been set back to an earlier state."""
+        self._counters.renewals += 1
+        self.memory.renew()
+        if self._disk is not None:
+            self._disk.renew()
+
+    def close(self) -> None:
+        """Stop dealing and forget all masks."""
+        self.memory.close()
+        if self._disk is not None:
+            self._disk.close()
+
+    def _deal(self, group: int, rows: int, background: bool, late: bool) -> Batch:
+        """Steps O1 to O3.  late: a request waits for it."""
+        start = time.perf_counter()
+        if not self._dealing.possible:
+            raise MaskError("the pool on disk is used up: run `slip deal` again, or name a dealer")
+        batch = self._dealing.batch(group, rows, background=background, freshness=self.freshness)
+        self._counters.dealt(rows, time.perf_counter() - start, late=late)
+        return batch
