@@ -130,6 +130,7 @@ def test_a_stalled_worker_is_left_alone_and_comes_back(shares: Shares, group: st
             assert np.array_equal(vault.product(group, x), LocalProducts(*shares).product(group, x))
             assert np.array_equal(slow.messages[0][1], good.messages[0][1].ravel()), "the same message"
             assert vault.counters.retries == 1
+            assert vault.counters.seconds_link >= 0.5, "the wait for it is not the vault's own time"
             eventually(lambda: state(vault, first) == "up")
             assert next((r.event, r.address) for r in vault.audit.records if r.role == "worker") == (
                 "suspended", first,

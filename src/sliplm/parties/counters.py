@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Literal
+
+Lap = Literal["vault", "wait", "check"]
 
 
-class Times(NamedTuple):
-    """Seconds of one exchange."""
+class Stopwatch:
+    """Where the seconds of one exchange went.
 
-    vault: float
-    burn: float
-    wait: float
-    worker: float  # its word
-    check: float
+    Attributes:
+        seconds: by name: the vault's own steps 1, 2 and 5; the wait for workers; step 4.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[Lap, float] = {"vault": 0.0, "wait": 0.0, "check": 0.0}
+        self._last = time.perf_counter()
+
+    def lap(self, name: Lap) -> None:
+        """What passed since the last lap went there."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self._last
+        self._last = now
+
+    def skip(self) -> None:
+        """What passed since the last lap is counted elsewhere."""
+        self._last = time.perf_counter()
 
 
 @dataclass
@@ -34,7 +49,7 @@ class Counters:
     seconds_burn: float = 0.0  # taking masks, dealing late apart
     seconds_check: float = 0.0  # step 4
     seconds_worker: float = 0.0  # step 3, as the worker says
-    seconds_link: float = 0.0  # the rest of the wait
+    seconds_link: float = 0.0  # the rest of the wait, that for workers who failed included
     seconds_dealing: float = 0.0  # O1 to O3, in the background or while a request waited
     seconds_dealing_late: float = 0.0
 
@@ -45,19 +60,28 @@ class Counters:
         """All counters by name."""
         return asdict(self)
 
-    def exchanged(self, rows: int, sent: int, received: int, tries: int, times: Times) -> None:
-        """Count an exchange that a worker served, its bytes, and how many workers were asked for it."""
+    def exchanged(
+        self, rows: int, sent: int, received: int, tries: int, clock: Stopwatch, micros: int
+    ) -> None:
+        """Count an exchange that a worker served.
+
+        Args:
+            sent, received: bytes.
+            tries: how many workers were asked.
+            micros: what the one who served says that it took.
+        """
+        wait = clock.seconds["wait"]
+        worker = min(micros * 1e-6, wait)  # its word is never more than the wait
         with self._lock:
             self.exchanges += 1
             self.rows += rows
             self.retries += tries - 1
             self.bytes_sent += sent
             self.bytes_received += received
-            self.seconds_vault += times.vault
-            self.seconds_burn += times.burn
-            self.seconds_check += times.check
-            self.seconds_worker += min(times.worker, times.wait)  # M19: its word is never more than the wait
-            self.seconds_link += max(0.0, times.wait - times.worker)
+            self.seconds_vault += clock.seconds["vault"]
+            self.seconds_check += clock.seconds["check"]
+            self.seconds_worker += worker
+            self.seconds_link += wait - worker
 
     def computed_here(self, rows: int) -> bool:
         """Count rows that no worker served; whether they are the first."""
@@ -65,6 +89,11 @@ class Counters:
             first = self.rows_here == 0
             self.rows_here += rows
         return first
+
+    def burnt(self, seconds: float) -> None:
+        """Count the time that taking masks took."""
+        with self._lock:
+            self.seconds_burn += seconds
 
     def dealt(self, rows: int, seconds: float, *, late: bool) -> None:
         """Count a batch of masks.  late: a request waited for it."""

@@ -11,7 +11,6 @@ What must not change places:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +21,7 @@ from sliplm.errors import SlipError, VerificationError
 from sliplm.network.link import Link
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.codec import GroupCodec, Scales
-from sliplm.parties.counters import Counters, Times
+from sliplm.parties.counters import Counters, Stopwatch
 from sliplm.parties.dealer import Dealing
 from sliplm.parties.supply import Supply
 from sliplm.parties.workforce import FAILURES, Workforce
@@ -57,15 +56,13 @@ class Exchange:
 
         Raises: InputError for NaN or infinity; MaskError; the last worker's error when none is left.
         """
-        codec = self._codecs[group]
-        start = time.perf_counter()
+        codec, clock = self._codecs[group], Stopwatch()
         z, alpha = codec.scaled(x)  # step 1
-        taken = time.perf_counter()
-        late = self._counters.seconds_dealing_late
+        clock.lap("vault")
         mask = self._supply.take(group, len(x))  # burnt: M7
-        late = self._counters.seconds_dealing_late - late
-        have = time.perf_counter()
+        clock.skip()  # the supply has counted it
         message = codec.masked(z, alpha, mask.r)  # step 2
+        clock.lap("vault")
 
         def opened(y: Elements, u: Elements) -> None:
             """Step 5, of a verified product; what is to be counted of its result is counted here."""
@@ -75,26 +72,20 @@ class Exchange:
         tried: set[Link] = set()
         while (link := self._workers.pick(tried)) is not None:
             tried.add(link)
-            sent = time.perf_counter()
             try:
                 with link.exchange(group, message) as (claim, micros):  # step 3, of the same message: M8
-                    came = time.perf_counter()
+                    clock.lap("wait")
                     self._verify(codec, link, message, claim)  # step 4, before all use: M13
-                    checked = time.perf_counter()
+                    clock.lap("check")
                     opened(claim, mask.u)  # step 5
+                    clock.lap("vault")
             except FAILURES as error:
                 failure = error
                 self._workers.failed(link, error, codec.name)
+                clock.lap("wait")
                 continue
             self._workers.served(link)
-            times = Times(
-                vault=(taken - start) + (sent - have) + (time.perf_counter() - checked),
-                burn=max(0.0, have - taken - late),
-                wait=came - sent,
-                worker=micros * 1e-6,
-                check=checked - came,
-            )
-            self._counters.exchanged(len(x), message.nbytes, out.size * 4, len(tried), times)
+            self._counters.exchanged(len(x), message.nbytes, out.nbytes, len(tried), clock, micros)
             return
         y = self._computed_here(group, z, alpha, failure)
         opened(y, np.zeros_like(y))

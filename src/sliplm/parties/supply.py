@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 
 from sliplm.errors import MaskError
-from sliplm.masks import masks
-from sliplm.masks.masks import Batch, Masks
+from sliplm.masks.masks import Batch, MaskPool, Masks
 from sliplm.masks.pool import DiskPool
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
@@ -32,7 +31,7 @@ class Supply:
     ) -> None:
         self._dealing, self._disk, self._counters = dealing, disk, counters
         self.freshness = b""
-        self.memory = masks.MaskPool(groups, self._deal, ahead if dealing.possible and disk is None else 0)
+        self.memory = MaskPool(groups, self._deal, ahead if dealing.possible and disk is None else 0)
 
     def __repr__(self) -> str:
         return f"Supply({self._disk or self.memory!r})"
@@ -42,10 +41,15 @@ class Supply:
 
         Raises: MaskError when the vault is closed, or there are no masks and nobody deals.
         """
+        start, late = time.perf_counter(), self._counters.seconds_dealing_late
         disk = self._disk
+        source: DiskPool | MaskPool = self.memory
         if disk is not None and (not self._dealing.possible or disk.available(group) >= rows):
-            return disk.take(group, rows)
-        return self.memory.take(group, rows)
+            source = disk
+        taken = source.take(group, rows)
+        late = self._counters.seconds_dealing_late - late  # other threads' may be in it
+        self._counters.burnt(max(0.0, time.perf_counter() - start - late))
+        return taken
 
     def renew(self) -> None:
         """Throw away all masks that are ready: this machine may have been set back to an earlier state."""
