@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from sliplm.arithmetic.fixedpoint import Floats
+from sliplm.closing import Closing
 from sliplm.errors import CredentialError, InputError
 from sliplm.network.link import Link
 from sliplm.network.transport import Connection
@@ -26,7 +25,7 @@ from sliplm.protocol.vault_side import Welcome
 from sliplm.shares.share import VaultShare, check_pair
 
 
-class Vault:
+class Vault(Closing):
     """The trusted side of one split model.
 
     Args:
@@ -75,14 +74,6 @@ class Vault:
 
     def __repr__(self) -> str:
         return f"Vault(groups={len(self._codecs)}, workers={self._workers!r}, secrets hidden)"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def groups(self) -> tuple[str, ...]:
