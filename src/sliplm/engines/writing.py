@@ -7,8 +7,8 @@ import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from sliplm.engines.journal import PARTIAL, Journal
 from sliplm.engines.source import Source, stack
-from sliplm.engines.transformers.journal import PARTIAL, Journal
 from sliplm.errors import LedgerError, SealError, ShareError
 from sliplm.planning.counts import SplitReport, report_for
 from sliplm.shares.keysource import Key, KeySpec, checked, find
@@ -221,7 +221,7 @@ def _split_groups(
             _write_sealed(secret, data_key, name, [array.tobytes()])
         public.sync()
         secret.sync()
-        journal.finish_group(group.name, (part.error, part.svd_error, *norms))
+        journal.finish_group(group.name, (part.error, part.svd_error, part.localisation, *norms))
     progress(total, total, "")
 
 

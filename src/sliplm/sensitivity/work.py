@@ -1,29 +1,25 @@
 """The working folder of a plan: finished measurements, so that a killed run goes on, and factors.
 
-`OUT/.work/journal` is a text of JSON lines: first which checkpoint it is about, then one line for each
-finished measurement, with a digest of the text it was made on.  The folder stays: another budget for the same
-model then takes seconds.  Its factors are the secret part of the weights in clear, so that its mode is 0700.
+Its journal says first which checkpoint it is about, then has one line for each finished measurement, with a
+digest of the text it was made on.  The folder, `OUT/.work`, stays: another budget for the same model then
+takes seconds.  Its factors are the secret part of the weights in clear, so that its mode is 0700.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
-from sliplm import durable
+from sliplm.engines.workfolder import WorkFolder
 from sliplm.errors import MismatchError, ShareError
 from sliplm.sensitivity.removal import Loss
 from sliplm.sensitivity.variants import Variant
-from sliplm.shares.tensorfile import write_error
 
 WORK = ".work"
 
 
-class Work:
-    """The folder, held by one process at a time.
+class Work(WorkFolder):
+    """The folder.
 
     Args:
         checkpoint: what tells one checkpoint from another.
@@ -35,70 +31,32 @@ class Work:
     """
 
     def __init__(self, out: Path, checkpoint: object, text: str) -> None:
-        self.folder, self._text = out / WORK, text
-        self._path = self.folder / "journal"
+        super().__init__(out / WORK, f"makes a plan in {out}")
+        self._text = text
         self.losses: dict[str, Loss] = {}
-        key = json.loads(json.dumps(checkpoint))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            durable.make_folder(self.folder)
-            self._lock = durable.lock(self.folder / "lock", wait=False)
-        except BlockingIOError as error:
-            raise ShareError(
-                f"another process makes a plan in {out}; wait or choose another folder"
-            ) from error
-        except OSError as error:
-            raise write_error(self.folder, 0, error) from error
-        try:
-            self._read(out, key)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._file = os.open(self._path, flags, 0o600)
-            if not self._path.stat().st_size:
-                self._append({"checkpoint": key})
-        except OSError as error:
-            os.close(self._lock)
-            raise write_error(self._path, 0, error) from error
-        except BaseException:
-            os.close(self._lock)
-            raise
+        with self._opening():
+            if not self._take_up(json.loads(json.dumps(checkpoint))):
+                self._append({"checkpoint": checkpoint})
 
     def add(self, variant: Variant, loss: Loss) -> None:
         """Note a measurement.  Raises: ShareError."""
         self._append({"text": self._text, "variant": variant.key, "mean": loss.mean, "tokens": loss.tokens})
         self.losses[variant.key] = loss
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._file)
-        os.close(self._lock)
-
-    def _read(self, out: Path, key: Any) -> None:
-        if not self._path.exists():
-            return
-        lines = self._path.read_bytes().split(b"\n")
-        if lines[-1]:  # what follows the last line end was cut off by a crash
-            os.truncate(self._path, sum(len(line) + 1 for line in lines[:-1]))
-        if len(lines) == 1:
-            return
+    def _take_up(self, checkpoint: object) -> bool:
+        """Take over what was measured; False if nothing was begun."""
         try:
-            if json.loads(lines[0])["checkpoint"] != key:
+            found = self._entries()
+            if not found:
+                return False
+            if found[0]["checkpoint"] != checkpoint:
                 raise MismatchError(
-                    f"{out} holds the plan of another checkpoint, or this one has changed since; choose "
-                    f"another folder, or remove {self.folder}"
+                    f"{self.folder.parent} holds the plan of another checkpoint, or this one has changed "
+                    f"since; choose another folder, or remove {self.folder}"
                 )
-            for line in lines[1:-1]:
-                entry = json.loads(line)
+            for entry in found[1:]:
                 if entry["text"] == self._text:
                     self.losses[entry["variant"]] = Loss(float(entry["mean"]), int(entry["tokens"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ShareError(f"{self._path} is damaged; remove {self.folder} to begin again") from error
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        try:
-            os.write(self._file, json.dumps(entry).encode() + b"\n")
-        except OSError as error:
-            raise write_error(self._path, 0, error) from error
+            raise ShareError(f"{self.path} is damaged; remove {self.folder} to begin again") from error
+        return True
