@@ -35,7 +35,6 @@ _FOLD = np.uint64(2**32 % P)  # 5: a function of P, so that tests can try the sa
 
 
 # --- sampling ---------------------------------------------------------------------------------------------
-# ----------------------
 
 
 def new_key() -> bytes:
@@ -100,7 +99,6 @@ def _drop_rejected(words: Elements, n: int) -> bool:
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------
-# ----------------------
 
 
 def centre(y: Elements) -> npt.NDArray[np.int64]:
@@ -147,8 +145,7 @@ def dot(a: Elements, b: Elements) -> np.uint64:
     return (low % _P64 + (high % _P64) * _FOLD) % _P64
 
 
-# --- the check of a product (Freivalds)
-# -------------------------------------------------------------------------------------------
+# --- the check of a product (Freivalds) -------------------------------------------------------------------
 
 
 def challenge_vectors(key: bytes, t: int, m: int) -> Elements:
