@@ -2,6 +2,7 @@
 
     SlipError
     ├── InputError              a tensor, token or argument that cannot be used (NaN, wrong shape)
+    │   └── PrecisionError      an input of which rounding to integers leaves nothing
     ├── CheckpointError         the folder is not a checkpoint, or a shard is missing or damaged
     │   ├── UnsplittableError   modules that hold weights in a form that cannot be split, by name
     │   └── AdapterError        an adapter that is incomplete, of another model or of another kind
@@ -27,7 +28,7 @@
 
 A message says what happened, then what to do.  No message carries a weight, a mask or a key.
 
-`SlipWarning` is no error: what a split is warned about, and goes on.
+`SlipWarning` is no error: what a split, or a run, is warned about, and goes on.
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ class SlipError(Exception):
 
 
 class SlipWarning(UserWarning):
-    """What the owner should know about a split that goes on."""
+    """What the owner should know about a split or a run that goes on."""
 
 
 class InputError(SlipError, ValueError):
     """A tensor, token or argument that cannot be used."""
+
+
+class PrecisionError(InputError):
+    """An input of which rounding to integers leaves nothing."""
 
 
 class CheckpointError(SlipError):

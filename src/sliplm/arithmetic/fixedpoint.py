@@ -50,10 +50,11 @@ def scale_limit(norm: float, n: int) -> float:
     By Cauchy-Schwarz |w_i x_int| <= N (alpha ||x|| + sqrt(n)/2) <= (p-1)/2 - 1.  The 1 absorbs float64
     rounding (below 10^-2).
 
-    Raises: InputError when rows this long leave no room (beyond about 2^20 columns).
+    Raises: InputError when rows this long leave an input no bits (at 12 bits beyond about 2^20 columns):
+        rounding would make half of any answer.
     """
     limit = ((P - 1) / 2 - 1) / norm - math.sqrt(n) / 2
-    if limit < 1:
+    if limit < max(1.0, math.sqrt(n / 3)):
         raise InputError(
             f"rows of norm {norm:.3g} over {n} columns leave no room in the field; use a lower precision"
         )
@@ -79,6 +80,35 @@ def row_alpha(x: Floats, limit: float) -> float:
     if not np.isfinite(square):
         return np.nan
     return float(limit / np.sqrt(square))
+
+
+@fast_jit
+def rounding_losses(
+    x: Floats, d_in: Floats, y: Floats, alpha: npt.NDArray[np.float64], noise: float
+) -> npt.NDArray[np.float64]:
+    """What rounding an input to integers has cost: expected relative errors, 0 where nothing is to lose.
+
+    Args:
+        x, y: input [rows, n] and answer [rows, m].  d_in: [n].  alpha: [rows].
+        noise: of the answer, times alpha.
+
+    Returns: float64 [rows, 2], the error of the answer, and that of what D_in x has beside its largest entry.
+    """
+    losses = np.zeros((x.shape[0], 2))
+    for i in range(x.shape[0]):
+        total = peak = answer = 0.0
+        for j in range(x.shape[1]):
+            square = np.float64(d_in[j] * x[i, j]) ** 2
+            total += square
+            if square > peak:  # noqa: PLR1730 -- compiled to vectors, unlike max
+                peak = square
+        for j in range(y.shape[1]):
+            answer += np.float64(y[i, j]) ** 2
+        if answer > 0:
+            losses[i, 0] = noise / (alpha[i] * np.sqrt(answer))
+        if peak > 0:
+            losses[i, 1] = np.sqrt(x.shape[1] / 12 / (total - peak)) / alpha[i] if total > peak else np.inf
+    return losses
 
 
 @jit

@@ -4,7 +4,9 @@ sockets.
 
 from __future__ import annotations
 
+import math
 import threading
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,13 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from sliplm.arithmetic.field import Elements, accepts, add_mod, sub_centred
-from sliplm.arithmetic.fixedpoint import Floats, row_alpha, scale_limit, to_field
+from sliplm.arithmetic.fixedpoint import Floats, rounding_losses, row_alpha, scale_limit, to_field
 from sliplm.arithmetic.jit import fast_jit, jit
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
-from sliplm.errors import InputError, VerificationError
+from sliplm.errors import InputError, PrecisionError, SlipWarning, VerificationError
 from sliplm.shares.splitting import CHALLENGE_SETS, GroupSecrets, LowRank
 
 Scales = npt.NDArray[np.float64]
+Losses = npt.NDArray[np.float64]
+
+LOSSY = 1 / 32  # an expected relative error that is counted and warned of; that of bfloat16 is about 1/500
+_LOST = 1 / 2  # one that leaves nothing
+_FEW = 16  # outputs below which an answer may be small by chance
 
 _ROWS_A_THREAD = 4  # rows below which a second thread costs more than it gains
 _ROWS_AT_ONCE = 16  # what passes between the parts of a step stays in the cache
@@ -32,6 +39,8 @@ class GroupCodec:
         self._limit = scale_limit(secrets.norm, secrets.n)
         self._rotation_in, self._rotation_out = secrets.rotation_in(), secrets.rotation_out()
         self._scale = secrets.scale.astype(np.float64)
+        self._d_in, self._noise, self._warned = secrets.d_in, secrets.noise, False
+        self._float_loses = 2**20 * math.sqrt(self.n / 12) / self._limit  # so small a rest float32 loses too
         self._kept = _laid_out([LowRank(0, secrets.a, secrets.b)])
         self._adapters = {name: self._kept + _laid_out(parts) for name, parts in secrets.adapters.items()}
         self._secrets = secrets
@@ -114,11 +123,14 @@ class GroupCodec:
 
     def opened(
         self, x: Floats, alpha: Scales, y: Elements, u: Elements, out: Floats, adapter: str | None = None
-    ) -> None:
-        """Step 5: Q_out^T (s * centre(y - u) / alpha) + A (B x) into out, float32 [rows, m]; and what the
-        adapter adds, if it changes this group.
+    ) -> Losses:
+        """Step 5: D_out Q_out^T (s * centre(y - u) / alpha) + A (B x) into out, float32 [rows, m]; and what
+        the adapter adds, if it changes this group.
+
+        Returns: what rounding the input has cost, for `judge`: float64 [rows, 2].
         """
         added = self._kept if adapter is None else self._adapters.get(adapter, self._kept)
+        losses = np.empty((len(x), 2))
 
         def part(start: int, end: int) -> None:
             for first in range(start, end, _ROWS_AT_ONCE):
@@ -127,8 +139,41 @@ class GroupCodec:
                 out[rows] = self._rotation_out.apply_transpose(opened)
                 for low in added:
                     _add_low_rank(low.a_transposed, low.b, x[rows], out[rows], low.first)
+                losses[rows] = rounding_losses(x[rows], self._d_in, out[rows], alpha[rows], self._noise)
 
         in_parallel(part, len(x), _threads(len(x)))
+        return losses
+
+    def judge(self, losses: Losses) -> int:
+        """Number of rows of which rounding the input has cost much; the first in a group is warned of.
+
+        Raises: PrecisionError if of a row nothing is left: the answer is smaller than its error, and so is
+            the input beside its largest entry.
+        """
+        answer = losses[:, 0] if self.m >= _FEW else np.zeros(len(losses))
+        rest = np.where(losses[:, 1] < self._float_loses, losses[:, 1], 0.0)
+        lossy = int(np.count_nonzero((answer > LOSSY) | (rest > LOSSY)))
+        if not lossy:
+            return 0
+        advice = (
+            f"split again with a rule such as Rule(pattern={self.name!r}, precision=8), which leaves the "
+            'input more bits, or placement="vault"'
+        )
+        if ((losses > _LOST).all(axis=1)).any():
+            raise PrecisionError(
+                f"{self.name}: an entry of the input is so much larger than the rest that rounding to "
+                f"integers leaves nothing of the rest, on which the answer depends; {advice}"
+            )
+        if not self._warned:
+            self._warned = True
+            worst = min(1.0, float(np.maximum(answer, rest).max()))
+            warnings.warn(
+                f"{self.name}: rounding an input to integers cost up to {worst:.1%} of the answer, or of the "
+                f"input beside its largest entry (counted as rows_lossy; said once a group); {advice}",
+                SlipWarning,
+                stacklevel=2,
+            )
+        return lossy
 
 
 class _LowRank(NamedTuple):

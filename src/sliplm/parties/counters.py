@@ -39,6 +39,7 @@ class Counters:
     exchanges: int = 0
     rows: int = 0
     rows_here: int = 0  # computed by the vault for want of a worker
+    rows_lossy: int = 0  # of which rounding the input has cost more than 1/32
     retries: int = 0  # exchanges that another worker had to answer
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -89,6 +90,11 @@ class Counters:
             first = self.rows_here == 0
             self.rows_here += rows
         return first
+
+    def lossy(self, rows: int) -> None:
+        """Count rows whose input lost precision."""
+        with self._lock:
+            self.rows_lossy += rows
 
     def burnt(self, seconds: float) -> None:
         """Count the time that taking masks took."""

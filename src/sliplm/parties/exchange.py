@@ -64,10 +64,6 @@ class Exchange:
         message = codec.masked(z, alpha, mask.r)  # step 2
         clock.lap("vault")
 
-        def opened(y: Elements, u: Elements) -> None:
-            """Step 5, of a verified product; what is to be counted of its result is counted here."""
-            codec.opened(x, alpha, y, u, out, adapter)
-
         failure: SlipError | None = None
         tried: set[Link] = set()
         while (link := self._workers.pick(tried)) is not None:
@@ -77,7 +73,7 @@ class Exchange:
                     clock.lap("wait")
                     self._verify(codec, link, message, claim)  # step 4, before all use: M13
                     clock.lap("check")
-                    opened(claim, mask.u)  # step 5
+                    losses = codec.opened(x, alpha, claim, mask.u, out, adapter)  # step 5
                     clock.lap("vault")
             except FAILURES as error:
                 failure = error
@@ -86,9 +82,12 @@ class Exchange:
                 continue
             self._workers.served(link)
             self._counters.exchanged(len(x), message.nbytes, out.nbytes, len(tried), clock, micros)
-            return
-        y = self._computed_here(group, z, alpha, failure)
-        opened(y, np.zeros_like(y))
+            break
+        else:
+            y = self._computed_here(group, z, alpha, failure)
+            losses = codec.opened(x, alpha, y, np.zeros_like(y), out, adapter)
+        if lossy := codec.judge(losses):
+            self._counters.lossy(lossy)
 
     def _verify(self, codec: GroupCodec, link: Link, message: Elements, claim: Elements) -> None:
         """Step 4.  Raises VerificationError; the worker is then quarantined, other challenges in force."""

@@ -38,5 +38,5 @@ class LocalProducts:
         z, alpha = codec.scaled(x)
         y = self._matrices[group].product(codec.in_field(z, alpha))
         out = np.empty((len(x), codec.m), np.float32)
-        codec.opened(x, alpha, y, np.zeros_like(y), out, self.adapter.current)
+        codec.judge(codec.opened(x, alpha, y, np.zeros_like(y), out, self.adapter.current))
         return out
