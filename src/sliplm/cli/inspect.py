@@ -111,7 +111,7 @@ def _groups(report: SplitReport, all_groups: bool, unit: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("group", overflow="fold", min_width=24)
     table.add_column("matrix", max_width=24)
-    for title in ("in worker\nand vault", "vault's\nwork", f"out, back\na {unit}", "error"):
+    for title in ("in worker\nand vault", "vault's\nwork", f"out, back\na {unit}", "error,\nmax |v|"):
         table.add_column(title, justify="right")
     for same in fold(report.groups, _look, all_groups):
         group = same[0]
@@ -120,7 +120,6 @@ def _groups(report: SplitReport, all_groups: bool, unit: str) -> Table:
                 _name(same), f"{_size(group)}\n[dim]{_why(group)}[/]", "", "100 %" if group.plain_macs else ""
             )
             continue
-        errors = [g.error for g in same if g.error is not None]
         ranks = sorted({g.rank for g in same})
         how = [f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"]
         how += [f"{group.precision} bits", group.rotation]
@@ -132,9 +131,17 @@ def _groups(report: SplitReport, all_groups: bool, unit: str) -> Table:
             f"{size(group.worker_bytes)}\n{size(max(g.vault_bytes for g in same))}",
             percent(max(g.vault_macs_share for g in same)),
             f"{size(group.bytes_to_worker)}\n{size(group.bytes_from_worker)}",
-            f"{max(errors):.1e}" if errors else "",
+            _quality(same),
         )
     return table
+
+
+def _quality(same: Sequence[GroupReport]) -> str:
+    """The largest error, and the largest entry of a singular vector of what is hidden."""
+    errors = [g.error for g in same if g.error is not None]
+    entries = [g.localisation for g in same if g.localisation is not None]
+    lines = [f"{max(errors):.1e}"] if errors else []
+    return "\n".join([*lines, f"[dim]{max(entries):.2f}[/]"] if entries else lines)
 
 
 def _size(group: GroupReport) -> str:
@@ -247,7 +254,7 @@ def _range(parts: Sequence[str]) -> str:
 
 
 # what differs between groups that look the same
-_OWN = {"name", "error", "svd_error", "vault_macs", "change", "left_out"}
+_OWN = {"name", "error", "svd_error", "localisation", "vault_macs", "change", "left_out"}
 _RANKED = {"rank", "vault_bytes", "vault_macs_share"}  # and where the ranks follow from an energy
 
 

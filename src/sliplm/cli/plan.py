@@ -159,7 +159,7 @@ def _show(screen: Console, results: Results, advice: Recommendation) -> None:
     screen.print(f"[bold]Perplexity without the top k[/]: {base:.2f} with it, {guess:,} for a uniform guess")
     screen.print(_removals(results))
     screen.print("[bold]Recommended[/]")
-    screen.print(_recipe(advice))
+    screen.print(_recipe(results, advice))
     report = advice.report
     costs = Table.grid(padding=(0, 2))
     costs.add_column(style="bold")
@@ -184,15 +184,17 @@ def _removals(results: Results) -> Table:
     return table
 
 
-def _recipe(advice: Recommendation) -> Table:
+def _recipe(results: Results, advice: Recommendation) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("kind of matrix")
-    for title in ("groups", "rank", "whole in the vault"):
+    for title in ("groups", "rank", "whole in the vault", "max |v|"):
         table.add_column(title, justify="right")
     for choice in advice.choices:
         whole = choice.in_vault == choice.groups
+        entry = results.localisation(choice.kind)
         table.add_row(Text(choice.kind), f"{choice.groups}", "" if whole else f"{choice.rank}",
-                      f"{choice.in_vault}" if choice.in_vault else "")  # fmt: skip
+                      f"{choice.in_vault}" if choice.in_vault else "",
+                      "" if entry is None else f"{entry:.2f}")  # fmt: skip
     return table
 
 

@@ -14,7 +14,8 @@ from sliplm.shares.recipe import GroupChoice, Recipe
 from sliplm.shares.splitting import GroupSplit, split_group
 from sliplm.shares.tensorfile import TensorSpec
 
-Errors = tuple[float, ...]  # of quantisation, of the decomposition; the norms of a `Difference`, if any
+Errors = tuple[float, ...]
+"""Of quantisation, of the decomposition; the localisation; the norms of a `Difference`, if any."""
 
 
 class Source(Protocol):

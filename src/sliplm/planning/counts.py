@@ -5,7 +5,8 @@ Multiply-adds of the vault for one token and a group of m rows, n columns and ra
     low-rank      k (m + n)          A (B x) of SPEC step 5
     rotations     as the transforms count themselves, additions included
     checks        t (m + n)          <e, y~> and <c, x~>, t = 2 challenges
-    fixed point   2 n + 3 m          norm and rounding of x; removing u, row scale and 1/alpha of y
+    fixed point   3 n + 4 m          norm and rounding of x; removing u, row scale and 1/alpha of y; losses;
+                                     n more for the diagonal where no rotation takes it along
     an adapter    r (m_i + n)        for each member of m_i rows that it changes at rank r; counted apart
 
 Masks are counted apart: the vault derives them with AES, and the dealer does m n multiply-adds per token.
@@ -53,11 +54,12 @@ class GroupReport(_Count):
     """One group.  Bytes are of the shares on disk; traffic is payload per token, without framing.
 
     `error` is the relative Frobenius error of quantisation and `svd_error` that of the kept directions
-    (`splitting.direction_error`); None where nothing was split.  Of a full fine-tune with the difference D,
-    `change` is |D| / |W_base| and `left_out` |D - A B| / |D|, Frobenius: 1 - left_out^2 of its energy is
-    kept.  A plain module has no tokens: its multiply-adds and traffic are those of one call on its example
-    inputs, in which the group multiplies `positions` rows.  `reason` says why a group that the recipe would
-    have split is whole.
+    (`splitting.direction_error`); None where nothing was split.  `localisation`: the largest entry of a
+    singular vector of what is hidden; None where that was not measured.  Of a full fine-tune with the
+    difference D, `change` is |D| / |W_base| and `left_out` |D - A B| / |D|, Frobenius: 1 - left_out^2 of its
+    energy is kept.  A plain module has no tokens: its multiply-adds and traffic are those of one call on its
+    example inputs, in which the group multiplies `positions` rows.  `reason` says why a group that the recipe
+    would have split is whole.
     """
 
     name: str
@@ -69,6 +71,7 @@ class GroupReport(_Count):
     placement: Placement
     error: float | None
     svd_error: float | None
+    localisation: float | None = None
     change: float | None = None
     left_out: float | None = None
     vault_bytes: int
@@ -239,13 +242,13 @@ def _vault_macs(m: int, n: int, choice: GroupChoice) -> VaultMacs:
         low_rank=choice.rank * (m + n),
         rotations=rotation.macs(choice.rotation, n) + rotation.macs(choice.rotation, m),
         checks=CHALLENGES * (m + n),
-        fixed_point=2 * n + 3 * m,
+        fixed_point=3 * n + 4 * m + (n if choice.rotation == "none" else 0),
     )
 
 
 def _secret_bytes(m: int, n: int, rank: int) -> int:
     """As `share.secret_specs` lists them, sealed."""
-    plain = (4 * m * rank, 4 * rank * n, 4 * m, 4 * CHALLENGE_SETS * CHALLENGES * n, 8, 32)
+    plain = (4 * m * rank, 4 * rank * n, 4 * m, 4 * m, 4 * n, 4 * CHALLENGE_SETS * CHALLENGES * n, 8, 8, 32)
     return sum(sealed_bytes(count) for count in plain)
 
 
@@ -255,7 +258,12 @@ def _group(group: VaultGroup) -> GroupReport:
     change, left_out = _loss([group.difference])
     extra = sum(_adapter_bytes(group, adapter) for adapter in group.adapters)
     return found.model_copy(
-        update={"vault_bytes": found.vault_bytes + extra, "change": change, "left_out": left_out}
+        update={
+            "vault_bytes": found.vault_bytes + extra,
+            "localisation": group.localisation or None,
+            "change": change,
+            "left_out": left_out,
+        }
     )
 
 

@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from sliplm.arithmetic.equilibration import equilibrated, localisation
 from sliplm.durable import replace
 from sliplm.engines.source import stack
 from sliplm.sensitivity.subject import Part, Subject
+from sliplm.shares.recipe import Recipe
 from sliplm.shares.splitting import EXACT_SVD
 from sliplm.shares.tensorfile import write_error
 
@@ -35,12 +37,15 @@ class Factors:
         values: float64, singular values, descending: all, or the first ones of a very large matrix.
         energy: |W|^2, the sum of the squares of all of them.
         a, b: float32 [m, k] and [k, n], A B the best approximation of each rank up to k by its prefixes.
+        localisation: of what a split at the default rank hides, see `equilibration.localisation`; None where
+            the decomposition is not exact.
     """
 
     values: Tensor
     energy: float
     a: Tensor = field(repr=False)
     b: Tensor = field(repr=False)
+    localisation: float | None = None
 
     def share(self, rank: int) -> float:
         """The part of the energy that the top `rank` triplets hold."""
@@ -59,7 +64,21 @@ def factor(weight: Tensor, rank: int) -> Factors:
     else:
         values, right = _randomised(weight, rank)
     a = weight @ right
-    return Factors(values.cpu(), energy, a.contiguous().cpu(), right.T.contiguous().cpu())
+    return Factors(
+        values.cpu(),
+        energy,
+        a.contiguous().cpu(),
+        right.T.contiguous().cpu(),
+        _localisation(weight, a, right),
+    )
+
+
+def _localisation(weight: Tensor, a: Tensor, right: Tensor) -> float | None:
+    if min(weight.shape) > EXACT_SVD:
+        return None
+    rank = min(Recipe().rank, right.shape[1])
+    rest = (weight - a[:, :rank] @ right[:, :rank].T).cpu().numpy()
+    return localisation(equilibrated(rest).matrix, rank)
 
 
 def _exact(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -140,13 +159,13 @@ class Library:
                 if head["group"] != part.name or file.get_slice("b").get_shape()[0] < rank:
                     return None
                 a, b = file.get_slice("a")[:, :rank], file.get_slice("b")[:rank]
-                return Factors(file.get_tensor("values"), float(head["energy"]), a, b)
+                return Factors(file.get_tensor("values"), float(head["energy"]), a, b, head["localisation"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
 
 def _write(path: Path, name: str, factors: Factors) -> None:
-    head = json.dumps({"group": name, "energy": factors.energy})
+    head = json.dumps({"group": name, "energy": factors.energy, "localisation": factors.localisation})
     tensors = {"values": factors.values, "a": factors.a, "b": factors.b}
     data = to_bytes(tensors, metadata={"sliplm": head})
     try:

@@ -65,13 +65,24 @@ def _advice(results: Results, advice: Recommendation, asked: str) -> Section:
             f"{choice.in_vault}",
             "" if choice.in_vault == choice.groups else _damage(results, choice.kind, choice.rank),
             "" if choice.in_vault == choice.groups else _percent(results.energy(choice.kind, choice.rank)),
+            "" if (entry := results.localisation(choice.kind)) is None else f"{entry:.2f}",
         )
         for choice in advice.choices
     ]
     table = Table(
-        ("kind of matrix", "groups", "rank", "whole in the vault", "perplexity without that rank", "energy"),
+        (
+            "kind of matrix",
+            "groups",
+            "rank",
+            "whole in the vault",
+            "perplexity without that rank",
+            "energy",
+            "max |v|",
+        ),
         rows,
-        "The recipe, by kind. Perplexity and energy are of what the vault takes of this kind alone.",
+        "The recipe, by kind. Perplexity and energy are of what the vault takes of this kind alone. max |v| "
+        "is the largest entry of a singular vector of what is hidden, at the default rank: at 1 the share "
+        "would show the image of a unit vector, which is a column of the secret basis.",
     )
     costs = Table(
         ("the vault", "", "share"),

@@ -26,8 +26,8 @@ class Measurement(_Found):
 
 
 class Spectrum(_Found):
-    """A group's singular values at some `places` (1 is the largest), and the share of the energy |W|^2 that
-    the top triplets hold."""
+    """A group's singular values at some `places` (1 is the largest), the share of the energy |W|^2 that the
+    top triplets hold, and the localisation of what a split hides (`factors.Factors`)."""
 
     group: str
     kind: str
@@ -38,6 +38,7 @@ class Spectrum(_Found):
     places: tuple[int, ...]
     values: tuple[float, ...]
     shares: dict[int, float]
+    localisation: float | None = None
 
 
 class Cost(_Found):
@@ -116,6 +117,11 @@ class Results(_Found):
         mine = [s for s in self.spectra if s.kind == kind]
         total = sum(s.energy for s in mine)
         return sum(s.energy * s.shares[rank] for s in mine) / total if total else 0.0
+
+    def localisation(self, kind: str) -> float | None:
+        """The largest entry of a singular vector in what a split hides of a kind; None if not measured."""
+        mine = [s.localisation for s in self.spectra if s.kind == kind and s.localisation is not None]
+        return max(mine, default=None)
 
     def worth(self) -> dict[str, dict[int, float]]:
         """Kind -> rank -> the mean of two shares: how far the loss goes to a uniform guess when this kind's

@@ -171,6 +171,7 @@ def _spectrum(part: Part, factors: Factors, grid: Grid) -> Spectrum:
         places=tuple(places),
         values=tuple(float(factors.values[place - 1]) for place in places),
         shares={rank: factors.share(rank) for rank in sorted({*grid.ranks, *grid.layer_ranks})},
+        localisation=factors.localisation,
     )
 
 

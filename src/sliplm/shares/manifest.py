@@ -83,7 +83,8 @@ class VaultGroup(WorkerGroup):
     """A split group as the vault knows it.
 
     `error` is the relative Frobenius error of quantisation, `svd_error` that of the kept directions
-    (`splitting.direction_error`).  `difference` is there where a full fine-tune was split, `adapters` has
+    (`splitting.direction_error`), `localisation` the largest entry of a singular vector of what is hidden; 0
+    where that was not measured.  `difference` is there where a full fine-tune was split, `adapters` has
     those that change the group.  `positions`: rows that it multiplies per input, see `KeptGroup`.
     """
 
@@ -93,6 +94,7 @@ class VaultGroup(WorkerGroup):
     rotation: RotationKind
     error: float = Field(ge=0)
     svd_error: float = Field(ge=0)
+    localisation: float = Field(default=0.0, ge=0, le=1.001)
     difference: Difference | None = None
     adapters: Several[GroupAdapter] = ()
     positions: Size = 1

@@ -53,13 +53,15 @@ def split_difference(
     columns = column_factors(base)
     columns[(columns == 0) & public.any(axis=0)] = 1  # where only the tail is anything
     published = _published(public, columns)
-    secrets, w, error = in_integers(name, published, a, b, precision=precision, rotation="none", seed=new_key())
+    secrets, w, error = in_integers(
+        name, published, a, b, precision=precision, rotation="none", seed=new_key()
+    )
     norms = (frobenius(difference), frobenius(base), frobenius(tail))
     return GroupSplit(secrets, w, error, direction_error(difference, a, b)), norms
 
 
 def _published(matrix: Floats, columns: Floats) -> Equilibrated:
-    """The worker's matrix before rounding: its columns equal in norm, by a diagonal that the base alone makes.
+    """The worker's matrix before rounding: its columns level, by a diagonal that the base alone makes.
 
     Its rows have scales of their own (step 3), since nothing mixes them.
     """

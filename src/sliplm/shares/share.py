@@ -4,12 +4,11 @@
     worker/  manifest.json   share.safetensors
 
 The worker's `share.safetensors` has one integer tensor per group, named by its group.  The vault's has, per
-group G of m rows, n columns and rank k: `G/a` F32 [m,k], `G/b` F32 [k,n], `G/d_out` F32 [m], `G/d_in` F32 [n],
-`G/scale` F32 [m], `G/c` U32 [4t,n] (4 sets of challenges), `G/norm` F64 [1], `G/noise` F64 [1] and `G/seed`
-U8 [32]; and for each adapter N and member i that it
-changes, `G/adapter/N/i/a` F32 [rows of i, its rank] and `G/adapter/N/i/b` F32 [its rank, n].  In both files
-of the vault a tensor lies sealed, as U8 [sealed bytes] under its name; its true type and shape are in the
-manifest (`sealing`).
+group G of m rows, n columns and rank k: `G/a` F32 [m,k], `G/b` F32 [k,n], `G/d_out` F32 [m], `G/d_in` F32
+[n], `G/scale` F32 [m], `G/c` U32 [4t,n] (4 sets of challenges), `G/norm` F64 [1], `G/noise` F64 [1] and
+`G/seed` U8 [32]; and for each adapter N and member i that it changes, `G/adapter/N/i/a` F32 [rows of i, its
+rank] and `G/adapter/N/i/b` F32 [its rank, n].  In both files of the vault a tensor lies sealed, as U8 [sealed
+bytes] under its name; its true type and shape are in the manifest (`sealing`).
 
 A manifest holds the sha256 of every other file of its folder, but not of `seal.json`, which authenticates the
 manifest; the vault's also holds those of the worker's two files, which binds the pair.

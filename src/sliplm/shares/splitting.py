@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from sliplm.arithmetic.equilibration import Equilibrated, equilibrated
+from sliplm.arithmetic.equilibration import Equilibrated, equilibrated, localisation
 from sliplm.arithmetic.field import Elements, challenge_products, challenge_vectors, derive_key, new_key
 from sliplm.arithmetic.fixedpoint import Floats, norm_bound, quantise_rows, scale_limit
 from sliplm.arithmetic.rotation import Rotation, gaussians
@@ -94,12 +94,15 @@ class GroupSplit:
         w: int8 or int16 [m, n], all that the worker gets.
         error: relative Frobenius error of w.
         svd_error: how far the kept directions are from singular ones, see `direction_error`.
+        localisation: of what is hidden, see `equilibration.localisation`; 0 where nothing is, or where the
+            decomposition is not exact.
     """
 
     secrets: GroupSecrets
     w: npt.NDArray[np.integer]
     error: float
     svd_error: float
+    localisation: float = 0.0
 
 
 def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotation: str) -> GroupSplit:
@@ -122,7 +125,9 @@ def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotatio
     secrets, w, error = in_integers(
         name, level._replace(matrix=hidden), a, b, precision=precision, rotation=rotation, seed=seed
     )
-    return GroupSplit(secrets, w, error, direction_error(weight, a, b))
+    measured = rotation != "none" and min(m, n) <= EXACT_SVD
+    concentrated = localisation(level.matrix, rank) if measured else 0.0
+    return GroupSplit(secrets, w, error, direction_error(weight, a, b), concentrated)
 
 
 def undivided(w: Floats) -> Equilibrated:

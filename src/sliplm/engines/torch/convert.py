@@ -137,7 +137,7 @@ class ModulePlan:
 
     def groups(self, errors: Mapping[str, Errors]) -> tuple[VaultGroup, ...]:
         """The split groups as the manifest has them."""
-        return tuple(vault_group(g, choice, errors.get(g.name, (0.0, 0.0))) for g, choice in self.split)
+        return tuple(vault_group(g, choice, errors.get(g.name, (0.0, 0.0, 0.0))) for g, choice in self.split)
 
     def kept_groups(self) -> tuple[KeptGroup, ...]:
         """What stays whole: by the recipe, or because it cannot be split."""

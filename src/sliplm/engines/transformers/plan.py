@@ -55,8 +55,9 @@ class Plan:
 
     def groups(self, errors: Mapping[str, Errors]) -> tuple[VaultGroup, ...]:
         """The groups as the manifest has them; without `errors`, only their names and shapes count."""
+        unknown = (0.0, 0.0, 0.0)
         found = tuple(
-            vault_group(group, choice, errors.get(group.name, (0.0, 0.0))) for group, choice in self.split
+            vault_group(group, choice, errors.get(group.name, unknown)) for group, choice in self.split
         )
         return found if self.base is None else self.base.with_adapters(found, self.split)
 
@@ -234,8 +235,9 @@ def vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup
         rotation=choice.rotation,
         error=errors[0],
         svd_error=errors[1],
-        difference=Difference(**dict(zip(("norm", "base", "tail"), errors[2:], strict=True)))
-        if errors[2:]
+        localisation=errors[2],
+        difference=Difference(**dict(zip(("norm", "base", "tail"), errors[3:], strict=True)))
+        if errors[3:]
         else None,
         positions=group.positions,
     )
