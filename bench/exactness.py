@@ -1,10 +1,12 @@
 """How exact the hybrid SmolLM2-135M is: KL to the fp32 model beside bf16's own, greedy text, and the bits.
 
-    python bench/exactness.py [--windows 8] [--prompts 20] [--tokens 64]
+    python bench/exactness.py [--windows 8] [--prompts 20] [--tokens 64] [--outlier-windows 2]
 
 `kl` is the mean Kullback-Leibler divergence per token from the fp32 model's distribution, on Wikipedia text
 in windows of 512 tokens.  Greedy texts come from the hybrid through real sockets; one that differs is named
-with fp32's logit gap at the first difference.  `layer_error` is the relative error of one product for wide
+with fp32's logit gap at the first difference.  `outliers` is the same divergence for SmolLM2 and a tiny
+random model with activation outliers of x1, x128 and x1024 in every layer that leave the function as it is
+(`_outliers`), split alone and against a base.  `layer_error` is the relative error of one product for wide
 random layers, where the field leaves the input fewer bits.
 """
 
@@ -16,17 +18,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the comm
 
 import argparse
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
+from rich.table import Table
 from torch.nn.functional import kl_div, log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sliplm
 from _common import console, finish, machine, split_smollm2
+from _outliers import with_outliers
 from sliplm.arithmetic import kernels
 from sliplm.engines.transformers.load import reference
 from sliplm.examples import PROMPTS, smollm2, wikipedia
@@ -34,6 +39,7 @@ from sliplm.parties.codec import GroupCodec
 from sliplm.shares.splitting import split_group
 
 WINDOW = 512
+FACTORS = (1, 128, 1024)
 
 
 def divergences(
@@ -92,6 +98,46 @@ def compare_texts(
     }
 
 
+def tiny(folder: Path) -> Path:
+    """A random Llama of two layers, with weights large enough that its answers are no uniform guess."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False, initializer_range=0.15,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def outliers(source: Path, ids: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Divergences from the float32 model with outliers, by factor: bf16 and both precisions."""
+    found = {}
+    for factor in FACTORS:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            plain = with_outliers(source, folder / "model", factor)
+            models = {"bf16": AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)}
+            for precision in (12, 8):
+                for name, base in (("p", None), ("base p", folder / "model")):
+                    out = folder / f"{name}{precision}"
+                    recipe = sliplm.Recipe(precision=precision)
+                    sliplm.split(
+                        folder / "model", out, recipe, base=base, i_know=True, ledger=folder / "ledger"
+                    )
+                    models[f"{name}{precision}"] = reference(out)
+            found[f"x{factor}"] = divergences(models, plain, ids)
+    return found
+
+
+def show(name: str, found: dict[str, dict[str, float]]) -> None:
+    """A table of divergences, and beside each how many times that without outliers it is."""
+    table = Table("outliers", *next(iter(found.values())), title=f"KL to fp32, {name}")
+    for factor, row in found.items():
+        cells = (f"{kl:.1e} ({kl / found['x1'][kind]:.2f})" for kind, kl in row.items())
+        table.add_row(factor, *cells)
+    console.print(table)
+
+
 def layer_error(n: int, precision: int) -> dict[str, float]:
     """Relative error of one product of a random layer [512, n], beside bf16's."""
     rng = np.random.default_rng(n)
@@ -120,6 +166,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="prompts to continue")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to continue each with")
+    parser.add_argument("--outlier-windows", type=int, default=2, help="windows for models with outliers")
     args = parser.parse_args()
     source = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -138,6 +185,12 @@ def main() -> None:
         for precision in (12, 8)
     }
     wide = {f"n{n}_p{b}": layer_error(n, b) for n in (576, 4096, 11008, 28672) for b in (12, 8)}
+    with tempfile.TemporaryDirectory() as folder:
+        random = torch.randint(512, (1, 4 * WINDOW), generator=torch.Generator().manual_seed(0))
+        extreme = {"tiny": outliers(tiny(Path(folder)), random)}
+    extreme["smollm2"] = outliers(source, ids[:, : WINDOW * args.outlier_windows])
+    for name, found in extreme.items():
+        show(name, found)
     for name, value in kl.items():
         console.print(f"KL to fp32, {name}: {value:.2e} over {ids.shape[1]} tokens")
     for name, text in texts.items():
@@ -151,7 +204,7 @@ def main() -> None:
         "kl": kl,
         "greedy": texts,
     }
-    finish({**document, "layer_error": wide})
+    finish({**document, "outliers": extreme, "layer_error": wide})
 
 
 if __name__ == "__main__":
