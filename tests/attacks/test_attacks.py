@@ -23,7 +23,15 @@ from sliplm.attacks import ATTACKS
 from sliplm.attacks.a01_as_is import AsIs
 from sliplm.attacks.a03_full import Full
 from sliplm.attacks.a04_core import Core, core_delta
-from sliplm.attacks.a05_align import Align, aligned, polar, second_moments, weighted_fit, without_top
+from sliplm.attacks.a05_align import (
+    Align,
+    aligned,
+    levelled,
+    polar,
+    second_moments,
+    weighted_fit,
+    without_top,
+)
 from sliplm.attacks.a06_match import match
 from sliplm.attacks.a07_two_shares import TwoShares
 from sliplm.attacks.a09_distil import Distil
@@ -33,6 +41,7 @@ from sliplm.attacks.campaign import NONE, lines, standard_recipes
 from sliplm.attacks.case import Placement, ShareView, layers
 from sliplm.attacks.fitting import TRIALS, fit_study
 from sliplm.attacks.folder import prepare
+from sliplm.attacks.former import DEFAULT
 from sliplm.attacks.pages import write_report
 from sliplm.attacks.relatives import distance, perturbed, tune
 from sliplm.attacks.runs import Line, Run, Runs
@@ -206,18 +215,47 @@ def test_two_plain_shares_differ_by_the_triplets_between_their_ranks(scene: Scen
 
 
 def test_an_alignment_by_singular_vectors_is_the_relative_with_the_shares_spectrum(scene: Scene) -> None:
-    case, plain = scene.case("haar", EVERYTHING, "5%"), scene.case("plain", EVERYTHING)
+    case, other = scene.case("haar", EVERYTHING, "5%"), scene.case("default", EVERYTHING)
     assert case.relative is not None
     for name, view in case.shares.items():
+        assert view.level
         base = view.stack(case.relative)
         estimate = aligned(view, base)
-        rest = torch.linalg.svdvals(without_top(estimate, view.rank))
-        wanted = torch.linalg.svdvals(view.matrix)
+        rest = without_top(base, view.rank)
+        _, d_out, d_in = levelled(rest)
+        between = (estimate - (base - rest)) / d_out[:, None] / d_in
+        found, wanted = torch.linalg.svdvals(between), torch.linalg.svdvals(view.matrix)
+        wanted *= between.norm() / view.matrix.norm()
         count = len(wanted) - view.rank
-        assert torch.allclose(rest[:count], wanted[:count], rtol=0.02, atol=0.02 * float(wanted[0]))
+        assert torch.allclose(found[:count], wanted[:count], rtol=0.02, atol=0.02 * float(wanted[0]))
         # and that is all it takes of the share: one in another basis gives the same
-        other = aligned(plain.shares[name], base)
-        assert float((estimate - other).norm() / estimate.norm()) < 1e-2
+        again = aligned(other.shares[name], base)
+        assert float((estimate - again).norm() / estimate.norm()) < 1e-2
+    plain = next(iter(scene.case("plain", EVERYTHING).shares.values()))
+    assert not plain.level
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_of_a_level_share_the_relative_is_made_level_first(weighted: bool) -> None:
+    """Without that the share's spectrum would be put on a matrix of another shape, which it does not fit."""
+    random = torch.Generator().manual_seed(0)
+    true = torch.randn(48, 32, generator=random) * torch.logspace(-1, 1, 32)
+    base = true * (1 + 0.01 * torch.randn(48, 32, generator=random))
+    whole, d_out, d_in = levelled(true)
+    turn = polar(torch.randn(48, 48, generator=random)), polar(torch.randn(32, 32, generator=random))
+    size = float(d_out.square().mean() * d_in.square().mean()) ** 0.5
+    view = ShareView("g", (), turn[0] @ whole @ turn[1].T * size, 0, level=True)
+    x = torch.randn(100, 32, generator=random)
+    moments = x.T @ x / 100 if weighted else None
+
+    def wrong(view: ShareView) -> float:
+        return float((aligned(view, base, moments) - true).norm() / true.norm())
+
+    assert wrong(view) < 0.02
+    assert wrong(replace(view, level=False)) > 0.2
+    estimate, found = match(view, base, columns=True)
+    assert not found.any()
+    assert torch.allclose(estimate, base, rtol=1e-3, atol=1e-4)  # nobody found: the relative as it was
 
 
 def test_the_weighted_fit_improves_what_it_is_to_improve() -> None:
@@ -311,6 +349,10 @@ def test_the_fit_reads_an_unprotected_square_matrix_if_it_is_told_the_signs_and_
     assert told[0].error < 1e-2
     assert not any(t.solved for t in trials if t.closeness >= 0.05)
     assert not any(t.solved for t in trials if t.rank == 16)
+    today = [t for t in trials if t.kind == DEFAULT]
+    assert [t.given for t in today] == [1.0, 1.0]
+    assert not any(t.solved for t in today)  # the angles leave no lattice, whatever signs are told
+    assert all(t.error > 0.9 for t in today)
     guessed = [t for t in trials if t.given == 0.0]
     assert not guessed[0].solved
     assert 0.9 < guessed[0].error < 1.1  # the share's spectrum, and no more

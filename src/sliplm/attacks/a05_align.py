@@ -8,6 +8,10 @@ With a share he may look for orthogonal Q_out and Q_in that turn it onto the rel
                       which all give the same estimate: the relative's vectors, the share's singular values.
     covariance        the same weighted by what the relative's layers read, with C their second moments,
                       min |(Q_out^T W_R Q_in - B) C^(1/2)|: directions that matter are fitted best.
+
+A share whose rows and columns are equal in norm lies between secret diagonals.  He then takes the relative's
+rest between diagonals of its own, B = D_out B' D_in, which are near the secret ones where the relative is
+near; aligns B', with D_in C D_in for C; and puts them back.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sliplm.arithmetic.equilibration import equilibrated
 from sliplm.attacks.case import Case, ShareView, Start, Teacher
 from sliplm.attacks.student import filled_model
 
@@ -55,10 +60,26 @@ def aligned(view: ShareView, base: Tensor, moments: Tensor | None = None) -> Ten
     Args:
         moments: of what the group reads, [n, n], for the weighted fit.
     """
-    top = base - without_top(base, view.rank)
-    if moments is None or max(base.shape) > _WIDEST:
-        return top + respectrumed(base - top, singular_values(view.matrix))
-    return top + weighted_fit(view.matrix, base - top, moments)
+    rest = without_top(base, view.rank)
+    if not view.level:
+        return base - rest + _aligned(view.matrix, rest, moments)
+    target, d_out, d_in = levelled(rest)
+    share = view.matrix * (target.norm() / view.matrix.norm())
+    within = None if moments is None else d_in[:, None] * moments * d_in
+    return base - rest + d_out[:, None] * _aligned(share, target, within) * d_in
+
+
+def levelled(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix [m, n] with rows and columns equal in norm, and the diagonals it lay between: [m], [n]."""
+    found = equilibrated(matrix.detach().float().cpu().numpy())
+    whole, d_out, d_in = (torch.from_numpy(part).to(matrix.device) for part in found)
+    return whole, d_out, d_in
+
+
+def _aligned(share: Tensor, target: Tensor, moments: Tensor | None) -> Tensor:
+    if moments is None or max(target.shape) > _WIDEST:
+        return respectrumed(target, singular_values(share))
+    return weighted_fit(share, target, moments)
 
 
 def weighted_fit(share: Tensor, target: Tensor, moments: Tensor) -> Tensor:

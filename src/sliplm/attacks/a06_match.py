@@ -2,6 +2,7 @@
 
 ArrowMatch undoes permutations and scalings of a fine-tune's weights by looking for each obfuscated vector's
 nearest direction among the public base's.  What finds no partner is taken from the relative itself.
+Where the share's rows and columns are equal in norm, the relative's are made so first (as in attack 5).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sliplm.attacks.a04_core import null_space
+from sliplm.attacks.a05_align import levelled, without_top
 from sliplm.attacks.case import Case, ShareView, Start, Teacher
 
 _ALIKE = 0.5  # |cosine| from which two vectors count as partners
@@ -43,18 +45,29 @@ def match(view: ShareView, base: Tensor, *, columns: bool) -> tuple[Tensor, Tens
         base: the relative's matrix [m, n].
     """
     share = view.matrix
+    if view.level:
+        rest = without_top(base, view.rank)
+        target, d_out, d_in = levelled(rest)
+        restored, found = _partners(share, target, columns=columns)
+        return base - rest + d_out[:, None] * restored * d_in, found
     if view.rank and min(share.shape) > view.rank:  # what the share lacks is taken from the relative
         wide = share.shape[1] > share.shape[0]
         null = null_space(share.T if wide else share, view.rank)
         part = null.T @ (null @ base) if wide else base @ null.T @ null
     else:
         part = torch.zeros_like(base)
-    vectors, targets = (share.T, (base - part).T) if columns else (share, base - part)
+    restored, found = _partners(share, base - part, columns=columns)
+    return restored + part, found
+
+
+def _partners(share: Tensor, target: Tensor, *, columns: bool) -> tuple[Tensor, Tensor]:
+    """The target [m, n] with rows (columns) replaced by partners among the share's, and which were."""
+    vectors, targets = (share.T, target.T) if columns else (share, target)
     partner, cosine = nearest(targets, vectors)
     scale = targets.norm(dim=1) / vectors[partner].norm(dim=1).clamp_min(1e-30) * cosine.sign()
     found = cosine.abs() >= _ALIKE
     restored = torch.where(found[:, None], vectors[partner] * scale[:, None], targets)
-    return (restored.T if columns else restored) + part, found
+    return restored.T if columns else restored, found
 
 
 def nearest(queries: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,14 @@
 With W_R = Q_out W_D Q_in^T and a relative's B near W_D, singular vectors that match in order give
 Q_out = U_R diag(s) U_B^T and Q_in = V_R diag(s) V_B^T, for signs s of which all 2^n choices fit W_R equally
 well and give the same estimate of W_D (attack 5).  Only the form of the transform can tell them apart.  Where
-its Hadamard blocks of size h tile n, every entry of Q is a multiple of 1/h, so that
+its Hadamard blocks of size h tile n, every entry of release 0.2's Q is a multiple of 1/h, so that
 
     F(s) = mean cos(2 pi h Q_out) + mean cos(2 pi h Q_in)
 
 is near 2 for the true signs and near 0 for others.  A search for them follows; then Q is moved to the
 lattice.  If it gets there, W_D is read exactly, and with it how the victim differs from its relative.
+
+That is so of release 0.2.  The angles of today's transform leave no lattice: not even all signs lead to W_D.
 
 This is a study of single matrices, on a CPU and without training: for how many unknown signs, from which
 closeness on, and at which rank the fast transform gives way.
@@ -22,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sliplm.arithmetic.field import new_key
 from sliplm.arithmetic.jit import jit
-from sliplm.arithmetic.rotation import fast_block, make
+from sliplm.arithmetic.rotation import fast_block
+from sliplm.attacks.former import DEFAULT, FORMER, transform_as
 
 Matrix = npt.NDArray[np.float64]
 Signs = npt.NDArray[np.float64]
@@ -51,12 +53,14 @@ class Trial:
     """One fit to a perturbed copy.
 
     Attributes:
+        kind: of transform, see `former`.
         rank: removed.  closeness: |B - W| / |W|.  given: part of the signs that the attacker was told.
         right: part of the signs that are right in the end.
         solved: whether the transforms were found, so that W_D is read exactly.
         error: |estimate - W_D| / |B_D - W_D|: below 1, something of the difference was read.
     """
 
+    kind: str
     n: int
     rank: int
     closeness: float
@@ -75,7 +79,7 @@ def study(
     given: Sequence[float] = GIVEN,
 ) -> Iterator[Trial]:
     """Trials on the upper left n x n of a real matrix: closeness and rank with all signs given, then unknown
-    signs where that succeeds.
+    signs where that succeeds; and with all signs given the transform of today.
 
     Args:
         n: such that blocks tile it: a power of two from 16 on.
@@ -83,9 +87,11 @@ def study(
     random = np.random.default_rng(0)  # of the trials; the transforms have keys of their own
     for rank in (rank for rank in ranks if rank < n):  # of nothing there is nothing to read
         for closeness in close:
-            yield _trial(weight[:n, :n], rank, closeness, 1.0, random)
+            yield _trial(FORMER, weight[:n, :n], rank, closeness, 1.0, random)
     for told in given:
-        yield _trial(weight[:n, :n], 0, close[0], told, random)
+        yield _trial(FORMER, weight[:n, :n], 0, close[0], told, random)
+    for closeness in close:
+        yield _trial(DEFAULT, weight[:n, :n], 0, closeness, 1.0, random)
 
 
 def fit(share: Matrix, base: Matrix, rank: int, signs: Signs, free: npt.NDArray[np.bool_]) -> Fit:
@@ -143,12 +149,14 @@ def without_top(weight: Matrix, rank: int) -> Matrix:
     return rest
 
 
-def _trial(weight: Matrix, rank: int, closeness: float, given: float, random: np.random.Generator) -> Trial:
+def _trial(
+    kind: str, weight: Matrix, rank: int, closeness: float, given: float, random: np.random.Generator
+) -> Trial:
     n = len(weight)
     noise = random.standard_normal((n, n))
     relative = weight + noise * (closeness * np.linalg.norm(weight) / np.linalg.norm(noise))
     rest, base = without_top(weight, rank), without_top(relative, rank)
-    q_out, q_in = _secret(n), _secret(n)
+    q_out, q_in = transform_as(kind, n, random)[0], transform_as(kind, n, random)[0]
     share = q_out @ rest @ q_in.T
     true = true_signs(share, base, rank, q_out)
     free = np.ones(n - rank, np.bool_)
@@ -156,13 +164,7 @@ def _trial(weight: Matrix, rank: int, closeness: float, given: float, random: np
     start = np.where(free, random.choice([-1.0, 1.0], n - rank), true)
     found = fit(share, base, rank, start, free)
     error = float(np.linalg.norm(found.estimate - rest) / np.linalg.norm(base - rest))
-    return Trial(n, rank, closeness, given, float((found.signs == true).mean()), found.solved, error)
-
-
-def _secret(n: int) -> Matrix:
-    """A fast transform as a matrix."""
-    columns = make("fast", new_key(), n).apply(np.eye(n, dtype=np.float32))
-    return columns.T.astype(np.float64)
+    return Trial(kind, n, rank, closeness, given, float((found.signs == true).mean()), found.solved, error)
 
 
 def _to_lattice(q: Matrix, block: int, image: Matrix, known: Matrix) -> tuple[Matrix, bool]:

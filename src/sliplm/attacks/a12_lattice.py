@@ -102,4 +102,4 @@ def _scores(x: Matrix, block: int) -> Matrix:
         wave = np.cos(np.pi * block / scale * x)
         once, twice = wave.mean(axis=1), 2 * np.square(wave).mean(axis=1) - 1  # cos 2y = 2 cos^2 y - 1
         best = np.maximum(best, np.maximum(np.abs(once), np.abs(twice)))
-    return best * np.sqrt(2 * x.shape[1])
+    return np.asarray(best * np.sqrt(2 * x.shape[1]))

@@ -39,15 +39,14 @@ Bits = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Known:
-    """What known columns gave, means over fresh splits of one kind.
+    """What known columns gave in fresh splits of one kind, means.
 
     Attributes:
         known: columns that the attacker was told; 0: he has the rows of the share.
         peeled: part of the outer blocks that the attack over GF(2) took away.
-        told: standard deviations; 0 is chance.
+        told: standard deviations, root mean square; 1 is chance.
         overlap: 1 would be all blocks found.
-        blind, blind_most: standard deviations, the mean of all splits and the largest; of as many Haar ones the
-            mean is 0.
+        blind, blind_most: standard deviations, the mean of all splits and the largest; 0 is chance.
     """
 
     kind: str
@@ -192,8 +191,19 @@ def study(weight: Floats, rank: int, trials: int, known: Sequence[int] = KNOWN) 
             first = [trial.first for trial in found]
             haar.setdefault(count, first)  # the first kind
             blind = (np.array(first) - np.mean(haar[count])) / np.std(haar[count])
-            mean = np.mean([(trial.peeled, trial.told, trial.overlap) for trial in found], axis=0)
-            yield Known(kind, n, count, trials, *map(float, mean), float(blind.mean()), float(blind.max()))
+            yield Known(
+                kind,
+                n,
+                count,
+                trials,
+                float(np.mean([trial.peeled for trial in found])),
+                float(
+                    np.sqrt(np.mean([trial.told**2 for trial in found]))
+                ),  # energies may be too even as well
+                float(np.mean([trial.overlap for trial in found])),
+                float(blind.mean()),
+                float(blind.max()),
+            )
 
 
 class _Trial(NamedTuple):

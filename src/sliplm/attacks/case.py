@@ -1,8 +1,8 @@
 """What one attacker holds, what he may ask, and what an attack makes of it.
 
-The attacker is granted more than a real worker has: the row scales of the fixed point, the names and places
-of the group's members, and the rank.  What he never has is `Scene.victim`: attacks get a `Case` and a
-`Teacher`, and nothing else.
+The attacker is granted more than a real worker has: the row scales of the fixed point, the mean size of the
+diagonals, the names and places of the group's members, and the rank.  What he never has is
+`Scene.victim`: attacks get a `Case` and a `Teacher`, and nothing else.
 """
 
 from __future__ import annotations
@@ -59,14 +59,16 @@ class ShareView:
 
     Attributes:
         members: in the order of their rows.
-        matrix: float32 [m, n], the worker's integers times the granted row scales.
+        matrix: float32 [m, n], the worker's integers times the granted row scales, and as large as W_D.
         rank: k of the removed part, granted.
+        level: rows and columns are equal in norm: the share lies between secret diagonals.
     """
 
     name: str
     members: tuple[Part, ...]
     matrix: Tensor
     rank: int
+    level: bool = False
 
     def parts(self, matrix: Tensor | None = None) -> dict[str, Tensor]:
         """Parameter name -> weight, from the rows of `matrix` [m, n] (the share's own if None)."""

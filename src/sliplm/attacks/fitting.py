@@ -15,7 +15,7 @@ from sliplm.engines.transformers.plan import make_plan
 from sliplm.errors import InputError
 from sliplm.shares.recipe import Recipe
 
-TRIALS = len(RANKS) * len(CLOSE) + len(GIVEN)
+TRIALS = (len(RANKS) + 1) * len(CLOSE) + len(GIVEN)
 _LARGEST = 512  # a trial takes seconds there
 
 

@@ -62,9 +62,9 @@ class Former:
 
 def hadamard(h: int) -> Matrix:
     """The Walsh-Hadamard matrix in natural order, entries 1 and -1: [h, h], h a power of two."""
-    matrix = np.ones((1, 1))
+    matrix: Matrix = np.ones((1, 1))
     while len(matrix) < h:
-        matrix = np.kron([[1.0, 1.0], [1.0, -1.0]], matrix)
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return matrix
 
 
@@ -74,7 +74,7 @@ def outer_blocks(order: npt.NDArray[np.integer], block: int) -> Labels:
     blocks = np.arange(n) % (n // block)
     if n % block:
         blocks[n - block :] = n // block
-    return blocks[order]
+    return np.asarray(blocks[order])
 
 
 @dataclass(frozen=True)

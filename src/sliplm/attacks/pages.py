@@ -7,8 +7,10 @@ from pathlib import Path
 
 from sliplm.attacks import ATTACKS
 from sliplm.attacks.a11_fit import Trial
+from sliplm.attacks.basing import BasisStudy
 from sliplm.attacks.campaign import NONE
 from sliplm.attacks.fitting import Study
+from sliplm.attacks.former import DEFAULT, FORMER
 from sliplm.attacks.summary import Cell, Point, Summary
 from sliplm.report.figures import Axis, Line, Picture, line_chart, save_png
 from sliplm.report.page import Section, Table, write_page
@@ -22,13 +24,20 @@ _Place = tuple[str, str, str]  # placement, access, relative
 
 
 def write_report(
-    out: Path, name: str, found: Summary, *, complete: bool, fitted: Study | None = None
+    out: Path,
+    name: str,
+    found: Summary,
+    *,
+    complete: bool,
+    fitted: Study | None = None,
+    based: BasisStudy | None = None,
 ) -> Path:
     """Write `out/attack.html` and its pictures.
 
     Args:
         name: of the model.
         fitted: the study of attack 11, if it was run.
+        based: those of attacks 12 to 14.
 
     Raises:
         ReportError: jinja2 or matplotlib is not installed.
@@ -38,7 +47,7 @@ def write_report(
     for cell in found.cells:
         places.setdefault((cell.placement, cell.access, cell.relative), []).append(cell)
     sections = [_place(place, cells, found) for place, cells in places.items()]
-    studies = [] if fitted is None else [_fit(fitted)]
+    studies = ([] if fitted is None else [_fit(fitted)]) + ([] if based is None else [_basis(based)])
     sections = [_table(found.cells), *sections, *studies, _points(found.points), _words()]
     for section in sections:
         for picture in section.pictures:
@@ -162,14 +171,17 @@ def _points(points: Sequence[Point]) -> Section:
 
 def _fit(found: Study) -> Section:
     n = found.trials[0].n
-    told = [trial for trial in found.trials if trial.given == 1.0]
+    told = [trial for trial in found.trials if trial.given == 1.0 and trial.kind == FORMER]
+    today = {trial.closeness: _read_as(trial) for trial in found.trials if trial.kind == DEFAULT}
     ranks = sorted({trial.rank for trial in told})
     close = sorted({trial.closeness for trial in told})
     read = {(trial.rank, trial.closeness): _read_as(trial) for trial in told}
     rows: list[tuple[str, ...]] = [
-        (f"{rank}", *(read.get((rank, closeness), "") for closeness in close)) for rank in ranks
+        (f"{rank}, release 0.2", *(read.get((rank, closeness), "") for closeness in close)) for rank in ranks
     ]
-    signs = {t.given: t for t in found.trials if t.rank == 0 and t.closeness == min(close)}
+    rows.append(("0, today's", *(today.get(closeness, "") for closeness in close)))
+    first = [t for t in found.trials if t.kind == FORMER and t.rank == 0 and t.closeness == min(close)]
+    signs = {t.given: t for t in first}
     guesses = [(f"{t.given:.0%}", f"{t.right:.0%}", _read_as(t)) for _, t in sorted(signs.items())]
     text = (
         f"On the upper left {n} x {n} of {found.group}: what an attacker reads of the difference between "
@@ -182,7 +194,7 @@ def _fit(found: Study) -> Section:
         "Fitting the fast transform to a relative",
         text,
         tables=(
-            Table(("rank removed", *(f"{100 * closeness:g} % off" for closeness in close)), rows),
+            Table(("rank removed, transform", *(f"{100 * closeness:g} % off" for closeness in close)), rows),
             Table(
                 ("signs told", "right in the end", "read"),
                 guesses,
@@ -194,6 +206,48 @@ def _fit(found: Study) -> Section:
 
 def _read_as(trial: Trial) -> str:
     return f"{max(0.0, 1 - trial.error):.0%}"
+
+
+def _basis(found: BasisStudy) -> Section:
+    lattice = [
+        (s.kind, f"{s.splits}", f"{s.below:.1%}", f"{s.smallest:.2g}", f"{s.deviation:.1f}")
+        for s in found.lattice
+    ]
+    null = [
+        (f.kind, f"{f.dead}", f"{f.null}", f"{f.integers}", f"{f.columns} of {f.dead * f.splits}")
+        for f in found.null
+    ]
+    columns = [
+        (k.kind, f"{k.known}", f"{k.peeled:.0%}", f"{k.told:.1f}", f"{k.overlap:.3f}", f"{k.blind:.1f}")
+        for k in found.columns
+    ]
+    text = (
+        f"On {found.lattice[0].width} columns of {found.group}, split again and again: as the product does, "
+        "with a Haar matrix, which shows nothing but singular values, and as release 0.2 did, which these "
+        "attacks broke. What is above the Haar lines would be a leak.",
+    )
+    return Section(
+        "What shows the secret basis",
+        text,
+        tables=(
+            Table(
+                ("split", "splits", "p < 0.001", "smallest p", "apart from chance"),
+                lattice,
+                "12: a lattice in the smallest singular vector; the last column in standard deviations.",
+            ),
+            Table(
+                ("split", "dead inputs", "null space", "integer vectors", "columns found"),
+                null,
+                "13: columns of the secret basis in the null space.",
+            ),
+            Table(
+                ("split", "columns known", "peeled", "blocks told", "blocks overlap", "first value"),
+                columns,
+                "14: what known columns give; 0 known: the share alone. Chance is 1 for blocks told, 0 for "
+                "the first value.",
+            ),
+        ),
+    )
 
 
 def _words() -> Section:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from sliplm.attacks.text import Text
 from sliplm.errors import CheckpointError
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.share import open_vault, open_worker
+from sliplm.shares.splitting import GroupSecrets
 
 
 class Oracle:
@@ -160,8 +162,9 @@ class Scene:
                 group.name: ShareView(
                     group.name,
                     tuple(self._part(member.module, member.rows) for member in group.members),
-                    _dequantised(worker.matrices[group.name], vault.groups[group.name].scale, self.device),
+                    _dequantised(worker.matrices[group.name], vault.groups[group.name], self.device),
                     group.rank,
+                    group.rotation != "none",
                 )
                 for group in vault.manifest.groups
             }
@@ -184,5 +187,10 @@ class Scene:
         return self._kin[name]
 
 
-def _dequantised(integers: object, scale: object, device: torch.device) -> Tensor:
-    return torch.tensor(integers, device=device).float() * torch.tensor(scale, device=device)[:, None]
+def _dequantised(integers: object, secrets: GroupSecrets, device: torch.device) -> Tensor:
+    """W_R with the granted scales, and the mean size of its diagonals: what they take from single rows and
+    columns is secret, how large all of W_D is shall be known.
+    """
+    size = np.sqrt(np.square(secrets.d_out).mean() * np.square(secrets.d_in).mean())
+    scale = torch.tensor(secrets.scale * size, device=device)
+    return torch.tensor(integers, device=device).float() * scale[:, None]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sliplm.attacks.basing import BasisStudy
 from sliplm.attacks.campaign import NONE
 from sliplm.attacks.fitting import Study
 from sliplm.attacks.runs import Place, Run
@@ -125,10 +126,13 @@ def summarise(runs: Collection[Run]) -> Summary:
     return Summary(None if whole is None else Score(whole.perplexity, whole.accuracy), found, cells(found))
 
 
-def document(found: Summary, fitted: Study | None, *, complete: bool) -> dict[str, Any]:
+def document(
+    found: Summary, fitted: Study | None, based: BasisStudy | None = None, *, complete: bool
+) -> dict[str, Any]:
     """For JSON, which has no infinity: such a number is null."""
     fit = None if fitted is None else asdict(fitted)
-    whole: dict[str, Any] = _finite({"complete": complete, **asdict(found), "fit": fit})
+    basis = None if based is None else asdict(based)
+    whole: dict[str, Any] = _finite({"complete": complete, **asdict(found), "fit": fit, "basis": basis})
     return whole
 
 

@@ -23,6 +23,7 @@ from sliplm.shares.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sliplm.attacks.basing import BasisStudy
     from sliplm.attacks.case import Placement
     from sliplm.attacks.fitting import Study
     from sliplm.attacks.relatives import Relative
@@ -97,6 +98,10 @@ def command(
         bool,
         typer.Option("--fit", help="Also attack 11, on one matrix and a CPU: about a quarter of an hour."),
     ] = False,
+    basis: Annotated[
+        bool,
+        typer.Option("--basis", help="Also attacks 12 to 14, on one matrix and a CPU: a few minutes."),
+    ] = False,
     minutes: Annotated[float | None, typer.Option(help="Begin no run after so long.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -112,6 +117,7 @@ def command(
     Example: slip attack ~/models/SmolLM2-135M-Instruct out --placement 0-3 --device cuda --jobs 4
     """
     quiet()
+    from sliplm.attacks.a13_null import need_flint
     from sliplm.attacks.campaign import lines, standard_recipes
     from sliplm.attacks.device import devices
     from sliplm.attacks.folder import AGAIN, claim, prepare
@@ -124,6 +130,8 @@ def command(
     from sliplm.engines.transformers.layout import check_reads_text
 
     check_reads_text(model)
+    if basis:
+        need_flint()
     deadline = time.time() + 60 * minutes if minutes is not None else math.inf
     recipes = standard_recipes() | dict(_named_recipe(given) for given in recipe or [])
     if only is not None:
@@ -161,20 +169,29 @@ def command(
     with _Bar(len(plan.lines)) as bar:
         complete = run(opened, plan, file, bar.report, where)
         fitted = bar.fit(model, out) if fit else None
-    _finish(model, out, Runs(file), screen, fitted, complete=complete, json=json)
+        based = bar.basis(model, out) if basis else None
+    _finish(model, out, Runs(file), screen, fitted, based, complete=complete, json=json)
 
 
 def _finish(
-    model: Path, out: Path, runs: Runs, screen: Console, fitted: Study | None, *, complete: bool, json: bool
+    model: Path,
+    out: Path,
+    runs: Runs,
+    screen: Console,
+    fitted: Study | None,
+    based: BasisStudy | None,
+    *,
+    complete: bool,
+    json: bool,
 ) -> None:
     """Table on the screen; attack.json, page and pictures in the folder."""
     from sliplm.attacks.pages import write_report
     from sliplm.attacks.summary import document, summarise
 
     found = summarise(runs.done.values())
-    result = document(found, fitted, complete=complete)
+    result = document(found, fitted, based, complete=complete)
     (out / "attack.json").write_text(encode(result, indent=1) + "\n", encoding="utf-8")
-    page = write_report(out, model.resolve().name, found, complete=complete, fitted=fitted)
+    page = write_report(out, model.resolve().name, found, complete=complete, fitted=fitted, based=based)
     screen.print(_tables(found))
     screen.print(Text(f"{page}\n{out / 'attack.json'}", style="dim"), soft_wrap=True)
     if not complete:
@@ -255,6 +272,12 @@ class _Bar:
             self._bar.update(self._task, last=f"11 on one matrix: {done} of {TRIALS} trials")
 
         return fit_study(model, out, progress)
+
+    def basis(self, model: Path, out: Path) -> BasisStudy:
+        """Run attacks 12 to 14."""
+        from sliplm.attacks.basing import basis_study
+
+        return basis_study(model, out, lambda line: self._bar.update(self._task, last=line))
 
     def report(self, run: Run) -> None:
         """A run is finished."""
