@@ -27,7 +27,8 @@ def levelled_triplets(weight: Floats, rank: int) -> tuple[Floats, Floats]:
     return a * d_out[:, None], b * d_in
 
 
+splitting.top_triplets = levelled_triplets  # also in the processes that split, which import this file
+
 if __name__ == "__main__":
-    splitting.top_triplets = levelled_triplets
     sys.argv[1:1] = ["attack"]
     main()
