@@ -4,8 +4,8 @@
 
 The matrices are gate and up of SmolLM2-135M, 576 columns wide: the first 512 of them, all, or with those of
 the next layer beside them up to 640 and 1024.  Three kinds of split of the same matrices: as the default
-does, with a Haar Q_in, and as release 0.2 did; of `null`, and of `lattice` below 100 splits, also with one of
-the default's two parts alone.
+does, with a Haar Q_in, and as release 0.2 did; of `null`, and of `lattice` at 640, also with one of the
+default's two parts alone.
 
 `lattice`  part of fresh splits whose smallest singular vector has p < 0.001, the least p, and how far the
            p-values are from uniform
@@ -53,18 +53,14 @@ def matrix(layer: int, width: int) -> Floats:
 def lattice(width: int, splits: int) -> Iterable[Shown]:
     """Attack 12; as many splits of each layer."""
     weights = [matrix(layer, width) for layer in LAYERS]
-    kinds = (FORMER, DEFAULT, HAAR) if splits >= 100 else a12_lattice.KINDS
+    kinds = a12_lattice.KINDS if width == 640 else (FORMER, DEFAULT, HAAR)
     return a12_lattice.study(weights, RANK, max(1, splits // len(LAYERS)), kinds)
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table that fits 80 columns."""
-    console.print(
-        "".join(f"{each:>{16 if i == 0 else 8}}" for i, each in enumerate(columns)), highlight=False
-    )
-    for row in rows:
-        text = "".join(f"{each:>{16 if i == 0 else 8}}" for i, each in enumerate(row))
-        console.print(text, highlight=False)
+    for row in [columns, *rows]:
+        console.print(f"{row[0]:>16}" + "".join(f"{each:>9}" for each in row[1:]), highlight=False)
 
 
 def shown(found: Iterable[Shown]) -> list[dict[str, Any]]:
