@@ -137,7 +137,8 @@ def _squares(x: Matrix) -> Matrix:
     squares = np.square(x)
     squares /= squares.mean(axis=0)
     squares -= squares.mean(axis=1, keepdims=True)
-    return np.asarray(squares / np.linalg.norm(squares, axis=1, keepdims=True))
+    norms = np.linalg.norm(squares, axis=1, keepdims=True)
+    return np.asarray(squares / np.where(norms > 0, norms, 1))  # a row may be zero in a few columns
 
 
 def told(squares: Matrix, blocks: Labels, random: np.random.Generator) -> float:
