@@ -627,7 +627,7 @@ def test_the_report(tmp_path: Path) -> None:
     group = report.groups[0]  # q, k, v: 128 x 64, rank 4
     assert (group.rows, group.columns, group.plain_macs) == (128, 64, 128 * 64)
     macs = group.vault_macs
-    assert (macs.low_rank, macs.checks, macs.fixed_point) == (4 * 192, 2 * 192, 2 * 64 + 3 * 128)
+    assert (macs.low_rank, macs.checks, macs.fixed_point) == (4 * 192, 2 * 192, 3 * 64 + 4 * 128)
     assert macs.rotations > 0
     assert macs.total == group.vault_macs_share * group.plain_macs
     assert (group.bytes_to_worker, group.bytes_from_worker) == (4 * 64, 4 * 128)

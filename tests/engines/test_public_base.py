@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import families
 from sliplm.arithmetic import kernels
+from sliplm.arithmetic.equilibration import column_factors, divided
 from sliplm.engines.modules import replace as replace_layers
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.load import load, reference
@@ -200,6 +201,7 @@ def test_the_worker_s_integers_are_the_base_s(scene: Scene) -> None:
         weight = np.concatenate(
             [model.get_submodule(m.module).weight.detach().numpy() for m in members[name]]
         )
+        weight = divided(weight, column_factors(weight))
         scale = (np.abs(weight).max(axis=1) / np.float32(2047)).astype(np.float32)
         assert np.array_equal(w, np.rint(weight / scale[:, None]).astype(np.int16))
 
@@ -472,9 +474,11 @@ def test_whoever_has_the_base_reads_a_tail_at_the_worker(scene: Scene, tmp_path:
         members = [
             model.get_submodule(member.module).weight.detach().numpy() for member in vault.members[name]
         ]
-        public, integers = np.concatenate(members).astype(np.float64), w.astype(np.float64)
+        base, integers = np.concatenate(members), w.astype(np.float64)
+        level = column_factors(base)  # a function of the base: he has it too
+        public = divided(base, level).astype(np.float64)
         scale = (integers * public).sum(1) / (integers**2).sum(1)  # the row scales, guessed
-        found = integers * scale[:, None] - public
+        found = (integers * scale[:, None] - public) * level
         rest = truth[name] - vault.groups[name].a.astype(np.float64) @ vault.groups[name].b
         cosine = (found * rest).sum() / np.linalg.norm(found) / np.linalg.norm(rest)
         assert cosine > 0.95 if tail == "worker" else abs(cosine) < 0.1, name

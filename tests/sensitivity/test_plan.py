@@ -470,7 +470,7 @@ def test_a_second_budget_measures_nothing(
     first = plan(llama, out, TEXT, WISH)
     lines = journal(out)
     monkeypatch.setattr(study, "open_model", lambda *_: pytest.fail("the model was loaded"))
-    budget = Budget(Amount(0.9, is_share=True), exchanges=9)
+    budget = Budget(Amount(1.0, is_share=True), exchanges=9)
     second = plan(llama, out, TEXT, Wish(budget, 120, GRID, CPU))
     assert journal(out) == lines
     assert second.results == first.results
