@@ -298,6 +298,16 @@ def test_the_vaults_entry_is_authenticated(first: Path, tmp_path: Path) -> None:
     assert add(first / "vault", None).source == "mine"
 
 
+def test_a_vault_of_release_0_2_is_noted_and_otherwise_refused(first: Path, tmp_path: Path) -> None:
+    """Its worker share counts as published, so the ledger must know it; nothing else opens it."""
+    vault = shutil.copytree(first / "vault", tmp_path / "vault")
+    families.sign_manifest(vault, lambda manifest: manifest.update(version=2))
+    assert add(vault, None).source == "mine"
+    with pytest.raises(ShareError, match="older release.*--i-know"):
+        open_vault(vault)
+
+
+
 # --- damage ------------------------------------------------------------------------------------------------
 
 
