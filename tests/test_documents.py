@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -21,6 +25,8 @@ import families
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LIMIT = 300  # seconds for one block
+HOUSE = ROOT / "src" / "sliplm"
+MAP = ROOT / "docs" / "ARCHITECTURE.md"
 
 
 class Block(NamedTuple):
@@ -176,3 +182,71 @@ def test_requirements_are_numbered_without_gaps() -> None:
     numbers = [int(n) for n in re.findall(r"^- \*\*M(\d+)\*\*", text, re.MULTILINE)]
     assert sorted(numbers) == list(range(1, len(numbers) + 1))
     assert f"**M1** to **M{len(numbers)}**" in " ".join(text.split())
+
+
+def layers() -> list[str]:
+    """What lies in the house, from the roof down, as import-linter holds it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    [contract] = settings["contracts"]
+    floors = [floor for layer in contract["layers"] for floor in layer.split(" | ")]
+    return [floor.removeprefix("sliplm.") for floor in floors]
+
+
+def test_the_layers_are_all_that_lies_in_the_house() -> None:
+    """A package or module that no layer names may import whatever it likes."""
+    files = [path for path in HOUSE.glob("*.py") if path.stem not in ("__init__", "__main__")]
+    folders = [path for path in HOUSE.iterdir() if any(path.rglob("*.py"))]
+    assert sorted(layers()) == sorted(path.stem for path in (*files, *folders))
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_the_architecture_names_what_exists() -> None:
+    """Each path, and each name in one of the files that its sentence or line names."""
+    text = MAP.read_text(encoding="utf-8")
+    found = 0
+    for part in re.split(r"\n\n|\n(?=\d+\. |\| )", text):
+        quoted = [
+            name for name in re.findall(r"`([^`]+)`", part) if not re.match("slip|(make|python) ", name)
+        ]
+        paths = [name for name in quoted if "/" in name or name.endswith(".py")]
+        for path in paths:
+            assert (HOUSE / path).exists() or (ROOT / path).exists(), path
+        modules = [
+            importlib.import_module(
+                "sliplm." + path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            )
+            for path in paths
+            if path.endswith(".py") and (HOUSE / path).exists()
+        ]
+        for name in (name for name in quoted if name not in paths):
+            assert any(has(module, name) for module in modules), f"{name} in none of {paths}"
+            found += 1
+    assert found > 40
+
+
+def has(module: Any, name: str) -> bool:
+    try:
+        attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def test_the_architecture_and_its_picture_go_the_same_ways() -> None:
+    """The picture is what its script draws today, and its numbers are those of the page."""
+    script = runpy.run_path(str(ROOT / "docs" / "make_architecture_svg.py"))
+    drawn = (ROOT / "docs" / "pictures" / "architecture.svg").read_text(encoding="utf-8")
+    assert drawn == script["picture"](), "run python docs/make_architecture_svg.py"
+    ways: list[list[str]] = []
+    for number, path in re.findall(r"^(\d+)\. `([^`]+)`", MAP.read_text(encoding="utf-8"), re.MULTILINE):
+        if number == "1":
+            ways.append([])
+        ways[-1].append(path)
+        assert int(number) == len(ways[-1])
+    assert ways == [list(script["WEIGHT"]), list(script["TOKEN"])]
+
+
+def test_the_architecture_has_each_floor_in_its_place() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", MAP.read_text(encoding="utf-8"), re.MULTILINE)
+    floors = [re.sub(r"/$|\.py$", "", name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert floors == layers()
