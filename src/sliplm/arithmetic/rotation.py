@@ -37,11 +37,11 @@ class Rotation(Protocol):
     n: int
     macs: int  # multiply-adds for one vector, additions counted as such
 
-    def apply(self, x: Floats) -> Floats:
-        """Q S v for each row v of x: float32 [rows, n]."""
+    def apply(self, x: Floats, out: Floats | None = None) -> Floats:
+        """Q S v for each row v of x: float32 [rows, n], new or `out` (contiguous, not x)."""
 
-    def apply_transpose(self, x: Floats) -> Floats:
-        """S Q^T v for each row v of x: float32 [rows, n]."""
+    def apply_transpose(self, x: Floats, out: Floats | None = None) -> Floats:
+        """S Q^T v for each row v of x: float32 [rows, n], new or `out`."""
 
 
 def make(kind: str, key: bytes, n: int, scale: Floats | None = None) -> Rotation:
@@ -90,11 +90,11 @@ class Identity:
     def __repr__(self) -> str:
         return f"Identity(n={self.n})"
 
-    def apply(self, x: Floats) -> Floats:
-        return x if self._scale is None else x * self._scale
+    def apply(self, x: Floats, out: Floats | None = None) -> Floats:
+        return np.multiply(x, np.float32(1) if self._scale is None else self._scale, out=out)
 
-    def apply_transpose(self, x: Floats) -> Floats:
-        return self.apply(x)
+    def apply_transpose(self, x: Floats, out: Floats | None = None) -> Floats:
+        return self.apply(x, out)
 
 
 class Fast:
@@ -125,15 +125,15 @@ class Fast:
     def __repr__(self) -> str:
         return f"Fast(n={self.n})"
 
-    def apply(self, x: Floats) -> Floats:
+    def apply(self, x: Floats, out: Floats | None = None) -> Floats:
         x = np.ascontiguousarray(x, np.float32)
-        out = np.empty_like(x)
+        out = np.empty_like(x) if out is None else out
         _rotate_rows(x, out, self.tables)
         return out
 
-    def apply_transpose(self, x: Floats) -> Floats:
+    def apply_transpose(self, x: Floats, out: Floats | None = None) -> Floats:
         x = np.ascontiguousarray(x, np.float32)
-        out = np.empty_like(x)
+        out = np.empty_like(x) if out is None else out
         _rotate_rows_back(x, out, self.tables)
         return out
 
@@ -158,13 +158,11 @@ class Haar:
     def __repr__(self) -> str:
         return f"Haar(n={self.n})"
 
-    def apply(self, x: Floats) -> Floats:
-        out: Floats = x @ self._matrix.T
-        return out
+    def apply(self, x: Floats, out: Floats | None = None) -> Floats:
+        return np.matmul(x, self._matrix.T, out=out)
 
-    def apply_transpose(self, x: Floats) -> Floats:
-        out: Floats = x @ self._matrix
-        return out
+    def apply_transpose(self, x: Floats, out: Floats | None = None) -> Floats:
+        return np.matmul(x, self._matrix, out=out)
 
 
 # --- secrets from a key ----------------------------------------------------------------------------------

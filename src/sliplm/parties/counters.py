@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import asdict, dataclass
+from time import perf_counter
 from typing import Literal
 
 Lap = Literal["vault", "wait", "check"]
@@ -19,17 +19,17 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[Lap, float] = {"vault": 0.0, "wait": 0.0, "check": 0.0}
-        self._last = time.perf_counter()
+        self._last = perf_counter()
 
     def lap(self, name: Lap) -> None:
         """What passed since the last lap went there."""
-        now = time.perf_counter()
+        now = perf_counter()
         self.seconds[name] += now - self._last
         self._last = now
 
     def skip(self) -> None:
         """What passed since the last lap is counted elsewhere."""
-        self._last = time.perf_counter()
+        self._last = perf_counter()
 
 
 @dataclass

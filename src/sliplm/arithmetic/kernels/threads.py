@@ -25,6 +25,9 @@ def in_parallel(part: Callable[[int, int], None], count: int, threads: int, step
     `part` must release the GIL, and the ranges must write to different places.
     """
     pieces = max(1, min(threads, count // step))
+    if pieces == 1:
+        part(0, count)
+        return
     cuts = [count * i // pieces // step * step for i in range(pieces)] + [count]
     waiting = [_pool().submit(part, cuts[i], cuts[i + 1]) for i in range(1, pieces)]
     part(cuts[0], cuts[1])
