@@ -303,9 +303,8 @@ def test_a_vault_of_release_0_2_is_noted_and_otherwise_refused(first: Path, tmp_
     vault = shutil.copytree(first / "vault", tmp_path / "vault")
     families.sign_manifest(vault, lambda manifest: manifest.update(version=2))
     assert add(vault, None).source == "mine"
-    with pytest.raises(ShareError, match="older release.*--i-know"):
+    with pytest.raises(ShareError, match=r"older release.*--i-know"):
         open_vault(vault)
-
 
 
 # --- damage ------------------------------------------------------------------------------------------------
