@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ import pytest
 import families
 from sliplm.cli import main
 from sliplm.cli.inspect import fold, pattern
-from sliplm.cli.screen import number, percent, printable, size
+from sliplm.cli.screen import number, percent, printable, showing_warnings, size
+from sliplm.errors import SlipWarning
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.shares.share import WorkerGroup
 from test_generation import byte_tokenizer
@@ -256,3 +258,13 @@ def running(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
 def children(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def test_a_warning_of_ours_is_a_line_and_others_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        with showing_warnings():
+            warnings.warn("a row lost precision", SlipWarning, stacklevel=1)
+            warnings.warn("other", DeprecationWarning, stacklevel=1)
+    assert [str(other.message) for other in others] == ["other"]
+    assert capsys.readouterr().err == "warning: a row lost precision\n"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sliplm.cli.screen import console, print_json, printable, quiet, size
+from sliplm.cli.screen import console, print_json, printable, quiet, showing_warnings, size
 from sliplm.errors import InputError
 
 
@@ -97,7 +97,7 @@ def command(
             f"{vault} holds a model that does not generate text, such as an encoder: call it in Python, by "
             "sliplm.open or sliplm.load (a plain PyTorch module: sliplm.open_module)"
         )
-    with _model(out, vault, worker or [], options) as model:
+    with showing_warnings(), _model(out, vault, worker or [], options) as model:
         tokenizer = load_tokenizer(vault)
         inputs = encode(tokenizer, prompt, chat)
         printer = _Printer(sys.stderr if json else sys.stdout)
@@ -110,7 +110,8 @@ def command(
     printer.end()
     console(json=True).print(
         f"{len(found.tokens)} tokens, {found.tokens_per_second:.1f} a second; "
-        f"{counters['exchanges']} exchanges, {size(traffic)}",
+        f"{counters['exchanges']} exchanges, {size(traffic)}"
+        + (f"; {counters['rows_lossy']} rows lost precision" if counters["rows_lossy"] else ""),
         style="dim",
     )
     if json:

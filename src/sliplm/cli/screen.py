@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ def split_with_progress(
     import sliplm
 
     missing = key is None and not default_path().exists()
-    with _SplitBar(out) as bar, _warnings_to(bar, warned):
+    with _SplitBar(out) as bar, showing_warnings(bar.say, warned):
 
         def progress(done: int, total: int, name: str) -> None:
             nonlocal missing
@@ -148,9 +148,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
+def _say(text: str, style: str) -> None:
+    Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
+
+
 @contextlib.contextmanager
-def _warnings_to(bar: _SplitBar, warned: list[str] | None) -> Iterator[None]:
-    """Show what a split warns of at once, in yellow; other libraries' warnings stay as they are."""
+def showing_warnings(
+    say: Callable[[str, str], None] = _say, warned: list[str] | None = None
+) -> Iterator[None]:
+    """Show what sliplm warns of at once, in yellow; other libraries' warnings stay as they are.
+
+    Args:
+        say: takes a line and its style.
+        warned: takes the text of each SlipWarning.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("always", SlipWarning)
         usual = warnings.showwarning
@@ -159,7 +170,7 @@ def _warnings_to(bar: _SplitBar, warned: list[str] | None) -> Iterator[None]:
             if not issubclass(category, SlipWarning):
                 usual(message, category, *where)
                 return
-            bar.say(f"warning: {message}", "yellow")
+            say(f"warning: {message}", "yellow")
             if warned is not None:
                 warned.append(str(message))
 
