@@ -163,6 +163,16 @@ def test_inspect(out: Path) -> None:
     assert "{" not in everything
 
 
+def test_inspect_fits_eighty_columns_whole(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENV, "COLUMNS", "80")
+    text = slip("inspect", out).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"a token +max \|v\| *\n", text)  # the last column is there
+    entry = re.search(r"^max \|v\| +(0[.][0-9]+) ", text, re.MULTILINE)
+    assert entry is not None
+    assert 0.1 < float(entry[1]) < 0.9
+
+
 def test_inspect_worker_alone(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out / "worker", tmp_path / "w")
     shown = slip("inspect", tmp_path / "w").stdout

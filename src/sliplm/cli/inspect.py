@@ -109,10 +109,10 @@ def _head(screen: Console, manifest: VaultManifest, seal: Seal) -> None:
 
 def _groups(report: SplitReport, all_groups: bool, unit: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("group", overflow="fold", min_width=24)
+    table.add_column("group", overflow="fold", min_width=16)
     table.add_column("matrix", max_width=24)
     for title in ("in worker\nand vault", "vault's\nwork", f"out, back\na {unit}", "error,\nmax |v|"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", min_width=max(map(len, title.split("\n"))))
     for same in fold(report.groups, _look, all_groups):
         group = same[0]
         if group.placement == "vault":
@@ -179,6 +179,11 @@ def _totals(report: SplitReport, unit: str) -> Table:
                   f"a {unit} in {report.exchanges} exchanges: {size(report.bytes_to_worker)} out, "
                   f"{size(report.bytes_from_worker)} back")  # fmt: skip
     table.add_row("masks", size(report.mask_bytes), f"of memory for each {unit} dealt ahead")
+    entries = [group.localisation for group in report.groups if group.localisation is not None]
+    if entries:
+        table.add_row("max |v|", f"{max(entries):.2f}",
+                      "largest entry of a singular vector of what is hidden; at 1 it would show a column "
+                      "of the secret basis")  # fmt: skip
     add_difference(table, report)
     return table
 
