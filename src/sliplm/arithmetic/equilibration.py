@@ -23,6 +23,7 @@ Factors = npt.NDArray[np.float64]
 _DEAD = 2.0**-100  # of the largest norm: a row or column as small is zero for every purpose
 _TINY = 2.0**-110  # float32 has room for the factors of a norm above
 _ROUNDS, _CLOSE = 16, 0.01  # at most, and until all rows have the same norm to so much
+_FAR = 16  # times the median: the columns of a matrix in clear beyond are levelled
 
 
 class Equilibrated(NamedTuple):
@@ -52,11 +53,17 @@ def equilibrated(w: Floats) -> Equilibrated:
 
 
 def column_factors(w: Floats) -> Floats:
-    """D_in of W alone, for a matrix whose rows keep scales of their own: float32 [n], 0 for a dead column.
+    """D_in of W alone, for a matrix in clear, whose rows keep scales of their own: float32 [n], 0 for a dead
+    column.
 
-    The same bits on every machine (M40): all sums are made in one order.
+    Only columns far from the others are levelled: what nothing mixes is rounded best as it is.  The same bits
+    on every machine (M40): all sums are made in one order.
     """
-    return _factors(w)[1]
+    factors = _factors(w)[1]
+    if not factors.any():
+        return factors
+    level = factors / np.median(factors[factors > 0])
+    return np.where((level >= 1 / _FAR) & (level <= _FAR), np.float32(1), level)
 
 
 def divided(w: Floats, d_in: Floats) -> Floats:

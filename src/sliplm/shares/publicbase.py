@@ -61,7 +61,7 @@ def split_difference(
 
 
 def _published(matrix: Floats, columns: Floats) -> Equilibrated:
-    """The worker's matrix before rounding: its columns level, by a diagonal that the base alone makes.
+    """The worker's matrix before rounding: no column far from the others, by a diagonal of the base alone.
 
     Its rows have scales of their own (step 3), since nothing mixes them.
     """
