@@ -5,7 +5,7 @@
 `kl` is the mean Kullback-Leibler divergence per token from the fp32 model's distribution, on Wikipedia text
 in windows of 512 tokens.  Greedy texts come from the hybrid through real sockets; one that differs is named
 with fp32's logit gap at the first difference.  `outliers` is the same divergence for SmolLM2 and a tiny
-random model with activation outliers of x1, x128 and x1024 in every layer that leave the function as it is
+random model with activation outliers of x1, x100 and x1000 in every layer that leave the function as it is
 (`_outliers`), split alone and against a base.  `layer_error` is the relative error of one product for wide
 random layers, where the field leaves the input fewer bits.
 """
@@ -39,7 +39,7 @@ from sliplm.parties.codec import GroupCodec
 from sliplm.shares.splitting import split_group
 
 WINDOW = 512
-FACTORS = (1, 128, 1024)
+FACTORS = (1, 100, 1000)
 
 
 def divergences(
