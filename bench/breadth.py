@@ -37,6 +37,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import sliplm
 from _common import console, finish, machine, seconds
+from sliplm.arithmetic.equilibration import equilibrated
 from sliplm.arithmetic.field import derive_key
 from sliplm.arithmetic.fixedpoint import quantise_rows
 from sliplm.engines.groups import Group
@@ -110,7 +111,7 @@ def without(subject: Subject, seeds: Sequence[int] = (0, 1, 2)) -> Quality:
 
 def _as_it_is(name: str, w: Any, rest: Any) -> Any:
     """The worker's integers, each row scaled to the true one's norm."""
-    hidden = rotate_both(rest, "fast", derive_key(bytes(32), name))
+    hidden = rotate_both(equilibrated(rest).matrix, "fast", derive_key(bytes(32), name))
     integers = quantise_rows(hidden, 12)[0].astype(np.float32)
     return integers * _ratio(w, integers)
 

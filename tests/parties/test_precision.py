@@ -69,13 +69,6 @@ def test_an_ordinary_input_loses_next_to_nothing_and_is_not_counted() -> None:
         warnings.simplefilter("error")
         assert codec.judge(losses) == 0
     exact = x.astype(np.float64) @ weight.T.astype(np.float64)
-    # the expected error is the measured one, up to the rounding of w, which is not the input's
-    rest = GroupCodec(parts.secrets)
-    z, alpha = rest.scaled(x)
-    rounded = kernels.prepare(parts.w).product(rest.in_field(z, alpha))
-    coarse = np.empty_like(out)
-    rest.opened(x, alpha / 1, rounded, np.zeros_like(rounded), coarse)
-    assert np.array_equal(out, coarse)
     assert losses.max() < 3e-4
     assert np.linalg.norm(out - exact) / np.linalg.norm(exact) < 1e-3
 
@@ -141,7 +134,7 @@ def test_what_cannot_lose_anything_is_not_counted() -> None:
     assert not losses.any()
     # of few outputs one may be small by chance
     narrow = split_group("g", gaussian(4, 64), rank=1, precision=12, rotation="fast")
-    assert GroupCodec(narrow.secrets).judge(np.array([[0.9, 0.0]])) == 0
+    assert GroupCodec(narrow.secrets).judge(np.array([[0.9, 0.0], [0.9, np.inf]])) == 0
 
 
 def test_a_million_columns() -> None:

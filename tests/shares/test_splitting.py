@@ -48,6 +48,16 @@ def test_the_triplets_are_those_of_the_svd(m: int, n: int) -> None:
     assert np.allclose(b @ b.T, np.eye(7), atol=1e-5)
 
 
+@pytest.mark.parametrize(("m", "n"), [(50, 30), (30, 50)])
+def test_of_dead_columns_the_triplets_hold_nothing(m: int, n: int) -> None:
+    weight = weights(m, n)
+    weight[:, 3], weight[:, 8] = 0, weight[:, 8] * 1e-9
+    a, b = top_triplets(weight, 7)
+    assert not b[:, [3, 8]].any()
+    rest = weight - a @ b
+    assert np.array_equal(rest[:, [3, 8]], weight[:, [3, 8]])
+
+
 def test_the_randomised_decomposition_is_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(300, 200)
     best = np.linalg.norm(weight - np.linalg.multi_dot(top_triplets(weight, 16)))

@@ -161,7 +161,7 @@ class GroupCodec:
             f"split again with a rule such as Rule(pattern={self.name!r}, precision=8), which leaves the "
             'input more bits, or placement="vault"'
         )
-        if ((losses > _LOST).all(axis=1)).any():
+        if ((answer > _LOST) & (losses[:, 1] > _LOST)).any():
             raise PrecisionError(
                 f"{self.name}: an entry of the input is so much larger than the rest that rounding to "
                 f"integers leaves nothing of the rest, on which the answer depends; {advice}"
