@@ -86,6 +86,7 @@ TestPool.settings = settings(max_examples=40, stateful_step_count=25)
 
 def test_the_background_fills_and_refills() -> None:
     pool = masks.MaskPool(2, make, ahead=16)
+    pool.start()
     try:
         assert pool.wait_full(30)
         assert all(pool.available(group) > 12 for group in range(2))
@@ -99,6 +100,7 @@ def test_the_background_fills_and_refills() -> None:
 
 def test_many_takers_never_get_the_same_mask() -> None:
     pool = masks.MaskPool(1, make, ahead=32)
+    pool.start()
     taken: list[bytes] = []
 
     def taker() -> None:
@@ -121,6 +123,7 @@ def test_a_dead_dealer_is_told() -> None:
         raise MaskError("the product is wrong")
 
     pool = masks.MaskPool(1, broken, ahead=8)
+    pool.start()
     assert pool.wait_full(30)
     with pytest.raises(MaskError, match="dealing masks failed"):
         pool.take(0, 1)
@@ -129,6 +132,7 @@ def test_a_dead_dealer_is_told() -> None:
 
 def test_a_closed_pool_gives_nothing() -> None:
     pool = masks.MaskPool(1, make, ahead=8)
+    pool.start()
     pool.close()
     assert pool.stored_bytes() == 0
     with pytest.raises(MaskError, match="closed"):
@@ -174,6 +178,7 @@ def test_a_batch_is_made_again_from_its_key() -> None:
 
 def test_renewed_masks_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = masks.MaskPool(1, make, ahead=8)
+    pool.start()
     assert pool.wait_full(30)
     with pool._change:
         old = {

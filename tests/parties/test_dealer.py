@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from sliplm.errors import DealerError, InputError, VerificationError
 from sliplm.network.transport import Connection
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.supply import Supply
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
@@ -57,6 +59,24 @@ def test_a_second_worker_deals_and_the_vault_needs_no_share(shares: Shares, tmp_
             assert vault.counters.rows_dealt == dealer.dealt > 0
     rows = [row.tobytes() for _, message in worker.messages for row in message]
     assert len(set(rows)) == len(rows)
+
+
+def test_nothing_is_dealt_before_the_vault_is_whole(
+    shares: Shares, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Supply):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            time.sleep(0.5)  # a machine under load: a dealer that was asked by now has answered
+
+    monkeypatch.setattr("sliplm.parties.vault.Supply", Late)
+    x = inputs(shares, group, 2)
+    with (
+        serving(Logging(shares[1]), tmp_path / "w") as address,
+        serving(Dealer(shares[1]), tmp_path / "d") as d,
+    ):
+        with Vault(shares[0], Terms([address], dealers=[d], ahead=4)) as vault:
+            assert np.array_equal(vault.product(group, x), LocalProducts(*shares).product(group, x))
 
 
 def test_large_batches_take_several_frames(

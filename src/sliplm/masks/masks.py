@@ -145,7 +145,10 @@ class MaskPool:
         self._clocks = Clocks()
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
-        if ahead:
+
+    def start(self) -> None:
+        """Begin to deal ahead in the background, once whoever `make` needs is there."""
+        if self._ahead:
             self._thread = threading.Thread(target=self._fill, name="sliplm-dealer", daemon=True)
             self._thread.start()
 

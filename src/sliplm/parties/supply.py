@@ -36,6 +36,10 @@ class Supply:
     def __repr__(self) -> str:
         return f"Supply({self._disk or self.memory!r})"
 
+    def start(self) -> None:
+        """Begin to deal ahead: a dealer's greeting comes back to the vault, which must be whole by then."""
+        self.memory.start()
+
     def take(self, group: int, rows: int) -> Masks:
         """Masks for one message of so many rows, burnt: nobody is handed them again (M7).
 

@@ -68,6 +68,7 @@ class Vault(Closing):
             self._workers.open_one()
             if self._dealers is not None:
                 self._dealers.open_one()
+            self._supply.start()
         except BaseException:
             self.close()
             raise
