@@ -31,8 +31,8 @@ class Terms:
         timeout: limit in seconds of every wait for a worker or dealer.
         fallback: when no worker is left, "fail" the request, or compute the product "here", from
             `dealing_share`: slow.
-        pad_to: products of more than one row are padded to a multiple of so many rows, so that the worker
-            does not see a prompt's exact length.
+        pad_to: products of more than one row are padded to a multiple of so many rows, which hides the
+            number in sizes; the time between messages still tells it.
         audit: the file to which events are appended; None keeps the last in memory only.
         attester: gives the vault's evidence to workers that ask for it.
         verifier: judges the workers' and dealers' evidence.
