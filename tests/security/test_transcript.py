@@ -199,7 +199,7 @@ def test_prompts_of_one_length_look_alike_from_outside(seen: Seen, ledger: Ledge
 
 @pytest.mark.parametrize("pad_to", [1, 8])
 def test_padding_hides_the_number_of_rows(pad_to: int, tmp_path: Path, ledger: Ledger) -> None:
-    """Prompts of 3 to 8 tokens, padded to 8 rows; without padding (the control) their lengths show in sizes."""
+    """Prompts of 3 to 8 tokens, padded to 8 rows; without padding (the control) sizes differ."""
     import torch
 
     sliplm.split(make("llama", tmp_path / "model"), tmp_path / "out")
@@ -218,7 +218,8 @@ def test_padding_hides_the_number_of_rows(pad_to: int, tmp_path: Path, ledger: L
     if pad_to == 1:
         assert different == len(lengths) - 1
         return
-    ledger.record("frames of padded prompts of 3 to 8 tokens differ", len(lengths), len(lengths) - different, different)
+    tries = len(lengths)
+    ledger.record("frames of padded prompts of 3 to 8 tokens differ", tries, tries - different, different)
     assert different == 0
 
 

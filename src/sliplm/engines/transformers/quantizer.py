@@ -57,7 +57,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         timeout: seconds to wait for a worker's or dealer's answer.
         fallback: without a worker "fail" the request, or compute "here", from `share`: slow.
         pad_to: messages of more than one row are filled up to a multiple of so many.  That hides the number
-            of rows in sizes, not a prompt's length: the gaps between messages still tell it, see THREAT_MODEL.
+            of rows in sizes, not a prompt's length: the gaps between messages still tell it.
         audit: a file to which records of lies, losses and returns are appended.
         attester: makes this vault's evidence, for workers that ask for it.
         verifier: judges the workers' and dealers' evidence.
