@@ -13,7 +13,8 @@
     │   └── SealError           a sealed file does not open: another key, or altered bytes
     ├── MaskError               a mask would be used twice, or masks cannot be made
     │   ├── PoolError           a pool of masks on disk is a copy, restored, damaged, empty or in use
-    │   └── DealerError         a dealer lies, is silent or gone
+    │   ├── DealerError         a dealer lies, is silent or gone
+    │   └── ForkError           a forked child would use what its parent uses
     ├── KernelError             no kernel on this machine computes exact products
     ├── CredentialError         keys or certificates are missing, readable by others, revoked or refused
     │   └── AttestationError    the evidence of what runs at the other end is missing or refused
@@ -116,6 +117,10 @@ class DealerError(MaskError):
     def __init__(self, message: str, address: str | None = None) -> None:
         super().__init__(message)
         self.address = address
+
+
+class ForkError(MaskError):
+    """A forked child would use its parent's masks and connections."""
 
 
 class KernelError(SlipError):

@@ -8,7 +8,6 @@ twice.  `pool.DiskPool` does the same for masks on disk.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sliplm import forks
 from sliplm.arithmetic.field import Elements, derive_key, new_key, uniform_rows
 from sliplm.errors import MaskError
 
@@ -143,7 +143,7 @@ class MaskPool:
         self._closed = False
         self.renewals = 0
         self._clocks = Clocks()
-        self._process = os.getpid()
+        self._process = forks.Process()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -161,14 +161,16 @@ class MaskPool:
 
     def stored_bytes(self) -> int:
         """Memory that the products u of the ready masks take."""
+        self._process.check()
         with self._change:
             return sum(batch.u.nbytes for batches in self._ready for batch in batches)
 
     def take(self, group: int, rows: int) -> Masks:
         """Burn and hand out masks for `rows` rows; what is not ready is dealt now.
 
-        Raises: MaskError when the pool is closed or the dealer failed.
+        Raises: MaskError when the pool is closed or the dealer failed; ForkError in a forked child.
         """
+        self._process.check()
         while True:
             parts = self._burn_ready(group, rows)
             missing = rows - sum(len(part.u) for part in parts)
@@ -181,13 +183,14 @@ class MaskPool:
 
     def renew(self) -> None:
         """Throw away all masks dealt before: none of them is handed out after the return."""
+        self._process.check()
         with self._change:
             self._discard()
             self.renewals += 1
             self._change.notify_all()
 
     def _burn_ready(self, group: int, rows: int) -> list[Masks]:
-        self._same_process()
+        self._process.check()
         parts: list[Masks] = []
         with self._change:
             if self._closed:
@@ -211,32 +214,29 @@ class MaskPool:
 
     def add(self, groups: Sequence[int], rows: int) -> None:
         """Deal `rows` more masks for each of the groups, now, beyond what the background keeps ready."""
-        self._same_process()
+        self._process.check()
         for group in groups:
             age = self.renewals
             self._keep(group, self._make(group, rows, False, False), age)
 
     def wait_full(self, timeout: float) -> bool:
         """Wait until every group has its masks ready; False after `timeout` seconds."""
+        self._process.check()
         with self._change:
             return self._change.wait_for(
                 lambda: self._neediest() is None or self._failure is not None, timeout
             )
 
     def close(self) -> None:
-        """Stop dealing and forget all masks."""
+        """Stop dealing and forget all masks; nothing in a forked child."""
+        if not self._process.here:
+            return
         with self._change:
             self._closed = True
             self._discard()
             self._change.notify_all()
-        if self._thread is not None and self._process == os.getpid():
+        if self._thread is not None:
             self._thread.join(timeout=10)
-
-    def _same_process(self) -> None:
-        if os.getpid() != self._process:
-            raise MaskError(
-                "this process was forked from one that holds the same masks; load the model here anew"
-            )
 
     def _discard(self) -> None:
         for ready in self._ready:

@@ -37,9 +37,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from sliplm import durable
+from sliplm import durable, forks
 from sliplm.closing import Closing
-from sliplm.errors import MaskError, PoolError
+from sliplm.errors import PoolError
 from sliplm.masks.anchor import Anchor
 from sliplm.masks.maskfile import MaskFile
 from sliplm.masks.masks import Clocks, Masks, joined
@@ -147,7 +147,7 @@ class DiskPool(Closing):
             reserve,
         )
         self._guard = threading.Lock()
-        self._process = os.getpid()
+        self._process = forks.Process()
         self._clocks = Clocks()
         self._over: str | None = None  # why nothing is handed out any more
         self.renewals = 0
@@ -162,12 +162,14 @@ class DiskPool(Closing):
         except BaseException:
             self._unlock()
             raise
+        forks.watch(self)
 
     def __repr__(self) -> str:
         return f"DiskPool({str(self._folder.path)!r}, groups={len(self._stocks)}, secrets hidden)"
 
     def available(self, group: int) -> int:
         """Rows that are ready for a group; new batches are found within a second.  Raises: PoolError."""
+        self._process.check()
         with self._guard:
             if self._over is not None:
                 return 0
@@ -186,8 +188,9 @@ class DiskPool(Closing):
         """Hand out masks for `rows` rows that were burnt durably before.
 
         Raises: PoolError when there are too few, the disk is full, the anchor fails or refuses, or a batch is
-            damaged; MaskError when the pool is closed or in a forked child.
+            damaged, or the pool is closed; ForkError in a forked child.
         """
+        self._process.check()
         with self._guard:
             self._check()
             if self._clocks.jumped():
@@ -216,16 +219,26 @@ class DiskPool(Closing):
         For when the machine may have been stopped, copied and started elsewhere: of two such twins one gets a
         new reservation, the other PoolError.
         """
+        self._process.check()
         with self._guard:
             self._drop()
 
     def close(self) -> None:
-        """Hand out nothing more, and let another vault have the pool.  Reserved rows are lost."""
+        """Hand out nothing more, and let another vault have the pool.  Reserved rows are lost.
+
+        Nothing in a forked child.
+        """
+        if not self._process.here:
+            return
         with self._guard:
             self._over = self._over or "the vault is closed; load the model again"
             for stock in self._stocks:
                 stock.drop()
             self._unlock()
+
+    def left_behind(self) -> None:
+        """In a forked child: it must not hold the parent's lock."""
+        self._unlock()
 
     def _unlock(self) -> None:
         locked, self._locked = self._locked, None
@@ -233,10 +246,6 @@ class DiskPool(Closing):
             os.close(locked)
 
     def _check(self) -> None:
-        if os.getpid() != self._process:
-            raise MaskError(
-                "this process was forked from one that holds the same masks; load the model here anew"
-            )
         if self._over is not None:
             raise PoolError(self._over)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from sliplm import forks
 from sliplm.arithmetic.field import Elements
 from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerUnavailable
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding
@@ -60,7 +60,7 @@ class Link:
         self._broke: deque[float] = deque(maxlen=_BREAKS)  # when the connection was lost in use
         self._lock = threading.Lock()
         self._count = threading.Lock()
-        self._process = os.getpid()
+        self._process = forks.Process()
         self._side = VaultSide(split_id, shapes)
 
     def __repr__(self) -> str:
@@ -108,7 +108,7 @@ class Link:
         """From any thread: ask it nothing more; whoever waits for it gets an error of this kind."""
         self.barred = kind, why
         connection = self.connection
-        if connection is not None and self._process == os.getpid():
+        if connection is not None and self._process.here:
             connection.abort()  # whoever waits on it wakes up and drops it
             if self._lock.acquire(blocking=False):
                 self._drop()
@@ -120,12 +120,18 @@ class Link:
 
     def rest(self, kind: type[WorkerError], why: str) -> None:
         """Let the exchange under way end, then bar it."""
+        self._process.check()
         with self._lock:
             self.barred = kind, why
             self._drop()
 
     def close(self) -> None:
-        """Close the connection for good; whoever waits on it gets WorkerUnavailable."""
+        """Close the connection for good; whoever waits on it gets WorkerUnavailable.
+
+        Nothing in a forked child.
+        """
+        if not self._process.here:
+            return
         self.bar(WorkerUnavailable, "the vault is closed; load the model again")
         if self._lock.acquire(timeout=_CLOSE_LIMIT):
             self._drop()
@@ -133,6 +139,7 @@ class Link:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
+        self._process.check()
         with self._count:
             self.in_flight += 1
         try:
@@ -229,5 +236,5 @@ class Link:
 
     def _drop(self) -> None:
         connection, self.connection = self.connection, None
-        if connection is not None and self._process == os.getpid():  # a forked child has no say in it
+        if connection is not None and self._process.here:  # a forked child has no say in it
             connection.close()

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, TypeVar
 
+from sliplm import forks
 from sliplm.closing import Closing
 from sliplm.errors import (
     CredentialError,
@@ -95,6 +96,7 @@ class Connection(Closing):
         self._start = memoryview(bytearray(_RECORD))
         self._body = memoryview(bytearray(0))
         self._first = memoryview(bytearray(_RECORD))
+        forks.watch(self)
 
     def __repr__(self) -> str:
         return f"Connection({self._peer})"
@@ -215,6 +217,11 @@ class Connection(Closing):
         """From any thread: end the connection; whoever waits on it gets WorkerUnavailable."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # not SSLSocket's, which drops its state
+
+    def left_behind(self) -> None:
+        """In a forked child: close its copy of the socket, and say nothing on it."""
+        if (handle := self._sock.detach()) >= 0:
+            os.close(handle)
 
     def close(self) -> None:
         """Close; harmless when closed already."""

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Final, Self
 
+from sliplm import forks
 from sliplm.closing import Closing
 from sliplm.errors import WorkerUnavailable
 from sliplm.network import authority as authorities
@@ -56,6 +57,8 @@ class LocalWorker(Closing):
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._address: str | None = None
+        self._owner = forks.Process()
+        forks.watch(self)
 
     def __repr__(self) -> str:
         return f"LocalWorker({str(self._share)!r}, {self._address or 'not started'})"
@@ -84,7 +87,11 @@ class LocalWorker(Closing):
         return self._process.pid
 
     def close(self) -> None:
-        """Stop the process and delete the keys made for it; harmless when done already."""
+        """Stop the process and delete the keys made for it; harmless when done already.  Nothing in a forked
+        child.
+        """
+        if not self._owner.here:
+            return
         self._address = None
         process, self._process = self._process, None
         if process is not None:
@@ -100,6 +107,13 @@ class LocalWorker(Closing):
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def left_behind(self) -> None:
+        """In a forked child: let the worker end with the parent."""
+        process = self._process
+        for stream in () if process is None else (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
 
     def _start(self) -> None:
         if self._process is not None:

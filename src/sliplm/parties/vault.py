@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from sliplm import forks
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.closing import Closing
 from sliplm.errors import CredentialError, InputError
@@ -42,6 +43,7 @@ class Vault(Closing):
     """
 
     def __init__(self, share: VaultShare, terms: Terms) -> None:
+        self._process = forks.Process()
         self.adapter = Adapters(share.manifest.adapters, terms.adapter)
         if terms.dealing_share is not None:
             check_pair(share, terms.dealing_share)
@@ -109,9 +111,10 @@ class Vault(Closing):
         """W x for each row x of a group: float32 [rows, n] -> float32 [rows, m], members' rows in order,
         without biases.
 
-        Raises: InputError for a wrong shape, NaN or infinity; MaskError; WorkerError when no worker is
-            left that serves.
+        Raises: InputError for a wrong shape, NaN or infinity; MaskError; ForkError in a forked child;
+            WorkerError when no worker is left that serves.
         """
+        self._process.check()
         codec, adapter = self._codec(group, x), self.adapter.current
         rows = len(x)
         if rows > 1 and rows % self._pad_to:
@@ -126,6 +129,7 @@ class Vault(Closing):
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:
         """Deal `rows` more masks now, in memory, for each of the groups named, or for all."""
+        self._process.check()
         names = self._index if groups is None else groups
         unknown = [name for name in names if name not in self._index]
         if unknown or rows < 1:
@@ -145,7 +149,9 @@ class Vault(Closing):
         return self._supply.memory.stored_bytes()
 
     def close(self) -> None:
-        """Close the connections, stop dealing and forget all masks."""
+        """Close the connections, stop dealing and forget all masks; nothing in a forked child."""
+        if not self._process.here:
+            return
         self._workers.close()
         if self._dealers is not None:
             self._dealers.close()

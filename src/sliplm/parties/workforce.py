@@ -20,6 +20,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Self
 
+from sliplm import forks
 from sliplm.errors import (
     CredentialError,
     InputError,
@@ -82,6 +83,7 @@ class Workforce:
 
     def __init__(self, links: Sequence[Link], role: Role, audit: AuditLog) -> None:
         self._role, self._audit = role, audit
+        self._process = forks.Process()
         self._lock = threading.Lock()
         self._members = [_Member(link, revocations=_revocations(link.address)) for link in links]
         self._by_address = {member.link.address: member for member in self._members}
@@ -123,6 +125,7 @@ class Workforce:
 
     def states(self) -> tuple[Status, ...]:
         """How each one stands."""
+        self._process.check()
         with self._lock:
             return tuple(Status(m.link.address, m.state, m.reason, m.served) for m in self._members)
 
@@ -226,7 +229,9 @@ class Workforce:
         return failure
 
     def close(self) -> None:
-        """Close all connections and stop watching."""
+        """Close all connections and stop watching; nothing in a forked child."""
+        if not self._process.here:
+            return
         self._closing.set()
         for link in self.links:
             link.close()
@@ -234,6 +239,7 @@ class Workforce:
             self._warden.join(_STOP_LIMIT)
 
     def _member(self, address: str) -> _Member:
+        self._process.check()
         if address not in self._by_address:
             raise InputError(f"{address!r} is no {self._role} of this vault: {', '.join(self._by_address)}")
         return self._by_address[address]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
+
+from sliplm import forks
 
 
 def default_threads() -> int:
@@ -13,8 +15,9 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
+@lru_cache(maxsize=1)
+def _pool(process: bytes) -> ThreadPoolExecutor:
+    """The pool of the process with this token: a forked child has none of its parent's threads."""
     return ThreadPoolExecutor(max(1, default_threads() - 1), thread_name_prefix="sliplm-kernel")
 
 
@@ -29,7 +32,8 @@ def in_parallel(part: Callable[[int, int], None], count: int, threads: int, step
         part(0, count)
         return
     cuts = [count * i // pieces // step * step for i in range(pieces)] + [count]
-    waiting = [_pool().submit(part, cuts[i], cuts[i + 1]) for i in range(1, pieces)]
+    pool = _pool(forks.token())
+    waiting = [pool.submit(part, cuts[i], cuts[i + 1]) for i in range(1, pieces)]
     part(cuts[0], cuts[1])
     for future in waiting:
         future.result()
