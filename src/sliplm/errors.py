@@ -24,6 +24,7 @@
     │   ├── WorkerTimeout       no answer within the limit
     │   ├── WorkerFault         the worker answered that it cannot
     │   └── VerificationError   the worker's product is wrong
+    │       └── ExhaustedError  so many were wrong that no other can be checked
     ├── FetchError              a package that carries an example cannot be fetched
     └── ReportError             a report cannot be made: a library is missing
 
@@ -171,6 +172,10 @@ class WorkerFault(WorkerError):
 
 class VerificationError(WorkerError):
     """The worker's product is wrong: it was detected before use, and the worker is quarantined."""
+
+
+class ExhaustedError(VerificationError):
+    """Wrong products used up a group's challenges: no product of it can be checked any more."""
 
 
 class FetchError(SlipError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from sliplm.arithmetic.field import P, centre
 from sliplm.errors import (
     CredentialError,
     DealerError,
+    ExhaustedError,
     InputError,
     MaskError,
     MismatchError,
@@ -30,6 +32,7 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.network.transport import Connection
+from sliplm.parties.codec import GroupCodec
 from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.terms import Terms
@@ -303,9 +306,9 @@ def test_challenges_are_new_after_a_failed_check(shares: Shares, group: str, tmp
     bad, good = Rogue(shares[1], add(1)), Logging(shares[1])
     with serving(bad, tmp_path / "a") as first, serving(good, tmp_path / "b") as second:
         with Vault(shares[0], Terms([first, second], shares[1], ahead=0)) as vault:
-            old = vault._codecs[0]._challenges[0].copy()
+            old = vault._codecs[0]._challenges.e.copy()
             vault.product(group, inputs(shares, group))
-            assert not np.array_equal(old, vault._codecs[0]._challenges[0])
+            assert not np.array_equal(old, vault._codecs[0]._challenges.e)
             other = list(shares[0].groups)[1]
             vault.product(other, inputs(shares, other))  # and the rest go on
 
@@ -322,6 +325,57 @@ def test_challenges_are_used_up_by_failures(shares: Shares, group: str, socket: 
                 with pytest.raises(VerificationError, match="used up its challenges"):
                     vault.product(group, inputs(shares, group, 1))
                 vault.rejoin(address)
+
+
+def test_used_up_is_for_good(shares: Shares, group: str, socket: Path) -> None:
+    """Once no challenges are left, an honest worker's right products are refused too, and it is not
+    blamed.
+    """
+    rogue = Rogue(shares[1], add(1))
+    with serving(rogue, socket) as address:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0, fallback="here")) as vault:
+            for _ in range(CHALLENGE_SETS):
+                with contextlib.suppress(ExhaustedError):
+                    vault.product(group, inputs(shares, group, 1))
+                vault.rejoin(address)
+            rogue.change = add(0)
+            asked, dealt = len(rogue.messages), vault.counters.rows_dealt
+            for act in (
+                lambda: vault.product(group, inputs(shares, group, 1)),
+                lambda: vault.deal(2, [group]),
+            ):
+                with pytest.raises(ExhaustedError, match="used up its challenges"):
+                    act()
+            assert (len(rogue.messages), vault.counters.rows_dealt) == (asked, dealt)
+            assert not vault.quarantined
+            other = next(name for name in shares[0].groups if name != group)
+            vault.product(other, inputs(shares, other, 1))
+
+
+def test_checks_at_the_same_time_see_number_and_set_together(shares: Shares, group: str) -> None:
+    """Whatever two threads do, a set that failed is never in force again, and none is skipped."""
+    secrets = shares[0].groups[group]
+    x = np.random.default_rng(0).integers(0, P, (2, secrets.n)).astype(np.uint32)
+    wrong = np.zeros((2, secrets.m), np.uint32)
+    codec = GroupCodec(secrets)
+    first = codec._challenges
+    start = threading.Barrier(8)
+
+    def check() -> None:
+        start.wait(30)
+        codec._renew_challenges(first)  # eight threads that saw the same set fail
+
+    threads = [threading.Thread(target=check) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codec._challenges.number == 1
+    for number in range(1, CHALLENGE_SETS):
+        assert codec._challenges.number == number
+        assert not codec.accepts(x, wrong)
+    with pytest.raises(ExhaustedError):
+        codec.accepts(x, wrong)
 
 
 def test_a_waiting_thread_does_not_use_a_worker_that_was_quarantined_meanwhile(

@@ -17,7 +17,7 @@ from sliplm.arithmetic.field import Elements, accepts, add_mod, sub_centred
 from sliplm.arithmetic.fixedpoint import Floats, rounding_losses, row_alpha, scale_limit, to_field
 from sliplm.arithmetic.jit import fast_jit, jit
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
-from sliplm.errors import InputError, PrecisionError, SlipWarning, VerificationError
+from sliplm.errors import ExhaustedError, InputError, PrecisionError, SlipWarning
 from sliplm.shares.splitting import CHALLENGE_SETS, GroupSecrets, LowRank
 
 Scales = npt.NDArray[np.float64]
@@ -29,6 +29,14 @@ _FEW = 16  # outputs below which an answer may be small by chance
 
 _ROWS_A_THREAD = 4  # rows below which a second thread costs more than it gains
 _ROWS_AT_ONCE = 16  # what passes between the parts of a step stays in the cache
+
+
+class _Challenges(NamedTuple):
+    """The challenges in force: all of one set, in one object."""
+
+    number: int
+    e: Elements
+    c: Elements
 
 
 class GroupCodec:
@@ -44,37 +52,39 @@ class GroupCodec:
         self._kept = _laid_out([LowRank(0, secrets.a, secrets.b)])
         self._adapters = {name: self._kept + _laid_out(parts) for name, parts in secrets.adapters.items()}
         self._secrets = secrets
-        self._set = 0
-        self._challenges = secrets.challenges(0), secrets.challenge_products(0)
+        self._challenges = _Challenges(0, secrets.challenges(0), secrets.challenge_products(0))
         self._renewing = threading.Lock()
 
     def __repr__(self) -> str:
         return f"GroupCodec({self.name!r}, m={self.m}, n={self.n}, secrets hidden)"
 
-    def renew_challenges(self, failed: int) -> None:
-        """Check with the next set of challenges, unless another thread has moved on from set `failed`
-        already.
+    def check_left(self) -> None:
+        """Raise ExhaustedError when no product of this group can be checked any more: that is for good."""
+        self._left()
 
-        Raises: VerificationError when none is left; the last ones stay in force.
-        """
+    def _left(self) -> _Challenges:
+        """The challenges in force: read once, since another thread may put others in their place."""
+        found = self._challenges
+        if found.number >= CHALLENGE_SETS:
+            raise ExhaustedError(
+                f"{self.name}: {CHALLENGE_SETS} wrong products used up its challenges; the audit record "
+                "names who lied: leave them out and load the model again"
+            )
+        return found
+
+    def _renew_challenges(self, failed: _Challenges) -> None:
+        """Put the next set in the place of `failed`, if no other thread has done so: after the last, none."""
         with self._renewing:
-            if failed != self._set:
+            if self._challenges is not failed:
                 return
-            if self._set + 1 >= CHALLENGE_SETS:
-                raise VerificationError(
-                    f"{self.name}: {CHALLENGE_SETS} wrong products used up its challenges; the audit record "
-                    "names who lied: leave them out and load the model again"
-                )
-            self._set += 1
-            # one attribute: a check in another thread sees both or neither
-            self._challenges = (
-                self._secrets.challenges(self._set), self._secrets.challenge_products(self._set)
-            )  # fmt: skip
-
-    @property
-    def challenge_set(self) -> int:
-        """The set in force, for `renew_challenges`."""
-        return self._set
+            number = failed.number + 1
+            if number >= CHALLENGE_SETS:
+                empty = np.empty((0, 0), np.uint32)
+                self._challenges = _Challenges(number, empty, empty)
+                return
+            self._challenges = _Challenges(
+                number, self._secrets.challenges(number), self._secrets.challenge_products(number)
+            )
 
     def scaled(self, x: Floats) -> tuple[Floats, Scales]:
         """Step 1: Q_in x and the secret scales alpha, float32 [rows, n] and float64 [rows].
@@ -111,15 +121,23 @@ class GroupCodec:
         return _mask(z, alpha, np.zeros(z.shape, np.uint32))
 
     def accepts(self, x: Elements, y: Elements) -> bool:
-        """Step 4 and O3: is y [rows, m] the product of x [rows, n]?  Wrong at most once in p^t tries."""
-        e, c = self._challenges
+        """Step 4 and O3: is y [rows, m] the product of x [rows, n]?  Wrong at most once in p^t.
+
+        After a False other challenges are in force (M15): that it failed tells its maker something about them.
+
+        Raises: ExhaustedError where none are left.
+        """
+        asked = self._left()
         verdicts: list[bool] = []
         in_parallel(
-            lambda first, last: verdicts.append(accepts(e, c, x[first:last], y[first:last])),
+            lambda first, last: verdicts.append(accepts(asked.e, asked.c, x[first:last], y[first:last])),
             len(x),
             _threads(len(x)),
         )
-        return all(verdicts)
+        if all(verdicts):
+            return True
+        self._renew_challenges(asked)
+        return False
 
     def opened(
         self, x: Floats, alpha: Scales, y: Elements, u: Elements, out: Floats, adapter: str | None = None

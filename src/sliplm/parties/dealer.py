@@ -15,7 +15,7 @@ import numpy as np
 from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
-from sliplm.errors import DealerError, KernelError, SlipError, VerificationError
+from sliplm.errors import DealerError, ExhaustedError, KernelError, SlipError, VerificationError
 from sliplm.masks import masks
 from sliplm.network.link import Link
 from sliplm.parties.codec import GroupCodec
@@ -82,8 +82,9 @@ class Dealing:
     def products(self, group: int, key: bytes, r: Elements, *, background: bool = False) -> Elements:
         """u = w r for the rows r of the batch with this key, checked: uint32 [rows, n] -> uint32 [rows, m].
 
-        Raises: DealerError.
+        Raises: DealerError; ExhaustedError when none could be checked.
         """
+        self._codecs[group].check_left()
         failure: SlipError | None = None
         if self._dealers is not None:
             tried: set[Link] = set()
@@ -95,6 +96,8 @@ class Dealing:
                     for first in range(0, len(r), step):
                         link.deal(group, key, first, min(step, len(r) - first), u[first : first + step])
                     self._check(group, r, u, link.address)
+                except ExhaustedError:
+                    raise  # nobody's fault but theirs who used them up
                 except FAILURES as error:
                     failure = error
                     self._dealers.failed(link, error, self._codecs[group].name)
@@ -112,6 +115,8 @@ class Dealing:
         u = self._here.product(group, r, threads=1 if background else None)
         try:
             self._check(group, r, u, None)
+        except ExhaustedError:
+            raise
         except VerificationError as error:
             raise DealerError(
                 f"{self._codecs[group].name}: a dealt product is wrong; the worker share on this machine or "
@@ -137,7 +142,5 @@ class Dealing:
 
     def _check(self, group: int, r: Elements, u: Elements, address: str | None) -> None:
         codec = self._codecs[group]
-        challenges = codec.challenge_set
         if not codec.accepts(r, u):
-            codec.renew_challenges(challenges)
             raise VerificationError(f"its product for {codec.name} is wrong", address)

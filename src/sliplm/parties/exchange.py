@@ -17,7 +17,7 @@ import numpy as np
 
 from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.fixedpoint import Floats
-from sliplm.errors import SlipError, VerificationError
+from sliplm.errors import ExhaustedError, SlipError, VerificationError
 from sliplm.network.link import Link
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.codec import GroupCodec, Scales
@@ -54,9 +54,11 @@ class Exchange:
     def run(self, group: int, x: Floats, out: Floats, adapter: str | None) -> None:
         """W x for the rows of one message: x float32 [rows, n] into out, float32 [rows, m].
 
-        Raises: InputError for NaN or infinity; MaskError; the last worker's error when none is left.
+        Raises: InputError for NaN or infinity; MaskError; ExhaustedError when no answer could be
+            checked; the last worker's error when none is left.
         """
         codec, clock = self._codecs[group], Stopwatch()
+        codec.check_left()  # M15: what cannot be checked is not asked for
         z, alpha = codec.scaled(x)  # step 1
         clock.lap("vault")
         mask = self._supply.take(group, len(x))  # burnt: M7
@@ -75,6 +77,8 @@ class Exchange:
                     clock.lap("check")
                     losses = codec.opened(x, alpha, claim, mask.u, out, adapter)  # step 5
                     clock.lap("vault")
+            except ExhaustedError:
+                raise  # whoever used them up is quarantined already
             except FAILURES as error:
                 failure = error
                 self._workers.failed(link, error, codec.name)
@@ -91,16 +95,15 @@ class Exchange:
 
     def _verify(self, codec: GroupCodec, link: Link, message: Elements, claim: Elements) -> None:
         """Step 4.  Raises VerificationError; the worker is then quarantined, other challenges in force."""
-        challenges = codec.challenge_set
-        if codec.accepts(message, claim):
+        if codec.accepts(message, claim):  # M15: after a False other challenges are in force
             return
-        codec.renew_challenges(challenges)  # M15: that it failed tells the worker something about them
         error = VerificationError(
             f"worker {link.address}: its product for {codec.name} is wrong; nothing of it was used, and "
             "the worker is quarantined",
             link.address,
         )
         self._workers.failed(link, error, codec.name)  # now, while nobody else has his turn with it: M14
+        codec.check_left()
         raise error
 
     def _computed_here(self, group: int, z: Floats, alpha: Scales, failure: SlipError | None) -> Elements:
