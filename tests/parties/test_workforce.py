@@ -32,7 +32,7 @@ from sliplm.parties.audit import AuditLog
 from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
-from sliplm.parties.workforce import _SUSPENSIONS
+from sliplm.parties.workforce import _SUSPENSIONS, work
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from test_vault import Logging, Rogue, Shares, add, folder, group, inputs, serving, shares  # noqa: F401
 
@@ -372,3 +372,102 @@ def test_an_audit_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.Log
 
 def test_suspensions_are_long_outside_of_these_tests() -> None:
     assert _SUSPENSIONS == (5.0, 300.0)
+
+
+class Paced(Logging):
+    """Honest, and as slow as it is told."""
+
+    def __init__(self, share: object, pause: float) -> None:
+        super().__init__(share)  # type: ignore[arg-type]
+        self.pause = pause
+
+    def _answer(self, connection: Connection, side: WorkerSide, asked: Multiply | Deal) -> None:
+        time.sleep(self.pause)
+        super()._answer(connection, side, asked)
+
+
+def test_a_slow_worker_is_not_asked_for_ever(
+    shares: Shares, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that answers within the limit, and one that answers at once: whichever was named first."""
+    slow, fast = Paced(shares[1], 2.0), Paced(shares[1], 0)
+    x = inputs(shares, group)
+    with serving(slow, tmp_path / "a") as first, serving(fast, tmp_path / "b") as second:
+        with Vault(shares[0], Terms([first, second], shares[1], ahead=0)) as vault:
+            for _ in range(10):
+                vault.product(group, x)
+            assert (len(slow.messages), len(fast.messages)) == (1, 9)
+            slow.pause = 0.0
+            monkeypatch.setattr("sliplm.parties.workforce._ANEW", (0.0, 0.0))
+            member = vault._workers._members[0]
+            member.again = 0.0
+            vault.product(group, x)
+            assert len(slow.messages) == 2, "it is tried again in the end"
+            assert member.pace is not None
+            assert member.pace * work(1, 1, 1) < 1.0, "and found to be fast"
+
+
+def test_nothing_is_over_after_a_month(shares: Shares, tmp_path: Path) -> None:
+    """A worker that stays away for 10,000 probes is still one that may come back."""
+    good = Logging(shares[1])
+    with serving(good, tmp_path / "a") as address:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault:
+            link = vault._workers.links[0]
+            for kind in (WorkerUnavailable, WorkerTimeout):
+                for _ in range(10_000):
+                    vault._workers.failed(link, kind("gone", address))
+                member = vault._workers._members[0]
+                assert member.until - time.monotonic() <= 1.0
+                assert len(vault.audit.records) <= 1000
+            eventually(lambda: state(vault, address) == "up")
+
+
+@pytest.mark.parametrize("before", ["lost", "suspended"])
+def test_no_probe_brings_back_a_quarantined_worker(
+    shares: Shares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """It is convicted while the probe greets it, and before the probe begins."""
+    good = Logging(shares[1])
+    with serving(good, tmp_path / "a") as address:
+        with Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault:
+            force = vault._workers
+            member, link = force._members[0], force.links[0]
+            lie = VerificationError("a lie", address)
+            trouble = WorkerUnavailable if before == "lost" else WorkerTimeout
+            greeting = link.open
+
+            def meanwhile() -> None:
+                greeting()
+                force.failed(link, lie)
+
+            monkeypatch.setattr("sliplm.parties.workforce._PAUSES", (1e6, 1e6))
+            monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (1e6, 1e6))
+            force.failed(link, trouble("gone", address))
+            assert member.state == before
+            monkeypatch.setattr(link, "open", meanwhile)
+            force._probe(member)
+            assert member.state == "quarantined"
+            monkeypatch.setattr(link, "open", greeting)
+            force._probe(member)  # found due before, begun after
+            assert member.state == "quarantined"
+            assert link.barred is not None, "its bar stays"
+            with pytest.raises(VerificationError):
+                link.open()
+            assert "rejoined" not in [record.event for record in vault.audit.records]
+
+
+def test_who_is_refused_in_greeting_is_named_with_its_certificate(
+    shares: Shares, folder: Path, tmp_path: Path
+) -> None:
+    """M17: it showed a certificate, and then not the evidence that is asked for."""
+    root = tmp_path / "tls"
+    authority.init(root / "keys")
+    judge = SoftwareVerifier(Ed25519PrivateKey.generate().public_key(), [b"worker 1"])
+    with serving_tls(Logging(shares[1]), root / "keys" / "worker", root) as address:
+        audit = tmp_path / "audit"
+        with pytest.raises(AttestationError):
+            Vault(shares[0], Terms([address], shares[1], ahead=0, audit=audit, verifier=judge))
+        record = json.loads(audit.read_text().splitlines()[0])
+        assert record["event"] == "quarantined"
+        assert record["peer"] is not None
+        assert "sha256" in record["peer"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from sliplm import forks
 from sliplm.arithmetic.field import Elements
-from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerUnavailable
+from sliplm.errors import CredentialError, WireError, WorkerError, WorkerFault, WorkerUnavailable
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding
 from sliplm.network.transport import Connection, connect
 from sliplm.protocol.frames import NONCE_BYTES
@@ -54,6 +54,7 @@ class Link:
         self.barred: Bar | None = None  # why it is not asked now
         self.in_flight = 0  # exchanges under way or waiting for their turn
         self.connection: Connection | None = None
+        self.took = 0.0  # seconds of the last exchange, without the wait for its turn
         self._peer: str | None = None
         self._split_id, self._shapes, self._timeout, self._greet = split_id, shapes, timeout, greet
         self._attester, self._verifier = attester, verifier
@@ -157,10 +158,12 @@ class Link:
             if rows > self._side.max_rows(group):
                 raise WorkerFault(f"{self.address} takes smaller frames than the others", self.address)
             try:
-                deadline = time.monotonic() + self._timeout
+                start = time.monotonic()
+                deadline = start + self._timeout
                 header, payload = ask(self._side)
                 connection.send(header, payload, deadline=deadline)
                 answer = connection.receive(self._side, deadline=deadline)
+                self.took = time.monotonic() - start
             except WorkerUnavailable as error:
                 self._drop()
                 self._check()
@@ -184,7 +187,13 @@ class Link:
         connection = self.connection
         if connection is None:
             deadline = time.monotonic() + self._timeout
-            connection = connect(self.address, self._timeout)
+            try:
+                connection = connect(self.address, self._timeout)
+            except CredentialError:
+                self._peer = None  # whoever is there now has not shown the certificate of before
+                raise
+            if (shown := connection.identity) is not None:  # also of one that is refused: M17
+                self._peer = f"{shown.name}, serial {shown.serial:x}, sha256 {shown.fingerprint.hex()}"
             side = VaultSide(self._split_id, self._shapes)
             try:
                 welcome = self._hello(connection, side, deadline)
@@ -193,8 +202,6 @@ class Link:
                 connection.close()
                 raise
             self.connection, self._side = connection, side
-            if (shown := connection.identity) is not None:
-                self._peer = f"{shown.name}, serial {shown.serial:x}, sha256 {shown.fingerprint.hex()}"
             self._check()  # another thread may have barred it, and seen no connection to end
         return connection
 

@@ -123,7 +123,7 @@ class GroupCodec:
     def accepts(self, x: Elements, y: Elements) -> bool:
         """Step 4 and O3: is y [rows, m] the product of x [rows, n]?  Wrong at most once in p^t.
 
-        After a False other challenges are in force (M15): that it failed tells its maker something about them.
+        After a False other challenges are in force (M15): that it failed tells its maker of them.
 
         Raises: ExhaustedError where none are left.
         """

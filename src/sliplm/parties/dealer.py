@@ -7,6 +7,7 @@ product that fails the check is used for nothing, and its dealer, not a worker, 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -19,7 +20,7 @@ from sliplm.errors import DealerError, ExhaustedError, KernelError, SlipError, V
 from sliplm.masks import masks
 from sliplm.network.link import Link
 from sliplm.parties.codec import GroupCodec
-from sliplm.parties.workforce import FAILURES, Workforce
+from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.shares.share import WorkerShare
 
 _ROWS_A_THREAD: Final = 8
@@ -84,14 +85,15 @@ class Dealing:
 
         Raises: DealerError; ExhaustedError when none could be checked.
         """
-        self._codecs[group].check_left()
+        codec = self._codecs[group]
+        codec.check_left()
         failure: SlipError | None = None
         if self._dealers is not None:
             tried: set[Link] = set()
             while (link := self._dealers.pick(tried)) is not None:
                 tried.add(link)
                 u = np.empty((len(r), self._codecs[group].m), np.uint32)
-                step = link.max_rows(group)
+                step, start = link.max_rows(group), time.monotonic()
                 try:
                     for first in range(0, len(r), step):
                         link.deal(group, key, first, min(step, len(r) - first), u[first : first + step])
@@ -102,7 +104,7 @@ class Dealing:
                     failure = error
                     self._dealers.failed(link, error, self._codecs[group].name)
                     continue
-                self._dealers.served(link)
+                self._dealers.served(link, time.monotonic() - start, work(codec.m, codec.n, len(r)))
                 return u
             failure = failure or self._dealers.nobody()
         if self._here is None:

@@ -24,7 +24,7 @@ from sliplm.parties.codec import GroupCodec, Scales
 from sliplm.parties.counters import Counters, Stopwatch
 from sliplm.parties.dealer import Dealing
 from sliplm.parties.supply import Supply
-from sliplm.parties.workforce import FAILURES, Workforce
+from sliplm.parties.workforce import FAILURES, Workforce, work
 
 
 class Exchange:
@@ -73,6 +73,7 @@ class Exchange:
             try:
                 with link.exchange(group, message) as (claim, micros):  # step 3, of the same message: M8
                     clock.lap("wait")
+                    took = link.took
                     self._verify(codec, link, message, claim)  # step 4, before all use: M13
                     clock.lap("check")
                     losses = codec.opened(x, alpha, claim, mask.u, out, adapter)  # step 5
@@ -84,7 +85,7 @@ class Exchange:
                 self._workers.failed(link, error, codec.name)
                 clock.lap("wait")
                 continue
-            self._workers.served(link)
+            self._workers.served(link, took, work(codec.m, codec.n, len(x)))
             self._counters.exchanged(len(x), message.nbytes, out.nbytes, len(tried), clock, micros)
             break
         else:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self, get_args
 
 from sliplm import forks
 from sliplm.errors import (
@@ -52,6 +52,12 @@ _SUSPENSIONS: Final = (5.0, 300.0)  # seconds for which a stalled one is left al
 _ROUND: Final = 0.25  # seconds between two looks at revocations and probes
 _STOP_LIMIT: Final = 5.0
 
+_DOUBLINGS: Final = 30  # of a pause, at most: 2.0**1024 is no number any more
+_LATELY: Final = 0.3  # what the last exchange counts in a worker's pace
+_AS_FAST: Final = 4.0  # paces within this factor count as equal: messages differ, and so do networks
+_PATIENCE: Final = 0.1  # seconds of an exchange after which one that nobody has measured is tried
+_ANEW: Final = (60.0, 20.0)  # a slow one is tried again after so many seconds, and so many times what it took
+
 
 def _greeted(link: Link, connection: Connection, welcome: Welcome) -> None:
     """Nothing more is asked of a new connection."""
@@ -75,7 +81,26 @@ class _Member:
     strikes: int = 0
     served: int = 0
     last: int = 0  # number of the exchange that it served last
+    pace: float | None = None  # seconds per unit of work, lately
+    took: float = 0.0  # seconds of the last exchange
+    again: float = -math.inf  # time.monotonic() from which it is tried once more, however slow it was
     revocations: keys.Revocations | None = field(default=None, repr=False)
+
+    def measured(self, seconds: float, pace: float) -> None:
+        """Take an exchange into account; one that is much faster than before has become so."""
+        if self.pace is None or pace < self.pace / _AS_FAST:
+            self.pace = pace
+        else:
+            self.pace += _LATELY * (pace - self.pace)
+        self.took = seconds
+        self.again = time.monotonic() + max(_ANEW[0], _ANEW[1] * seconds)
+
+
+def work(m: int, n: int, rows: int) -> int:
+    """How much a product is, in units that make the paces of different products comparable: reading the
+    matrix costs as much as some rows, and every exchange has its trip.
+    """
+    return m * n * (rows + 8) + 2**20
 
 
 class Workforce:
@@ -145,23 +170,29 @@ class Workforce:
         raise self.refusal(first)
 
     def pick(self, tried: Collection[Link]) -> Link | None:
-        """Who is asked next: of those that are up the one with the fewest exchanges waiting, of these the one
-        that served last; then the lost ones; None when nobody is left but `tried`.
+        """Who is asked next: of those that are up the one that will be done first, as measured, of these the
+        one that served last; now and then a slow one, to see whether it still is; then the lost ones; None
+        when nobody is left but `tried`.
         """
         with self._lock:
             left = [m for m in self._members if m.link not in tried and m.link.barred is None]
             up = [m for m in left if m.state == "up"]
             lost = [m for m in left if m.state == "lost"]
             if up:
-                return min(up, key=lambda m: (m.link.in_flight, -m.last)).link
+                return _next(up, time.monotonic()).link
             return lost[0].link if lost else None
 
-    def served(self, link: Link) -> None:
-        """An exchange went well."""
+    def served(self, link: Link, seconds: float, work: int) -> None:
+        """An exchange went well.
+
+        Args:
+            seconds: what it took, by our clock.
+            work: how much was asked, as `work` says.
+        """
         member = self._by_address[link.address]
-        if member.state == "lost":
-            self._back(member)
+        self._back(member, "lost")
         with self._lock:
+            member.measured(seconds, seconds / work)
             self._exchanges += 1
             member.served += 1
             member.last = self._exchanges
@@ -176,8 +207,8 @@ class Workforce:
                 return  # decided already
             again = member.state == state == "lost"
             member.state, member.reason = state, str(error)
-            member.until = time.monotonic() + min(pauses[0] * 2**member.strikes, pauses[1])
-            member.strikes += 1
+            member.until = time.monotonic() + min(pauses[0] * 2.0**member.strikes, pauses[1])
+            member.strikes = min(member.strikes + 1, _DOUBLINGS)
             if kind is not None:
                 link.bar(kind, f"{self._role} {link.address} is {state}: {error}")
         if not again:
@@ -190,6 +221,8 @@ class Workforce:
         """
         member = self._member(address)
         with self._lock:
+            if member.state == "quarantined":
+                return  # it is asked nothing already, and why is not forgotten
             member.state, member.reason, member.until = "drained", "by the operator", math.inf
         member.link.rest(WorkerUnavailable, f"{self._role} {address} was drained")
         self._record(member, "drained", "by the operator", None)
@@ -208,7 +241,7 @@ class Workforce:
             if barred is not None:
                 member.link.bar(*barred)
             raise
-        self._back(member)
+        self._back(member, *get_args(State))
 
     def nobody(self) -> SlipError:
         """The error when nobody is left to ask."""
@@ -244,8 +277,13 @@ class Workforce:
             raise InputError(f"{address!r} is no {self._role} of this vault: {', '.join(self._by_address)}")
         return self._by_address[address]
 
-    def _back(self, member: _Member) -> None:
+    def _back(self, member: _Member, *when: State) -> None:
+        """Up again, if it stands like that now: meanwhile it may have been quarantined or drained."""
+        if member.state not in when:
+            return  # on the way of every token
         with self._lock:
+            if member.state not in when:
+                return
             member.state, member.reason = "up", ""
             member.link.admit()
         self._record(member, "rejoined", "serves again", None)
@@ -274,9 +312,11 @@ class Workforce:
             CredentialError
         ):  # what was known still counts; a handshake says what is wrong
             member.revocations.refresh()
-        if connection.identity.serial in member.revocations and member.state != "quarantined":
+        if connection.identity.serial in member.revocations:
             reason = f"the certificate {connection.identity.name} was revoked"
             with self._lock:
+                if member.state == "quarantined":
+                    return
                 member.state, member.reason, member.until = "quarantined", reason, math.inf
                 member.link.bar(
                     VerificationError, f"{self._role} {member.link.address} is quarantined: {reason}"
@@ -286,15 +326,34 @@ class Workforce:
     def _probe(self, member: _Member) -> None:
         """Connect to one that was lost or suspended; whoever greets is asked again."""
         link = member.link
-        if member.state == "suspended":
+        with self._lock:
+            if member.state not in ("lost", "suspended"):
+                return  # quarantined or drained since it was found due
             link.admit()
         try:
             link.open()
         except FAILURES as error:
             self.failed(link, error)
         else:
-            if member.state in ("lost", "suspended"):
-                self._back(member)
+            self._back(member, "lost", "suspended")
+
+
+def _next(up: Sequence[_Member], now: float) -> _Member:
+    """The one of those that are up to ask; which one is tried for the sake of measuring is noted."""
+    paces = [m.pace for m in up if m.pace is not None]
+    best = min(paces, default=0.0) * _AS_FAST
+    if len(up) > 1 and paces:
+        slow = min(m.took for m in up if m.pace is not None) > _PATIENCE
+        for m in up:
+            if m.again <= now and not m.link.in_flight and (slow if m.pace is None else m.pace > best):
+                m.again = now + _ANEW[0]  # one at a time
+                return m
+
+    def done(m: _Member) -> tuple[float, int]:
+        lag = m.pace / best if m.pace is not None and m.pace > best > 0 else 1.0
+        return (m.link.in_flight + 1) * lag, -m.last
+
+    return min(up, key=done)
 
 
 def _verdict(error: SlipError) -> tuple[Event, State, tuple[float, float], type[WorkerError] | None]:
