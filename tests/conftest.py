@@ -32,10 +32,17 @@ os.environ["SLIPLM_LEDGER"] = str(LEDGER)
 atexit.register(shutil.rmtree, LEDGER, ignore_errors=True)
 
 
+# what lasts beside it: anchors of pools, and who was caught lying
+STATE = Path(tempfile.mkdtemp(prefix="slip-state-"))
+os.environ["SLIPLM_STATE"] = str(STATE)
+atexit.register(shutil.rmtree, STATE, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def empty_ledger() -> Iterator[None]:
     """Forget the splits of the module's fixtures, and then those of the test."""
     shutil.rmtree(LEDGER, ignore_errors=True)
+    (STATE / "quarantine.json").unlink(missing_ok=True)
     yield
     shutil.rmtree(LEDGER, ignore_errors=True)
 

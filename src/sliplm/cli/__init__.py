@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from sliplm.cli import attack, deal, demo, generate, inspect, keys, ledger, plan, split, worker
+from sliplm.cli import attack, deal, demo, generate, inspect, keys, ledger, plan, quarantine, split, worker
 from sliplm.errors import SlipError
 from sliplm.shares.share import sliplm_version
 
@@ -75,6 +75,7 @@ app.command("attack", rich_help_panel=OWNER)(attack.command)
 app.command("inspect", rich_help_panel=OWNER)(inspect.command)
 app.add_typer(ledger.app, name="ledger", rich_help_panel=OWNER)
 app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
+app.add_typer(quarantine.app, name="quarantine", rich_help_panel=RUN)
 app.command("worker", rich_help_panel=RUN)(worker.command)
 app.command("deal", rich_help_panel=RUN)(deal.command)
 app.command("generate", rich_help_panel=RUN)(generate.command)

@@ -60,6 +60,11 @@ class FileAnchor:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        return self._folder
+
     def __repr__(self) -> str:
         return f"FileAnchor({str(self._folder)!r})"
 

@@ -55,6 +55,8 @@ class Link:
         self.in_flight = 0  # exchanges under way or waiting for their turn
         self.connection: Connection | None = None
         self.took = 0.0  # seconds of the last exchange, without the wait for its turn
+        self.spki: bytes | None = None  # of the certificate that it showed last
+        self.greeted = False  # whether it ever greeted as it should
         self._peer: str | None = None
         self._split_id, self._shapes, self._timeout, self._greet = split_id, shapes, timeout, greet
         self._attester, self._verifier = attester, verifier
@@ -190,9 +192,10 @@ class Link:
             try:
                 connection = connect(self.address, self._timeout)
             except CredentialError:
-                self._peer = None  # whoever is there now has not shown the certificate of before
+                self._peer = self.spki = None  # whoever is there now has not shown the certificate of before
                 raise
             if (shown := connection.identity) is not None:  # also of one that is refused: M17
+                self.spki = shown.spki
                 self._peer = f"{shown.name}, serial {shown.serial:x}, sha256 {shown.fingerprint.hex()}"
             side = VaultSide(self._split_id, self._shapes)
             try:
@@ -201,7 +204,7 @@ class Link:
             except BaseException:
                 connection.close()
                 raise
-            self.connection, self._side = connection, side
+            self.connection, self._side, self.greeted = connection, side, True
             self._check()  # another thread may have barred it, and seen no connection to end
         return connection
 

@@ -10,6 +10,7 @@ from typing import Literal
 from sliplm.errors import InputError
 from sliplm.masks.pool import DiskPool
 from sliplm.network.attestation import Attester, Verifier
+from sliplm.parties.quarantine import Quarantine
 from sliplm.shares.share import WorkerShare
 
 Fallback = Literal["fail", "here"]
@@ -37,6 +38,7 @@ class Terms:
         attester: gives the vault's evidence to workers that ask for it.
         verifier: judges the workers' and dealers' evidence.
         adapter: the one that products take where no other is chosen; None for none.
+        quarantine: where it is kept who lied; None forgets it with the vault.
 
     Raises: InputError without a worker, without masks, for a worker that would deal, or for a value that
         makes no sense.
@@ -55,6 +57,7 @@ class Terms:
     attester: Attester | None = None
     verifier: Verifier | None = None
     adapter: str | None = None
+    quarantine: Quarantine | None = None
 
     def __post_init__(self) -> None:
         if not self.workers:

@@ -56,7 +56,7 @@ class Vault(Closing):
         def workforce(addresses: Sequence[str], role: Role) -> Workforce:
             return Workforce.of(
                 addresses, role, share.split_id, shapes, terms.timeout, self.audit,
-                partial(self._greeted, role), terms.attester, terms.verifier,
+                partial(self._greeted, role), terms.attester, terms.verifier, terms.quarantine,
             )  # fmt: skip
 
         self._workers = workforce(terms.workers, "worker")
@@ -167,6 +167,9 @@ class Vault(Closing):
 
     def _greeted(self, role: Role, link: Link, connection: Connection, welcome: Welcome) -> None:
         """A connection was made: no worker may be a dealer, and a machine that was set back shows here."""
+        force = self._workers if role == "worker" else self._dealers
+        if force is not None:
+            force.known_liar(link)
         self._supply.freshness = welcome.nonce
         others = self._dealers if role == "worker" else self._workers
         for other in () if others is None else others.links:

@@ -38,6 +38,7 @@ from sliplm.network.attestation import Attester, NullAttester, NullVerifier, Ver
 from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection, parse_address
 from sliplm.parties.audit import AuditLog, Event
+from sliplm.parties.quarantine import Quarantine
 from sliplm.protocol.side import Shape
 from sliplm.protocol.vault_side import Welcome
 
@@ -61,6 +62,10 @@ _ANEW: Final = (60.0, 20.0)  # a slow one is tried again after so many seconds, 
 
 def _greeted(link: Link, connection: Connection, welcome: Welcome) -> None:
     """Nothing more is asked of a new connection."""
+
+
+class KnownLiar(VerificationError):
+    """Its key is on record."""
 
 
 class Status(NamedTuple):
@@ -106,14 +111,18 @@ def work(m: int, n: int, rows: int) -> int:
 class Workforce:
     """The links of one role, with a thread that probes the lost and watches for revoked certificates."""
 
-    def __init__(self, links: Sequence[Link], role: Role, audit: AuditLog) -> None:
+    def __init__(
+        self, links: Sequence[Link], role: Role, audit: AuditLog, quarantine: Quarantine | None = None
+    ) -> None:
         self._role, self._audit = role, audit
+        self._quarantine = quarantine or Quarantine()
         self._process = forks.Process()
         self._lock = threading.Lock()
         self._members = [_Member(link, revocations=_revocations(link.address)) for link in links]
         self._by_address = {member.link.address: member for member in self._members}
         if len(self._by_address) != len(self._members):
             raise InputError(f"a {role} is named twice: name each once")
+        self._remember()
         self._exchanges = 0
         self._closing = threading.Event()
         self._warden = threading.Thread(target=self._watch, name=f"sliplm-{role}s", daemon=True)
@@ -131,11 +140,12 @@ class Workforce:
         greet: Greet = _greeted,
         attester: Attester | None = None,
         verifier: Verifier | None = None,
+        quarantine: Quarantine | None = None,
     ) -> Self:
         """With a `Link` to each address, whose arguments these are."""
         shown, judge = attester or NullAttester(), verifier or NullVerifier()
         links = [Link(address, split_id, shapes, timeout, greet, shown, judge) for address in addresses]
-        return cls(links, role, audit)
+        return cls(links, role, audit, quarantine)
 
     def __repr__(self) -> str:
         return f"Workforce({', '.join(f'{m.link.address}: {m.state}' for m in self._members)})"
@@ -211,6 +221,8 @@ class Workforce:
             member.strikes = min(member.strikes + 1, _DOUBLINGS)
             if kind is not None:
                 link.bar(kind, f"{self._role} {link.address} is {state}: {error}")
+        if state == "quarantined" and _lied(link, error):
+            self._quarantine.add(link.address, link.spki, self._role, str(error))
         if not again:
             self._record(member, event, str(error), group)
 
@@ -233,13 +245,15 @@ class Workforce:
         Raises InputError for an address that is not ours, and what `Link.open` raises; it then stays out.
         """
         member = self._member(address)
-        barred = member.link.barred
+        barred, known = member.link.barred, self._quarantine.clear(address, member.link.spki)
         member.link.admit()
         try:
             member.link.open()
         except SlipError:
             if barred is not None:
                 member.link.bar(*barred)
+            for entry in known:
+                self._quarantine.keep(entry)
             raise
         self._back(member, *get_args(State))
 
@@ -270,6 +284,25 @@ class Workforce:
             link.close()
         if threading.current_thread() is not self._warden:
             self._warden.join(_STOP_LIMIT)
+
+    def known_liar(self, link: Link) -> None:
+        """Raise VerificationError when the key that it shows was caught lying before, wherever it was."""
+        known = None if link.spki is None else self._quarantine.find(None, link.spki)
+        if known is not None:
+            raise KnownLiar(
+                f"{self._role} {link.address} shows the key of {known.address}, {known.why()}", link.address
+            )
+
+    def _remember(self) -> None:
+        """Quarantine those whose address was quarantined before."""
+        for member in self._members:
+            known = self._quarantine.find(member.link.address, None)
+            if known is not None:
+                member.state, member.reason, member.until = "quarantined", known.why(), math.inf
+                member.link.bar(
+                    VerificationError, f"{self._role} {member.link.address} is quarantined: {known.why()}"
+                )
+                self._record(member, "quarantined", known.why(), None)
 
     def _member(self, address: str) -> _Member:
         self._process.check()
@@ -363,6 +396,13 @@ def _verdict(error: SlipError) -> tuple[Event, State, tuple[float, float], type[
     if isinstance(error, WorkerUnavailable):
         return "lost", "lost", _PAUSES, None
     return "quarantined", "quarantined", (math.inf, math.inf), VerificationError
+
+
+def _lied(link: Link, error: SlipError) -> bool:
+    """Whether it did itself what it is quarantined for, past all that the owner may have mistaken."""
+    if isinstance(error, KnownLiar):
+        return False  # on record already
+    return isinstance(error, VerificationError) or (isinstance(error, WireError) and link.greeted)
 
 
 def _revocations(address: str) -> keys.Revocations | None:

@@ -27,6 +27,7 @@ from sliplm.masks.anchor import CommandAnchor, file_anchor
 from sliplm.masks.pool import DiskPool
 from sliplm.network.attestation import Attester, Verifier
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.quarantine import Quarantine
 from sliplm.parties.terms import Fallback, Terms
 from sliplm.parties.vault import Vault
 from sliplm.shares.keysource import KeySpec, checked
@@ -222,6 +223,7 @@ def connect(config: SlipConfig, vault: VaultShare, worker: WorkerShare | None) -
             attester=config.attester,
             verifier=config.verifier,
             adapter=config.adapter,
+            quarantine=Quarantine.own(),
         )
         return Vault(vault, terms)
     except BaseException:
