@@ -123,6 +123,44 @@ def test_names_without_the_causal_head_s_prefix(base: Path, adapter: Path, tmp_p
     assert report.groups == 4
 
 
+FOREIGN: dict[str, Callable[[str], str]] = {
+    "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    "compiled outside": lambda name: f"_orig_mod.{name}",
+    "parallel": lambda name: f"module.{name}",
+    "inside a vision model": lambda name: name.replace("model.model.", "model.model.language_model."),
+    "inside an older one": lambda name: name.replace("model.model.", "model.language_model.model."),
+    "with its name": lambda name: name.replace(".weight", ".default.weight"),
+    "without peft's": lambda name: name.removeprefix("base_model.model."),
+    "half of peft's": lambda name: name.replace("base_model.model.", "base_model.", 1),
+}
+
+
+@pytest.mark.parametrize("rename", FOREIGN.values(), ids=list(FOREIGN))
+def test_foreign_names_mean_the_same(
+    base: Path, plain: Path, adapter: Path, rename: Callable[[str], str]
+) -> None:
+    tensors = {rename(name): tensor for name, tensor in load_file(adapter / WEIGHTS).items()}
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+    stored = _plan(base).stored
+    found, truth = read_adapter("x", adapter, stored), read_adapter("x", plain, stored)
+    assert found.ranks == truth.ranks
+    for module in truth.ranks:
+        for ours, theirs in zip(found.factors(module), truth.factors(module), strict=True):
+            assert np.array_equal(ours, theirs)
+
+
+def test_patterns_count_by_the_names_of_training(base: Path, plain: Path, adapter: Path) -> None:
+    """An alpha for one layer is found though that layer is called otherwise here."""
+    rename = FOREIGN["inside a vision model"]
+    tensors = {rename(name): tensor for name, tensor in load_file(adapter / WEIGHTS).items()}
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    _config(lambda c: c.update(alpha_pattern={name: 4 * c["lora_alpha"]}))(adapter)
+    stored, module = _plan(base).stored, "model.layers.0.self_attn.q_proj"
+    found, truth = (read_adapter("x", folder, stored).factors(module)[0] for folder in (adapter, plain))
+    assert np.allclose(found, 4 * truth)
+
+
 # --- refused ----------------------------------------------------------------------------------------------
 
 
@@ -219,6 +257,11 @@ def _cut(adapter: Path) -> None:
         (_tensors(lambda t: t.pop(f"{FIRST}.lora_A.weight")), "lacks lora_A.weight of .*q_proj"),
         (_tensors(lambda t: [t.pop(f"{FIRST}.lora_{x}.weight") for x in "AB"]), "no tensors for .*q_proj"),
         (_tensors(lambda t: t.update({f"{FIRST}.weight": torch.zeros(3)})), "q_proj.weight, which is no"),
+        (_tensors(lambda t: t.update({k: torch.zeros(0) for k in t})), "empty, .* ZeRO stage 3"),
+        (
+            _tensors(lambda t: t.update({k.replace(".weight", ".b.weight"): v + 0 for k, v in [*t.items()]})),
+            "two tensors for lora_.*selected_adapters",
+        ),
         (_tensors(lambda t: t.update({"stray": torch.zeros(3)})), "stray, which is no plain"),
         (
             _tensors(lambda t: t.update({k.replace("layers.0", "layers.7"): v + 0 for k, v in [*t.items()]})),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from sliplm.errors import InputError, ShareError
@@ -21,6 +22,8 @@ from sliplm.parties.adapters import Chosen, chosen
 from sliplm.shares.manifest import Member
 
 Floats = NDArray[np.float32]
+
+NOT_TRACED = "its product comes from a worker, and a recording would answer with that of the example"
 
 Patches = Callable[[Tensor], Tensor]
 """A convolution's input -> its rows [rows, n]; two are equal where they do the same."""
@@ -36,9 +39,8 @@ class Products(Protocol):
 class GroupProduct:
     """One group's product, computed once per input and handed out once to each member.
 
-    An input is recognised by identity and version: this object holds the tensor, so its id cannot be
-    recycled, and PyTorch counts the changes made in place.  (Writes that PyTorch does not count, through
-    `.data` or a numpy view, between the calls of q and k are not seen; no model does that.)  Each
+    An input is recognised by identity and contents: it must be the very tensor, and hold what it held, for
+    writes through `.data` or a numpy view are counted by nobody.  Each
     thread has its own product at hand, so that several `generate` may run at once; it counts for the adapter
     that was chosen when it was made.
 
@@ -127,8 +129,10 @@ class SlipLinear(nn.Module):
             InputError: x is elsewhere, of another width or type, holds NaN or infinity, or needs a gradient.
             WorkerError: no worker gave a right product.
         """
-        if torch.compiler.is_compiling():  # not to be traced; the decorator would cost every call 3 us
-            return cast(Tensor, torch.compiler.disable(self.forward)(x))  # type: ignore[no-untyped-call]
+        if (
+            torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        ):  # not to be traced; the decorator would cost every call 3 us
+            return cast(Tensor, torch.compiler.disable(self.forward, reason=NOT_TRACED)(x))  # type: ignore[no-untyped-call]
         check_input(self.group.name, x, x.shape[-1:] == (self.in_features,), self._wanted)
         shape = (*x.shape[:-1], self.out_features)
         if not x.numel():
@@ -154,7 +158,14 @@ class SlipLinear(nn.Module):
 
 
 def check_input(group: str, x: Tensor, fits: bool, wanted: str) -> None:
-    """Raise InputError unless x fits, is floating point, lies on the CPU and needs no gradient."""
+    """Raise InputError unless x fits, is floating point, on the CPU, needs no gradient and has values."""
+    if torch._C._is_tracing() or torch.compiler.is_exporting():
+        raise InputError(f"group {group} cannot be traced or exported: {NOT_TRACED}. Call the model itself")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or isinstance(x, FakeTensor):
+        raise InputError(
+            f"group {group} needs the values of its input, which torch.func (vmap, grad, jvp) and fake "
+            "tensors do not have: call the model with a batch in the place of vmap"
+        )
     if not fits or not x.is_cpu or not x.is_floating_point():
         raise InputError(
             f"group {group} takes floating-point tensors {wanted} on the CPU and got {x.dtype} "
@@ -201,29 +212,23 @@ class _Held(threading.local):
     product: Floats
     _input: Tensor | None = None
     _patches: Patches | None = None
-    _version = 0
-    _copy: Tensor | None = None
+    _copy: Tensor
     _chosen: Chosen | None = None
 
     def keep(self, x: Tensor, patches: Patches | None, product: Floats, waiting: int) -> None:
         self._chosen = chosen()
         self.product, self.waiting, self._input, self._patches = product, waiting, x, patches
-        if x.is_inference():  # has no version: compare what it holds
-            self._copy = x.clone()
-        else:
-            self._version = x._version
+        self._copy = x.detach().clone()
 
     def holds(self, x: Tensor, patches: Patches | None) -> bool:
         if x is not self._input or patches != self._patches or self._chosen is not chosen():
             return False
-        if self._copy is not None:
-            return torch.equal(x, self._copy)
-        return x._version == self._version
+        return x.dtype is self._copy.dtype and torch.equal(x, self._copy)
 
     def drop(self) -> None:
         if self._input is not None:
-            self.waiting, self._input, self._copy = 0, None, None
-            del self.product
+            self.waiting, self._input = 0, None
+            del self.product, self._copy
 
 
 def _check(modules: Mapping[str, nn.Module], group: str, member: Member, seen: set[str]) -> int:

@@ -3,17 +3,21 @@
     with model.slip.adapter("fr"):
         model.generate(...)
 
-A new thread begins with the vault's default: enter the context inside the thread that generates.
+A new thread begins with the vault's default, whatever is chosen where it was started: name the adapter in
+the call (`generate(..., adapter="fr")`), or enter the context inside the thread.  A product that is asked
+for in a thread without a choice, while another thread's is in force, warns.
 """
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 
-from sliplm.errors import InputError
+from sliplm.errors import InputError, SlipWarning
 
 BASE = "base"
 
@@ -37,6 +41,8 @@ class Adapters:
     def __init__(self, names: Sequence[str], default: str | None = None) -> None:
         self.names = tuple(names)
         self._default = self._checked(default)
+        self._lock = threading.Lock()
+        self._blocks: dict[object, tuple[int, str | None]] = {}  # blocks in force: thread, choice
 
     def __repr__(self) -> str:
         return f"Adapters({', '.join(self.names)})"
@@ -52,15 +58,41 @@ class Adapters:
     @property
     def current(self) -> str | None:
         """The adapter that a product takes here and now; None for none."""
-        return _CHOSEN.get().get(self, self._default)
+        made = _CHOSEN.get()
+        if self in made:
+            return made[self]
+        if self._blocks:
+            self._warn_of_a_thread_without_choice()
+        return self._default
 
     @contextmanager
     def _chosen(self, name: str | None) -> Iterator[None]:
-        token = _CHOSEN.set(MappingProxyType({**_CHOSEN.get(), self: name}))
+        token, block = _CHOSEN.set(MappingProxyType({**_CHOSEN.get(), self: name})), object()
+        with self._lock:
+            self._blocks[block] = threading.get_ident(), name
         try:
             yield
         finally:
+            with self._lock:
+                self._blocks.pop(block, None)
             _CHOSEN.reset(token)
+
+    def _warn_of_a_thread_without_choice(self) -> None:
+        """Warn where a choice of another thread may be meant for this one too, once for each choice."""
+        here = threading.get_ident()
+        with self._lock:
+            found = {block: name for block, (thread, name) in self._blocks.items() if thread != here}
+            for block in found:
+                del self._blocks[block]
+        for name in found.values():
+            if name != self._default:
+                warnings.warn(
+                    f"this thread answers with {self._default or BASE}, while another thread has chosen "
+                    f"{name or BASE}: a choice does not pass to another thread. Name it in the call, "
+                    f"generate(..., adapter={name or BASE!r}), or enter the `with` block inside the thread",
+                    SlipWarning,
+                    stacklevel=3,
+                )
 
     def _checked(self, name: str | None) -> str | None:
         if name is None or name == BASE:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from sliplm.engines.modules import GroupProduct, check_input
+from sliplm.engines.modules import NOT_TRACED, GroupProduct, check_input
 from sliplm.engines.torch.patches import patches_of
 from sliplm.errors import InputError
 
@@ -99,7 +99,10 @@ class SplitWeight(Tensor):
         if func in cls.products:
             call = Call.of(args, kwargs)
             if isinstance(call.weight, SplitWeight) and not isinstance(call.x, SplitWeight):
-                return cls.products[func](call)
+                product = cls.products[func]
+                if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                    product = torch.compiler.disable(product, reason=NOT_TRACED)  # type: ignore[no-untyped-call]
+                return product(call)
         if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +38,9 @@ _HARMLESS = {
     "megatron_core", "qalora_group_size",
     "fan_in_fan_out",  # A and B lie the same way round whatever the layer's own weight does
 }  # fmt: skip
+# what wraps a module while it is trained, and names that differ between classes of one model
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ON_THE_WAY = {"base_model", "model", "language_model", "transformer", "text_model"}
 # ways to begin that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) change it
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -60,13 +63,14 @@ class _Config(BaseModel):
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str | None = True
 
-    def rank(self, module: str) -> int:
-        return int(_of(self.rank_pattern or {}, module, self.r))
+    def rank(self, *names: str) -> int:
+        """Of a module, by the name that it had in training, then by the model's."""
+        return int(_of(self.rank_pattern or {}, names, self.r))
 
-    def scaling(self, module: str) -> float:
+    def scaling(self, *names: str) -> float:
         """What peft multiplies B A by."""
-        rank = self.rank(module)
-        return float(_of(self.alpha_pattern or {}, module, self.lora_alpha)) / (
+        rank = self.rank(*names)
+        return float(_of(self.alpha_pattern or {}, names, self.lora_alpha)) / (
             math.sqrt(rank) if self.use_rslora else rank
         )
 
@@ -93,6 +97,7 @@ class Adapter:
     _config: _Config
     _file: Checkpoint
     _keys: Mapping[str, tuple[str, str]]  # module -> tensors of A and B
+    _own: Mapping[str, str]  # module -> its name in the model that was trained
 
     def in_group(self, group: Group) -> GroupAdapter | None:
         """What it does to a group; None for nothing."""
@@ -123,7 +128,7 @@ class Adapter:
             inner, outer = (self._file.read(key) for key in self._keys[module])
         except CheckpointError as error:
             raise AdapterError(f"adapter {self.name}: {error}") from error
-        scaled = outer.astype(np.float64) * self._config.scaling(module)
+        scaled = outer.astype(np.float64) * self._config.scaling(self._own[module], module)
         if not (np.abs(scaled) <= np.finfo(np.float32).max).all():
             raise AdapterError(f"adapter {self.name}: what it adds to {module} is beyond float32")
         return scaled.astype(np.float32), inner
@@ -139,15 +144,23 @@ def read_adapter(name: str, path: Path, model: StoredModel) -> Adapter:
     config = _read_config(name, path)
     file = _AdapterFile(name, path)
     linears = {member.module: member for group in model.layout.groups for member in group.members}
+    names, own = _Names(model), dict[str, str]()
     keys: dict[str, dict[str, str]] = {}
+    _check_gathered(name, file)
     for key in file.entries:
-        module, what = _module(key, model)
+        trained, what = _parts(key)
+        module = names.of(trained)
         if what in ("lora_A.weight", "lora_B.weight"):
-            keys.setdefault(module, {})[what] = key
+            if what in keys.setdefault(module, {}):
+                raise AdapterError(
+                    f"adapter {name} has two tensors for {what} of {module}, {keys[module][what]} and {key}: "
+                    "save one adapter alone with peft (save_pretrained, selected_adapters=[...])"
+                )
+            keys[module][what], own[module] = key, trained
         elif not (what == "base_layer.weight" and _same(file, key, model, module)):
             raise AdapterError(f"adapter {name} has the tensor {key}, which is no plain LoRA: {MERGE}")
     for module, found in keys.items():
-        _check_factors(name, module, found, file, config, linears.get(module))
+        _check_factors(name, module, found, file, config.rank(own[module], module), linears.get(module))
     absent = [module for module in linears if config.targets(module) and module not in keys]
     if absent or not keys:
         raise AdapterError(
@@ -155,7 +168,8 @@ def read_adapter(name: str, path: Path, model: StoredModel) -> Adapter:
             "names: copy it again"
         )
     pairs = {module: (found["lora_A.weight"], found["lora_B.weight"]) for module, found in keys.items()}
-    adapter = Adapter(name, path, {module: config.rank(module) for module in pairs}, config, file, pairs)
+    ranks = {module: config.rank(own[module], module) for module in pairs}
+    adapter = Adapter(name, path, ranks, config, file, pairs, own)
     for module in pairs:
         adapter.factors(module)  # so that a damaged one is found before anything is written
     return adapter
@@ -238,14 +252,13 @@ def _check_config(name: str, config: _Config) -> None:
 
 
 def _check_factors(
-    name: str, module: str, found: Mapping[str, str], file: Checkpoint, config: _Config, linear: Linear | None
+    name: str, module: str, found: Mapping[str, str], file: Checkpoint, rank: int, linear: Linear | None
 ) -> None:
     if linear is None:
         raise AdapterError(
             f"adapter {name} changes {module}, which is no linear layer of this model: it is of another "
             f"model; or else {MERGE}"
         )
-    rank = config.rank(module)
     wanted = {"lora_A.weight": (rank, linear.columns), "lora_B.weight": (linear.rows, rank)}
     for what, shape in wanted.items():
         if what not in found:
@@ -257,12 +270,58 @@ def _check_factors(
             )
 
 
-def _module(key: str, model: StoredModel) -> tuple[str, str]:
-    """Module and rest of a tensor's name: `base_model.model.MODULE.lora_A.weight`."""
-    match = re.fullmatch(r"base_model\.model\.(.+?)\.((?:lora_\w+|base_layer)\.\w+|\w+)", key)
-    module, what = match.groups() if match else ("", key)
-    prefixed = f"{model.layout.model.base_model_prefix}.{module}"
-    return prefixed if f"{prefixed}.weight" in model.layout.parameters else module, what
+def _check_gathered(name: str, file: Checkpoint) -> None:
+    """Refuse what DeepSpeed's ZeRO stage 3 leaves where nothing gathered the weights: empty tensors."""
+    empty = [key for key, entry in file.entries.items() if 0 in entry.shape]
+    if empty:
+        raise AdapterError(
+            f"adapter {name}: {empty[0]} is empty, as are {len(empty)} of its {len(file.entries)} tensors: "
+            "it was saved under DeepSpeed's ZeRO stage 3 without being gathered. Convert the training "
+            "checkpoint with zero_to_fp32.py, or save again with stage3_gather_16bit_weights_on_model_save"
+        )
+
+
+def _parts(key: str) -> tuple[str, str]:
+    """Module as it was called in training, and what of it: `[base_model.model.]MODULE.lora_A.weight`.
+
+    `torch.compile`, FSDP and the like add names of their own, and a raw state dict the adapter's
+    (`lora_A.default.weight`).
+    """
+    names = [name for name in key.split(".") if name not in _WRAPPERS]
+    plain = re.sub(r"^(base_model\.model\.|base_model\.)+", "", ".".join(names))
+    match = re.fullmatch(r"(.+?)\.(lora_[AB])\.(?:[^.]+\.)?weight", plain)
+    if match:
+        return match[1], f"{match[2]}.weight"
+    match = re.fullmatch(r"(.+?)\.((?:lora_\w+|base_layer)\..+|\w+)", plain)
+    return (match[1], match[2]) if match else ("", key)
+
+
+class _Names:
+    """The model's modules by the names that an adapter may have them under.
+
+    `AutoModel` and the model with a head, a language model alone and inside a vision model, differ in names
+    on the way such as `model` and `language_model` only.
+    """
+
+    def __init__(self, model: StoredModel) -> None:
+        self._prefix = model.layout.model.base_model_prefix
+        parameters = model.layout.parameters
+        self._modules = {name.removesuffix(".weight") for name in parameters if name.endswith(".weight")}
+        self._bare: dict[str, list[str]] = {}
+        for module in self._modules:
+            self._bare.setdefault(_bare(module), []).append(module)
+
+    def of(self, trained: str) -> str:
+        """The model's name; the one given where there is none, or several."""
+        for name in (f"{self._prefix}.{trained}", trained):
+            if name in self._modules:
+                return name
+        found = self._bare.get(_bare(trained), [])
+        return found[0] if len(found) == 1 else trained
+
+
+def _bare(module: str) -> str:
+    return ".".join(name for name in module.split(".") if name not in _ON_THE_WAY)
 
 
 def _same(file: Checkpoint, key: str, model: StoredModel, module: str) -> bool:
@@ -271,9 +330,10 @@ def _same(file: Checkpoint, key: str, model: StoredModel, module: str) -> bool:
     return stored is not None and np.array_equal(file.read(key), model.checkpoint.read(stored))
 
 
-def _of(pattern: Mapping[str, float], module: str, default: float) -> float:
+def _of(pattern: Mapping[str, float], names: Sequence[str], default: float) -> float:
     """The value for a module, by peft's rule: the first key that matches its name or the end of it."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+    for name in names:
+        for key, value in pattern.items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
     return default

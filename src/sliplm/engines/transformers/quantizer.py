@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sliplm.engines.modules import GroupProduct, Products, SlipLinear, replace
+from sliplm.engines.transformers.hybrid import make_hybrid
 from sliplm.engines.transformers.opened import OpenedModel
 from sliplm.errors import InputError, ShareError
 from sliplm.masks.anchor import CommandAnchor, file_anchor
@@ -116,7 +117,9 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts `SlipLinear` in the place of the split layers and opens the vault, as `model.slip`."""
 
     quantization_config: SlipConfig
-    is_trainable: ClassVar[bool] = False
+    # Trainer asks both before it evaluates; who trains is refused by the model's own train()
+    is_trainable: ClassVar[bool] = True
+    is_qat_trainable: ClassVar[bool] = True
     _shares: tuple[VaultShare, WorkerShare | None]
     _opened: OpenedModel
     _groups: tuple[GroupProduct, ...]
@@ -163,6 +166,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         for group in self._groups:
             group.source = source
         model.slip = source
+        make_hybrid(model)
 
     def _open(self, vault: VaultShare, worker: WorkerShare | None) -> Products:
         return connect(self.quantization_config, vault, worker)
