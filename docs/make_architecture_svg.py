@@ -204,14 +204,16 @@ def draw_top(top: float) -> tuple[list[str], float]:
 
 
 def draw_ground(top: float) -> tuple[list[str], float]:
-    """closing beside durable, and errors under all."""
-    out, half = [], (LEFT + RIGHT) / 2
+    """Four modules side by side, and errors under all."""
+    out, quarter = [], (RIGHT - LEFT) / 4
     bold = ' font-weight="700"'
     for x, name, what in (
         (LEFT, "closing", "what a with block closes"),
-        (half, "durable", "files that no crash halves"),
+        (LEFT + quarter, "durable", "files that no crash halves"),
+        (LEFT + 2 * quarter, "forks", "whose process it is"),
+        (LEFT + 3 * quarter, "places", "where files go"),
     ):
-        out.append(box(x, top, half - LEFT, 30, "#eceff3"))
+        out.append(box(x, top, quarter, 30, "#eceff3"))
         out.append(text(x + 10, top + 20, name, size=15, fill=INK, more=bold))
         out.append(text(x + 90, top + 20, what))
     out.append(box(LEFT - 8, top + 30, RIGHT - LEFT + 16, 30, "#dfe4ea"))

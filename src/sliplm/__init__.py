@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from sliplm import errors
+from sliplm import errors, places
 from sliplm.shares.recipe import Recipe, Rule
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'sliplm' has no attribute {name!r}")
+
+
+places.settle()  # before a library looks for its cache
 
 
 def _register(_: Any) -> None:

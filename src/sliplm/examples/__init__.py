@@ -2,7 +2,7 @@
 
 May import `engines` and what is below it.  Begin with `smollm2`, then `demo`.
 
-Everything lies under ``$SLIPLM_CACHE``, else ``~/.cache/sliplm``.  Nothing of a fetched package is ever
+Everything lies under `places.cache()`.  Nothing of a fetched package is ever
 installed, imported, executed or fully unpickled: only the named members are taken out.
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from sliplm import places
 from sliplm.errors import FetchError
 from sliplm.examples import index
 
@@ -28,10 +28,8 @@ _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._!+-]*")
 
 
 def cache_dir() -> Path:
-    """Return the folder that holds everything fetched (it may not exist yet): $SLIPLM_CACHE, else
-    ~/.cache/sliplm."""
-    chosen = os.environ.get("SLIPLM_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "sliplm"
+    """Return the folder that holds everything fetched (it may not exist yet), as `places` has it."""
+    return places.cache()
 
 
 def fetch_package(

@@ -23,6 +23,7 @@ from urllib.request import Request, url2pathname, urlopen
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from sliplm import places
 from sliplm.errors import FetchError
 
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
@@ -40,7 +41,7 @@ def download(name: str, version: str, kind: str, folder: Path) -> Path:
     """
     settings = _pip_settings()
     for link in settings.get("find-links", "").split():
-        place = Path(url2pathname(urlsplit(link).path) if link.startswith("file:") else link).expanduser()
+        place = places.expanded(url2pathname(urlsplit(link).path) if link.startswith("file:") else link)
         for path in sorted(place.iterdir()) if place.is_dir() else ():
             if _matches(path.name, name, version, kind):
                 return Path(shutil.copy(path, folder))

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Final, Protocol
 
-from sliplm import durable
+from sliplm import durable, places
 from sliplm.errors import PoolError
 
 TOKEN: Final = re.compile("[0-9a-f]{32}")
@@ -42,12 +42,8 @@ class Anchor(Protocol):
 
 
 def file_anchor(folder: Path | None = None) -> FileAnchor:
-    """The user's own anchors: $SLIPLM_STATE, else $XDG_STATE_HOME/sliplm/anchors (~/.local/state)."""
-    if folder is None:
-        named = os.environ.get("SLIPLM_STATE")
-        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        folder = Path(named) if named else Path(state).expanduser() / "sliplm" / "anchors"
-    return FileAnchor(folder)
+    """The user's own anchors (`places.anchors`).  Raises: PlaceError."""
+    return FileAnchor(places.anchors() if folder is None else folder)
 
 
 class FileAnchor:
@@ -84,7 +80,8 @@ class FileAnchor:
                 os.close(guard)
         except OSError as error:
             raise PoolError(
-                f"the anchor {path} cannot be read or written ({error.strerror}): make room or check it"
+                f"the anchor {path} cannot be read or written ({error.strerror}): make room, or name "
+                f"another folder in {places.STATE}"
             ) from error
 
 

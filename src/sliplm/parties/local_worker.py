@@ -9,12 +9,11 @@ import select
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Final, Self
 
-from sliplm import forks
+from sliplm import forks, places
 from sliplm.closing import Closing
 from sliplm.errors import WorkerUnavailable
 from sliplm.network import authority as authorities
@@ -118,7 +117,7 @@ class LocalWorker(Closing):
     def _start(self) -> None:
         if self._process is not None:
             raise WorkerUnavailable("the local worker runs already: make a second one")
-        folder = self._folder = Path(tempfile.mkdtemp(prefix="sliplm-"))
+        folder = self._folder = places.new_folder()
         keys = self._authority
         if keys is None:
             keys = folder / "keys"

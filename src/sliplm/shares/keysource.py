@@ -1,7 +1,6 @@
 """Where the key that seals a vault share comes from.
 
-    None                    the user's key file: $SLIPLM_KEY_FILE, else $XDG_CONFIG_HOME/sliplm/key, else
-                            ~/.config/sliplm/key; the first split makes it
+    None                    the user's key file (`places.key_file`); the first split makes it
     bytes                   the 32 bytes of the key
     "file:PATH"             a file of 64 hexadecimal digits, as `openssl rand -hex 32` prints them
     "env:NAME"              the same in the environment
@@ -29,10 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from sliplm import durable
+from sliplm import durable, places
 from sliplm.errors import CredentialError
 
-KEY_FILE_VARIABLE = "SLIPLM_KEY_FILE"
 KEY_BYTES = 32
 COMMAND_SECONDS = 60.0
 MAX_SECRET_BYTES = 4096  # of a key file, a command's output, a passphrase
@@ -109,6 +107,7 @@ def find(key: KeySpec, *, new: bool = False, limit: float = COMMAND_SECONDS) -> 
 
     Raises:
         CredentialError: it is missing, malformed, readable by others, or its command fails.
+        PlaceError: without a home folder there is no default key file.
     """
     key = checked(key)
     if isinstance(key, Key):
@@ -119,7 +118,7 @@ def find(key: KeySpec, *, new: bool = False, limit: float = COMMAND_SECONDS) -> 
     if kind == "passphrase":
         return _passphrase(rest, new)
     if kind == "file":
-        path = Path(rest).expanduser()
+        path = places.expanded(rest)
         return Key("key", _hex(_read_private(path), str(path)), str(path))
     if kind == "env":
         return Key("key", _hex(_environment(rest), f"${rest}"), f"${rest}")
@@ -144,17 +143,8 @@ def described(key: KeySpec) -> str:
 
 
 def default_path() -> Path:
-    """The user's own key file; it may not exist yet."""
-    chosen = os.environ.get(KEY_FILE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return default_config() / "key"
-
-
-def default_config() -> Path:
-    """The user's folder for what belongs to the owner of models; it may not exist yet."""
-    home = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(home) if home else Path.home() / ".config") / "sliplm"
+    """The user's own key file; it may not exist yet.  Raises: PlaceError."""
+    return places.key_file()
 
 
 # --- files and the environment -------------------------------------------------------------------------
@@ -192,7 +182,7 @@ def _make(path: Path) -> bool:
     except OSError as error:
         raise CredentialError(
             f"the key file {path} cannot be made ({error.strerror}): make room, or name another file in "
-            f"{KEY_FILE_VARIABLE}, or {_HOW}"
+            f"{places.KEY_FILE}, or {_HOW}"
         ) from error
     return True
 
@@ -250,7 +240,7 @@ def _passphrase(where: str, new: bool) -> Key:
     if kind == "env":
         return _as_passphrase(_environment(rest), f"${rest}")
     if kind == "file":
-        path = Path(rest).expanduser()
+        path = places.expanded(rest)
         return _as_passphrase(_read_private(path).rstrip(b"\r\n"), str(path))
     return _as_passphrase(_ask(new), "the terminal")
 

@@ -4,8 +4,7 @@
     LEDGER/passphrase.json          the salt for owners who seal with a passphrase
     LEDGER/OWNER/SPLIT_ID.entry     one split, sealed
 
-LEDGER is $SLIPLM_LEDGER, else $XDG_CONFIG_HOME/sliplm/ledger, else ~/.config/sliplm/ledger.  Everything of
-one owner hangs on one secret:
+LEDGER is `places.ledger()`.  Everything of one owner hangs on one secret:
 
     secret      derive(owner's key, "ledger"), or Argon2id(passphrase, the folder's salt)
     OWNER       the first 16 bytes of derive(secret, "ledger owner"), in hexadecimal: entries under other keys
@@ -32,17 +31,16 @@ from typing import Annotated, Final, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sliplm import durable
+from sliplm import durable, places
 from sliplm.arithmetic.field import derive_key, new_key
 from sliplm.errors import LedgerError, SealError
-from sliplm.shares.keysource import Key, KeySpec, default_config, find
+from sliplm.shares.keysource import Key, KeySpec, find
 from sliplm.shares.manifest import Hex, Name, Several, Size, SplitId
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.sealing import Argon2Numbers, default_numbers, open_bytes, seal_blob, stretch
 from sliplm.shares.share import open_sealed_file
 from sliplm.shares.sketch import Floats, Likeness, Sketch, likeness, of_weights
 
-FOLDER_VARIABLE: Final = "SLIPLM_LEDGER"
 VAULT_FILE: Final = "ledger.sealed"
 """The entry of a split, in its vault's folder."""
 
@@ -51,7 +49,7 @@ MAX_SALT_FILE_BYTES: Final = 4096
 
 _ENTRY = re.compile(r"([0-9a-f]{32})\.entry")
 _PREFIX = re.compile("[0-9a-f]{4,32}")
-_ELSEWHERE = f"make room, or name another folder in {FOLDER_VARIABLE}"
+_ELSEWHERE = f"make room, or name another folder in {places.LEDGER}"
 
 Values = Annotated[str, Field(pattern="^[A-Za-z0-9+/]{683}=$")]  # 128 float32, little-endian, in base64
 
@@ -125,9 +123,8 @@ class _Salt(_Model):
 
 
 def default_folder() -> Path:
-    """The owner's own ledger; it may not exist yet."""
-    chosen = os.environ.get(FOLDER_VARIABLE)
-    return Path(chosen).expanduser().absolute() if chosen else default_config() / "ledger"
+    """The owner's own ledger; it may not exist yet.  Raises: PlaceError."""
+    return places.ledger()
 
 
 class Ledger:
@@ -241,7 +238,7 @@ class Ledger:
         except OSError as error:
             raise LedgerError(
                 f"the ledger {self.own} cannot be read ({error.strerror}); correct its permissions, or name "
-                f"another folder in {FOLDER_VARIABLE}"
+                f"another folder in {places.LEDGER}"
             ) from error
         return sorted(match[1] for match in map(_ENTRY.fullmatch, names) if match)
 

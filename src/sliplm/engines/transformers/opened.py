@@ -5,10 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import tempfile
 import weakref
 from pathlib import Path
 
+from sliplm import places
 from sliplm.errors import ShareError
 from sliplm.shares.share import MODEL, VaultShare, open_tensors
 from sliplm.shares.tensorfile import lay_out
@@ -25,13 +25,13 @@ class OpenedModel:
     """
 
     def __init__(self, vault: VaultShare) -> None:
+        folder = places.new_folder()
         self._descriptor = os.memfd_create("sliplm-model", os.MFD_CLOEXEC)
-        folder = tempfile.mkdtemp(prefix="sliplm-")
         # also when loading fails halfway and nobody calls close
         self.close = weakref.finalize(self, _forget, self._descriptor, folder)
         try:
             _decrypt(vault, self._descriptor)
-            link = Path(folder) / MODEL
+            link = folder / MODEL
             link.symlink_to(f"/proc/self/fd/{self._descriptor}")
         except BaseException as error:
             self.close()
@@ -53,6 +53,6 @@ def _decrypt(vault: VaultShare, descriptor: int) -> None:
     open_tensors(vault.path / MODEL, vault.data_key, specs, places)
 
 
-def _forget(descriptor: int, folder: str) -> None:
+def _forget(descriptor: int, folder: Path) -> None:
     os.close(descriptor)
     shutil.rmtree(folder, ignore_errors=True)
