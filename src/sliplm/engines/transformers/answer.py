@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -68,9 +69,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None = 
         raise InputError("this model has no chat template: leave --chat out, or use --no-chat")
     if has_template if chat is None else chat:
         message = [{"role": "user", "content": prompt}]
-        found = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            found = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"the model's chat template cannot be used ({error}): use --no-chat to continue plain text"
+            ) from error
     else:
         found = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if found["input_ids"].shape[1] == 0:

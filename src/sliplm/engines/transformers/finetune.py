@@ -116,7 +116,7 @@ def _check_base(plan: Plan, base_dir: Path, public: StoredModel) -> None:
         if not public.holds(other):
             raise CheckpointError(
                 f"{base_dir} stores {group.name} in a form that transformers converts while loading; load "
-                "and save it once with transformers"
+                "it with transformers and save it by save_pretrained(folder, save_original_format=False)"
             )
 
 

@@ -192,7 +192,8 @@ def _check_stored(consumed: set[str], model: StoredModel) -> None:
     if odd:
         raise UnsplittableError(
             f"the checkpoint stores {', '.join(odd[:5])} in a form that transformers converts while loading; "
-            "load and save it once with transformers, or place these layers in the vault",
+            "load it with transformers and save it by save_pretrained(folder, save_original_format=False), "
+            "or place these layers in the vault",
             odd,
         )
 
