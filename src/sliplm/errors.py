@@ -17,7 +17,8 @@
     │   └── ForkError           a forked child would use what its parent uses
     ├── KernelError             no kernel on this machine computes exact products
     ├── CredentialError         keys or certificates are missing, readable by others, revoked or refused
-    │   └── AttestationError    the evidence of what runs at the other end is missing or refused
+    │   ├── AttestationError    the evidence of what runs at the other end is missing or refused
+    │   └── PassingCredentialError  our own keys, or a date, cannot be used for now
     ├── WireError               bytes from a peer that break the protocol
     ├── WorkerError             a worker cannot serve
     │   ├── WorkerUnavailable   nobody listens there, or the connection broke
@@ -135,6 +136,13 @@ class CredentialError(SlipError):
 
 class AttestationError(CredentialError):
     """The evidence of what runs at the other end is missing, stale or refused."""
+
+
+class PassingCredentialError(CredentialError):
+    """Keys that cannot be used for now: a file of ours is absent, a date has passed, a clock is wrong.
+
+    It proves no guilt of the peer's: it is asked again after a pause.
+    """
 
 
 class WireError(SlipError):

@@ -147,7 +147,7 @@ class Credentials:
     """
 
     def __init__(self, folder: Path, role: Role) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self._role: Role = role
         self._guard = threading.Lock()
         self._seen = self._stamps()
@@ -176,7 +176,7 @@ class Revocations:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = Path(folder)
+        self._folder = Path(folder).absolute()
         self._serials: frozenset[int] = frozenset()
         self._seen: tuple[int, ...] = ()
         self.refresh()
@@ -264,7 +264,15 @@ def _check_own(folder: Path, role: Role) -> Identity:
     if own.role != role:
         raise CredentialError(f"{folder} does not hold a {role}'s certificate: use the folder {role!r}")
     if certificate.not_valid_after_utc < now():
-        raise CredentialError(f"the certificate in {folder} expired: make new keys with `slip keys rotate`")
+        raise CredentialError(
+            f"the certificate in {folder} expired on {certificate.not_valid_after_utc:%Y-%m-%d}: if this "
+            "machine's clock is right, make new keys with `slip keys rotate`"
+        )
+    if certificate.not_valid_before_utc > now():
+        raise CredentialError(
+            f"the certificate in {folder} is not valid before "
+            f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC: set this machine's clock"
+        )
     return own
 
 
@@ -282,7 +290,9 @@ def _read_revoked(folder: Path) -> frozenset[int]:
     if not signed:
         raise _unusable(path, "another authority's, or altered")
     if listed.next_update_utc is None or listed.next_update_utc < now():
-        raise _unusable(path, "out of date")
+        raise _unusable(path, "out of date, or this machine's clock is wrong")
+    if listed.last_update_utc > now():
+        raise _unusable(path, "not valid yet: set this machine's clock")
     return frozenset(entry.serial_number for entry in listed)
 
 

@@ -15,7 +15,7 @@ from sliplm import forks
 from sliplm.arithmetic.field import Elements
 from sliplm.errors import CredentialError, WireError, WorkerError, WorkerFault, WorkerUnavailable
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding
-from sliplm.network.transport import Connection, connect
+from sliplm.network.transport import Connection, anchored, connect
 from sliplm.protocol.frames import NONCE_BYTES
 from sliplm.protocol.side import Shape
 from sliplm.protocol.vault_side import Product, VaultSide, Welcome
@@ -51,6 +51,7 @@ class Link:
         verifier: Verifier,
     ) -> None:
         self.address = address
+        self._where = anchored(address)  # this process may change its folder
         self.barred: Bar | None = None  # why it is not asked now
         self.in_flight = 0  # exchanges under way or waiting for their turn
         self.connection: Connection | None = None
@@ -190,7 +191,7 @@ class Link:
         if connection is None:
             deadline = time.monotonic() + self._timeout
             try:
-                connection = connect(self.address, self._timeout)
+                connection = connect(self._where, self._timeout)
             except CredentialError:
                 self._peer = self.spki = None  # whoever is there now has not shown the certificate of before
                 raise

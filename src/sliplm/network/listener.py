@@ -9,8 +9,9 @@ import select
 import socket
 import stat
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sliplm.closing import Closing
 from sliplm.errors import CredentialError, WorkerUnavailable
@@ -22,6 +23,7 @@ from sliplm.network.transport import (
     closing_on_error,
     enlarge,
     handshake,
+    keep_alive,
     parse_address,
     why,
 )
@@ -30,22 +32,24 @@ _BACKLOG: Final = 64
 
 
 class Listener(Closing):
-    """A bound, listening socket.
+    """Bound, listening sockets: one for each address of the name.
 
     Attributes:
         address: where it listens, with the port that was chosen.
         credentials: our keys, as they are now; None on a Unix socket.
     """
 
-    def __init__(self, sock: socket.socket, address: str, credentials: keys.Credentials | None) -> None:
+    def __init__(
+        self, socks: Sequence[socket.socket], address: str, credentials: keys.Credentials | None
+    ) -> None:
         self.address = address
         self.credentials = credentials
-        self._sock = sock
+        self._socks = {sock.fileno(): sock for sock in socks}
         self._wake, self._waker = socket.socketpair()
         self._poll = select.poll()
-        for awaited in (self._wake, sock):
+        for awaited in (self._wake, *socks):
             self._poll.register(awaited, select.POLLIN)
-        self._path = Path(sock.getsockname()) if sock.family == socket.AF_UNIX else None
+        self._path = Path(socks[0].getsockname()) if socks[0].family == socket.AF_UNIX else None
         self._inode = self._path.stat().st_ino if self._path else 0
 
     def __repr__(self) -> str:
@@ -54,10 +58,11 @@ class Listener(Closing):
     def accept(self) -> socket.socket | None:
         """Wait for the next peer, without speaking to it; None after `stop`."""
         while True:
-            if any(handle == self._wake.fileno() for handle, _ in self._poll.poll()):
+            ready = [handle for handle, _ in self._poll.poll()]
+            if self._wake.fileno() in ready:
                 return None
             try:
-                return self._sock.accept()[0]
+                return self._socks[ready[0]].accept()[0]
             except (BlockingIOError, ConnectionError):
                 continue  # the peer left before we came
             except OSError as error:
@@ -77,7 +82,7 @@ class Listener(Closing):
         with closing_on_error(sock):
             context = self.credentials.context()
         with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)
         return handshake(sock, context, "worker", _name_of(sock), deadline)
 
     def stop(self) -> None:
@@ -92,7 +97,7 @@ class Listener(Closing):
                 if self._path.stat().st_ino == self._inode:
                     self._path.unlink()
             self._path = None
-        for sock in (self._sock, self._wake, self._waker):
+        for sock in (*self._socks.values(), self._wake, self._waker):
             sock.close()
 
 
@@ -116,16 +121,37 @@ def _listen_tcp(target: TcpAddress, folder: Path | None) -> Listener:
     if folder is None:
         raise CredentialError("listening on TCP needs keys: make them with `slip keys init FOLDER`")
     credentials = keys.Credentials(folder, "worker")
-    family, kind, number, _, where = socket.getaddrinfo(
-        target.host, target.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    sock = socket.socket(family, kind, number)
+    found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    with contextlib.ExitStack() as opened:
+        socks: list[socket.socket] = []
+        missing: OSError | None = None
+        port = target.port
+        for family, _, _, _, where in found:
+            try:
+                sock = _bound(family, (where[0], port, *where[2:]), alone=len(found) == 1)
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error  # a machine without this family
+                continue
+            opened.enter_context(closing_on_error(sock))
+            socks.append(sock)
+            port = sock.getsockname()[1]  # the same for all, also where it was chosen
+        if missing is not None and not socks:
+            raise missing
+        return Listener(socks, str(TcpAddress(target.host, port, None)), credentials)
+
+
+def _bound(family: int, where: tuple[Any, ...], *, alone: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     with closing_on_error(sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and not alone:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(where)
         sock.listen(_BACKLOG)
         sock.setblocking(False)
-        return Listener(sock, str(TcpAddress(target.host, sock.getsockname()[1], None)), credentials)
+    return sock
 
 
 def _listen_unix(target: UnixAddress) -> Listener:
@@ -141,7 +167,7 @@ def _listen_unix(target: UnixAddress) -> Listener:
         enlarge(sock)
         sock.listen(_BACKLOG)
         sock.setblocking(False)
-        return Listener(sock, str(target), None)
+        return Listener([sock], str(target), None)
 
 
 def _remove_stale(target: UnixAddress) -> None:

@@ -11,6 +11,7 @@ that the protocol has accepted, at most one frame in each direction.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -25,6 +26,7 @@ from sliplm.closing import Closing
 from sliplm.errors import (
     CredentialError,
     InputError,
+    PassingCredentialError,
     SlipError,
     WireError,
     WorkerTimeout,
@@ -35,7 +37,15 @@ from sliplm.protocol.frames import HEADER_BYTES
 
 _RECORD: Final = 16384  # bytes of the longest TLS record
 _UNIX_BUFFER: Final = 2**20
+_UNIX_PATH: Final = 107  # bytes
 _REVOKED: Final = 23  # OpenSSL's X509_V_ERR_CERT_REVOKED
+_DATES: Final = (9, 10, 11, 12)  # OpenSSL's errors: a certificate or a list not yet valid, or no longer
+_KEEPALIVE: Final = (  # a connection that a network has forgotten ends within seconds, also in use
+    (socket.TCP_KEEPIDLE, 15),  # seconds without traffic, then a probe
+    (socket.TCP_KEEPINTVL, 5),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 5000),  # milliseconds for which sent bytes may stay unacknowledged
+)
 _FAREWELL: Final = 1.0  # seconds for the last words to reach a peer
 
 EventT_co = TypeVar("EventT_co", covariant=True)
@@ -239,8 +249,8 @@ def connect(address: str, timeout: float) -> Connection:
     deadline = time.monotonic() + timeout
     target = parse_address(address)
     if isinstance(target, UnixAddress):
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with closing_on_error(sock):
                 enlarge(sock)
                 sock.settimeout(_remaining(deadline))
@@ -250,7 +260,10 @@ def connect(address: str, timeout: float) -> Connection:
         return Connection(sock, str(target))
     if target.keys is None:
         raise CredentialError(f"{target} is given without keys: write {target}?keys=FOLDER")
-    context = keys.context(target.keys, "vault")
+    try:
+        context = keys.context(target.keys, "vault")
+    except CredentialError as error:
+        raise PassingCredentialError(str(error)) from error
     return handshake(_dial(target, deadline), context, "vault", str(target), deadline)
 
 
@@ -262,11 +275,23 @@ def pair() -> tuple[Connection, Connection]:
     return Connection(left, "pair"), Connection(right, "pair")
 
 
+def anchored(address: str) -> str:
+    """The same address from wherever this process goes: relative paths are made absolute now.
+
+    Raises InputError.
+    """
+    target = parse_address(address)
+    if isinstance(target, UnixAddress):
+        path = target.path.absolute()
+        return f"unix:{path}" if len(os.fsencode(path)) <= _UNIX_PATH else address
+    return f"{target}?keys={target.keys.absolute()}" if target.keys else address
+
+
 def parse_address(text: str) -> TcpAddress | UnixAddress:
     """An address from its text.  Raises InputError."""
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
-        if not path or "\0" in path or len(os.fsencode(path)) > 107:
+        if not path or "\0" in path or len(os.fsencode(path)) > _UNIX_PATH:
             raise InputError("the path of a Unix socket has 1 to 107 bytes")
         return UnixAddress(Path(path))
     place, mark, folder = text.partition("?keys=")
@@ -278,33 +303,60 @@ def parse_address(text: str) -> TcpAddress | UnixAddress:
     digits = port.isascii() and port.isdigit() and len(port) <= 5
     if not (host and colon and digits and int(port) < 65536) or bool(mark) != bool(folder):
         raise InputError(f"{text!r} is not an address: write HOST:PORT?keys=FOLDER or unix:/path")
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise InputError(f"{host!r} is no name of a host ({error}): write HOST:PORT?keys=FOLDER") from error
+    if "\0" in text:
+        raise InputError("an address holds no NUL")
     return TcpAddress(host, int(port), Path(folder) if folder else None)
 
 
 def translate(error: Exception, peer: str) -> SlipError:
     """The error of ours for an error of a socket or of TLS."""
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) and error.errno != errno.ETIMEDOUT:  # that one is the network's
         return WorkerTimeout(f"{peer} did not answer within the limit", peer)
     if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code == _REVOKED:
-            return CredentialError(
-                f"the certificate of {peer} is revoked: its owner makes a new one with `slip keys rotate`"
-            )
-        return CredentialError(
-            f"the certificate of {peer} is refused ({error.verify_message}): "
-            "both key folders must come from one `slip keys init`"
-        )
+        return _unverified(error, peer)
     if isinstance(error, ssl.SSLError):
         reason = error.reason or ""
         if any(word in reason for word in ("CERT", "UNKNOWN_CA", "ACCESS_DENIED")):
-            who = f"{peer} refuses our certificate" if "ALERT" in reason else f"{peer} shows none that counts"
-            return CredentialError(
-                f"{who} ({reason.lower().replace('_', ' ')}): "
-                "both key folders must come from one `slip keys init`, not have expired and not be revoked"
-            )
+            return _alerted(reason, peer)
         if not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
             return WireError(f"{peer} does not speak TLS 1.3 as agreed ({reason or error})")
     return WorkerUnavailable(f"no connection to {peer}: {why(error)}; is the worker running?", peer)
+
+
+def _unverified(error: ssl.SSLCertVerificationError, peer: str) -> CredentialError:
+    """Why we refuse the peer's certificate."""
+    if error.verify_code in _DATES:
+        return PassingCredentialError(
+            f"the certificate of {peer}, or our list of the revoked, is out of its dates "
+            f"({error.verify_message}): compare the clocks of both machines; if they are right, "
+            "`slip keys rotate` makes new ones"
+        )
+    if error.verify_code == _REVOKED:
+        return CredentialError(
+            f"the certificate of {peer} is revoked: its owner makes a new one with `slip keys rotate`"
+        )
+    return CredentialError(
+        f"the certificate of {peer} is refused ({error.verify_message}): "
+        "both key folders must come from one `slip keys init`"
+    )
+
+
+def _alerted(reason: str, peer: str) -> CredentialError:
+    """Why the peer refuses ours, or showed none."""
+    if "EXPIRED" in reason:
+        return PassingCredentialError(
+            f"{peer} refuses our certificate as expired: compare the clocks of both machines; if "
+            "they are right, make a new one with `slip keys rotate`"
+        )
+    who = f"{peer} refuses our certificate" if "ALERT" in reason else f"{peer} shows none that counts"
+    return CredentialError(
+        f"{who} ({reason.lower().replace('_', ' ')}): "
+        "both key folders must come from one `slip keys init`, not have expired and not be revoked"
+    )
 
 
 def handshake(
@@ -332,20 +384,20 @@ def handshake(
 
 
 def _dial(target: TcpAddress, deadline: float) -> socket.socket:
-    """A TCP connection to the first of the host's addresses that answers."""
+    """A TCP connection to the first of the host's addresses that answers, each with its part of the time."""
     failure: Exception = OSError("the name has no address")
     try:
         found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise translate(error, str(target)) from error
-    for family, kind, number, _, where in found:
-        sock = socket.socket(family, kind, number)
+    for tried, (family, kind, number, _, where) in enumerate(found):
         try:
-            sock.settimeout(_remaining(deadline))
-            sock.connect(where)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = socket.socket(family, kind, number)
+            with closing_on_error(sock):
+                sock.settimeout(_remaining(deadline) / (len(found) - tried))
+                sock.connect(where)
+                keep_alive(sock)
         except OSError as error:
-            sock.close()
             failure = error
         else:
             return sock
@@ -373,6 +425,14 @@ def closing_on_error(sock: socket.socket) -> Iterator[None]:
     except BaseException:
         sock.close()
         raise
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Small frames leave at once, and a peer that vanished is noticed; a Unix socket's end is told anyway."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def enlarge(sock: socket.socket) -> None:

@@ -51,6 +51,7 @@ from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, WorkerS
 from sliplm.shares.share import WorkerShare, open_worker
 
 MAX_CONNECTIONS: Final = 32  # vaults that are served
+MAX_EACH: Final = 16  # of them, with one certificate
 MAX_STRANGERS: Final = 32  # peers that have not greeted
 GREETING_LIMIT: Final = 10.0  # seconds for TLS's handshake, and again for the greeting
 FRAME_LIMIT: Final = 60.0  # seconds for a frame to pass once it has begun
@@ -69,6 +70,8 @@ class _Visit:
     thread: threading.Thread | None = None
     identity: Identity | None = None
     greeted: bool = False
+    busy: bool = False  # between a question and its answer
+    since: float = 0.0  # time.monotonic() of the last answer, or of the greeting
     ended: bool = False
 
     def end(self) -> None:
@@ -176,7 +179,11 @@ class Worker:
         while connection.wait(IDLE_LIMIT, self._wake):
             event = connection.receive(side, deadline=time.monotonic() + FRAME_LIMIT)
             if isinstance(event, (Multiply, Deal)):  # the protocol lets nothing else through
+                if visit is not None:
+                    visit.busy = True
                 self._answer(connection, side, event)
+                if visit is not None:
+                    visit.busy, visit.since = False, time.monotonic()
 
     def _greet(self, connection: Connection, side: WorkerSide, visit: _Visit | None) -> None:
         """HELLO and WELCOME, with the evidence that either side asks for."""
@@ -197,11 +204,22 @@ class Worker:
             connection.send(side.accept(), deadline=deadline)
 
     def _seat(self, visit: _Visit) -> None:
-        """A stranger becomes a vault that is served.  Raises WorkerFault if there is no place."""
+        """A stranger becomes a vault that is served; where seats are full, the longest idle one goes.
+
+        Raises WorkerFault if all have questions in hand.
+        """
         with self._guard:
-            visit.greeted = sum(other.greeted for other in self._visits) < MAX_CONNECTIONS
-        if not visit.greeted:
-            raise WorkerFault(f"{MAX_CONNECTIONS} vaults are served already: try again later")
+            seated = [other for other in self._visits if other.greeted and not other.ended]
+            own = [other for other in seated if _same_holder(visit, other)]
+            crowd: Sequence[_Visit] = own if len(own) >= MAX_EACH else seated
+            if len(own) >= MAX_EACH or len(seated) >= MAX_CONNECTIONS:
+                idle = [other for other in crowd if not other.busy]
+                if not idle:
+                    raise WorkerFault(f"{len(crowd)} vaults are served already: try again later")
+                leaving = min(idle, key=lambda other: other.since)
+                leaving.end()
+                logger.info("%s was idle longest and makes room", leaving.source)
+            visit.greeted, visit.since = True, time.monotonic()
 
     def _answer(self, connection: Connection, side: WorkerSide, asked: Multiply | Deal) -> None:
         """Step 3: y~ = w x~ mod p; or step O2: u = w r mod p for r made of the batch's key."""
@@ -305,6 +323,11 @@ def _least_wanted(strangers: Sequence[_Visit]) -> _Visit:
     unknown = [visit for visit in strangers if visit.identity is None] or strangers
     crowd = Counter(visit.source for visit in unknown)
     return max(unknown, key=lambda visit: crowd[visit.source])  # the first of equals is the oldest
+
+
+def _same_holder(one: _Visit, other: _Visit) -> bool:
+    """Whether both showed the same key; on a Unix socket nobody shows one."""
+    return one.identity is not None and _spki(one.identity) == _spki(other.identity)
 
 
 def _source(sock: socket.socket) -> str:

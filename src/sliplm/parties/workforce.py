@@ -2,8 +2,8 @@
 
 state        how it comes about                                    asked again
 up
-lost         nobody listens, or the connection broke               when nobody else is left, or once a
-                                                                   probe in the background finds it
+lost         nobody listens, the connection broke, or our own      when nobody else is left, or once a
+             keys or a date are at fault                           probe in the background finds it
 suspended    no answer in time, a refusal, an answer cut short     after a pause that doubles each time
 quarantined  a wrong product, a broken protocol, wrong keys,       never, unless the operator says so
              wrong split, a revoked certificate                    (`rejoin`)
@@ -25,6 +25,7 @@ from sliplm.errors import (
     CredentialError,
     InputError,
     MismatchError,
+    PassingCredentialError,
     SlipError,
     VerificationError,
     WireError,
@@ -393,7 +394,7 @@ def _verdict(error: SlipError) -> tuple[Event, State, tuple[float, float], type[
     """What becomes of a worker after an error: event, state, pauses, and the bar if it is not to be asked."""
     if isinstance(error, (WorkerTimeout, WorkerFault)) or getattr(error, "torn", False):
         return "suspended", "suspended", _SUSPENSIONS, type(error) if isinstance(error, WorkerError) else None
-    if isinstance(error, WorkerUnavailable):
+    if isinstance(error, (WorkerUnavailable, PassingCredentialError)):
         return "lost", "lost", _PAUSES, None
     return "quarantined", "quarantined", (math.inf, math.inf), VerificationError
 
