@@ -118,15 +118,27 @@ def test_many_takers_never_get_the_same_mask() -> None:
     assert len(set(taken)) == len(taken)
 
 
-def test_a_dead_dealer_is_told() -> None:
+def test_a_dead_dealer_is_told_and_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_PAUSES", (0.05, 0.1))
+    down = threading.Event()
+    down.set()
+
     def broken(group: int, rows: int, background: bool, late: bool) -> masks.Batch:
-        raise MaskError("the product is wrong")
+        if down.is_set():
+            raise MaskError("the product is wrong")
+        return make(group, rows, background, late)
 
     pool = masks.MaskPool(1, broken, ahead=8)
     pool.start()
     assert pool.wait_full(30)
-    with pytest.raises(MaskError, match="dealing masks failed"):
+    with pytest.raises(MaskError, match="the product is wrong"):
         pool.take(0, 1)
+    down.clear()
+    deadline = time.monotonic() + 30
+    while pool.available(0) < 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    pool.take(0, 1)
     pool.close()
 
 

@@ -21,6 +21,7 @@ from sliplm.arithmetic.field import Elements, derive_key, new_key, uniform_rows
 from sliplm.errors import MaskError
 
 _JUMP = 1_000_000_000  # nanoseconds
+_PAUSES = 0.5, 30.0  # seconds between two tries in the background while nobody deals: first, at most
 _ROWS_AT_ONCE = 16  # rows of r made from the key together: opening a key stream costs more than a row of it
 
 
@@ -168,7 +169,7 @@ class MaskPool:
     def take(self, group: int, rows: int) -> Masks:
         """Burn and hand out masks for `rows` rows; what is not ready is dealt now.
 
-        Raises: MaskError when the pool is closed or the dealer failed; ForkError in a forked child.
+        Raises: MaskError when the pool is closed, what `make` raises; ForkError in a forked child.
         """
         self._process.check()
         while True:
@@ -195,8 +196,6 @@ class MaskPool:
         with self._change:
             if self._closed:
                 raise MaskError("the vault is closed; load the model again")
-            if self._failure is not None:
-                raise MaskError(f"dealing masks failed: {self._failure}") from self._failure
             if self._clocks.jumped():
                 self._discard()
                 self.renewals += 1
@@ -255,6 +254,7 @@ class MaskPool:
         return group if self._count[group] <= self._ahead - self._step else None
 
     def _fill(self) -> None:
+        pause = _PAUSES[0]
         while True:
             with self._change:
                 while not self._closed and self._neediest() is None:
@@ -264,11 +264,12 @@ class MaskPool:
                     return
             try:
                 batch = self._make(group, self._step, True, False)
-            except (
-                Exception
-            ) as error:  # told to whoever takes next: a dead dealer must not look like a slow one
+            except Exception as error:  # it may be over soon; until then who takes masks asks for himself
                 with self._change:
                     self._failure = error
                     self._change.notify_all()
-                return
+                    self._change.wait_for(lambda: self._closed, pause)
+                pause = min(2 * pause, _PAUSES[1])
+                continue
+            pause, self._failure = _PAUSES[0], None
             self._keep(group, batch, age)
