@@ -13,7 +13,7 @@ import numpy as np
 
 from sliplm import forks
 from sliplm.arithmetic.field import Elements
-from sliplm.errors import CredentialError, WireError, WorkerError, WorkerFault, WorkerUnavailable
+from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerUnavailable
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding
 from sliplm.network.transport import Connection, anchored, connect
 from sliplm.protocol.frames import NONCE_BYTES
@@ -190,11 +190,7 @@ class Link:
         connection = self.connection
         if connection is None:
             deadline = time.monotonic() + self._timeout
-            try:
-                connection = connect(self._where, self._timeout)
-            except CredentialError:
-                self._peer = self.spki = None  # whoever is there now has not shown the certificate of before
-                raise
+            connection = connect(self._where, self._timeout)
             if (shown := connection.identity) is not None:  # also of one that is refused: M17
                 self.spki = shown.spki
                 self._peer = f"{shown.name}, serial {shown.serial:x}, sha256 {shown.fingerprint.hex()}"
