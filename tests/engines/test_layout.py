@@ -76,12 +76,19 @@ def test_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_fused_experts_are_named(family: str, tmp_path: Path) -> None:
+def test_fused_experts_are_groups_and_routers_stay(family: str, tmp_path: Path) -> None:
     layout = discover(families.make(family, tmp_path / family))
-    layers = (0, 1) if family == "mixtral" else (1,)
-    assert set(layout.unsplittable) == {
-        f"model.layers.{i}.mlp.{name}" for i in layers for name in ("experts", "gate")
-    }
+    layers, experts = ((0, 1), 3) if family == "mixtral" else ((1,), 4)
+    assert layout.unsplittable == {}
+    assert [group.name for group in layout.routers] == [f"model.layers.{i}.mlp.gate" for i in layers]
+    assert [group.name for group in layout.groups if group.expert is not None] == [
+        f"model.layers.{i}.mlp.experts.{weight}.{number}"
+        for i in layers
+        for weight in ("gate_up_proj", "down_proj")
+        for number in range(experts)
+    ]
+    use = {group.expert.use for group in layout.groups if group.expert is not None}
+    assert use == {2 / experts}
     names = [group.name for group in layout.groups]
     assert "model.layers.1.self_attn.q_proj+k_proj+v_proj" in names
     assert ("model.layers.0.mlp.gate_proj+up_proj" in names) == (family == "qwen3_moe")

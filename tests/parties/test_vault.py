@@ -39,7 +39,7 @@ from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
 from sliplm.protocol.frames import FaultCode, Header, Kind, pack_header
-from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
+from sliplm.protocol.worker_side import Deal, Multiply, Several, WorkerSide
 from sliplm.shares.share import VaultShare, WorkerShare, open_vault, open_worker
 from sliplm.shares.splitting import CHALLENGE_SETS
 
@@ -131,6 +131,68 @@ def test_products_equal_the_quantised_model_exactly(shares: Shares, socket: Path
             for rows in (1, 3, 40):
                 x = inputs(shares, name, rows)
                 assert np.array_equal(vault.product(name, x), local.product(name, x))
+
+
+def test_products_of_several_groups_take_one_exchange(shares: Shares, socket: Path) -> None:
+    """In whatever order they are asked; what exceeds a frame is cut, and the bits stay the same."""
+    local, asked = LocalProducts(*shares), [(name, inputs(shares, name, 2)) for name in shares[0].groups]
+    worker = Logging(shares[1])
+    with serving(worker, socket) as address, Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault:
+        for parts in (asked, asked[::-1]):
+            for y, (name, x) in zip(vault.products(parts), parts, strict=True):
+                assert np.array_equal(y, local.product(name, x))
+        assert vault.counters.exchanges == 2
+        assert vault.counters.rows == 4 * len(asked)
+        long = [(name, inputs(shares, name, 9000)) for name, _ in asked[:2]]
+        before = vault.counters.exchanges
+        for y, (name, x) in zip(vault.products(long), long, strict=True):
+            assert np.array_equal(y, local.product(name, x))
+        assert vault.counters.exchanges > before + 1
+        with pytest.raises(InputError, match="NaN"):
+            vault.products([asked[0], (asked[1][0], np.full_like(asked[1][1], np.nan))])
+
+
+class RogueInOne(Logging):
+    """Answers several groups, one of them wrong in its last element."""
+
+    def _answer_several(self, connection: Connection, side: WorkerSide, asked: Several) -> None:
+        elements, first, answers = np.frombuffer(asked.payload, np.uint32), 0, []
+        for group, rows in asked.parts:
+            n = self._shapes[group][1]
+            x = elements[first : first + rows * n].reshape(rows, n)
+            self.messages.append((group, x.copy()))
+            answers.append(self._matrices[group].product(x).reshape(-1))
+            first += rows * n
+        y = np.concatenate(answers)
+        y[-1] = (int(y[-1]) + 1) % P
+        connection.send(side.product(1), y.data, deadline=time.monotonic() + 30)
+
+
+def test_one_wrong_group_of_several_spoils_the_answer(shares: Shares, tmp_path: Path) -> None:
+    """M8, M13, M15: nothing of it is used, its sender is quarantined, the next one gets the same bytes."""
+    asked = [(name, inputs(shares, name, 2)) for name in shares[0].groups]
+    liar, honest = RogueInOne(shares[1]), Repeating(shares[1])
+    with serving(liar, tmp_path / "a") as bad, serving(honest, tmp_path / "b") as good:
+        with Vault(shares[0], Terms([bad, good], shares[1], ahead=0)) as vault:
+            vault.products(asked)
+            assert list(vault.quarantined) == [bad]
+            (record,) = vault.audit.records
+            assert record.group == asked[-1][0]
+            sets = [codec.challenge_set for codec in vault._codecs]
+    assert sets == [0] * (len(sets) - 1) + [1]
+    assert [m.tobytes() for _, m in liar.messages] == [m.tobytes() for _, m in honest.messages]
+
+
+class Repeating(RogueInOne):
+    """Honest, and remembers."""
+
+    def _answer_several(self, connection: Connection, side: WorkerSide, asked: Several) -> None:
+        elements, first = np.frombuffer(asked.payload, np.uint32), 0
+        for group, rows in asked.parts:
+            n = self._shapes[group][1]
+            self.messages.append((group, elements[first : first + rows * n].reshape(rows, n).copy()))
+            first += rows * n
+        Worker._answer_several(self, connection, side, asked)
 
 
 def test_the_quantised_model_is_the_plain_formula(shares: Shares, group: str) -> None:

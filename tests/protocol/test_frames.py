@@ -19,7 +19,7 @@ SPLIT_ID = "0123456789abcdef" * 2
 
 def test_layout() -> None:
     data = wire.pack_header(Header(Kind.MULTIPLY, 1, 2, 3, 4, 5))
-    assert data.hex() == "534c4950" + "02" + "03" + "0000" + "01000000020000000300000004000000" + "05000000"
+    assert data.hex() == "534c4950" + "03" + "03" + "0000" + "01000000020000000300000004000000" + "05000000"
     assert len(data) == wire.HEADER_BYTES == 28
 
 
@@ -54,7 +54,7 @@ def test_one_changed_byte(header: Header, place: int, value: int) -> None:
     [
         (0, b"HTTP", "does not speak"),
         (4, b"\x01", "version 1"),
-        (5, b"\x09", "kind 9"),
+        (5, b"\x0a", "kind 10"),
         (6, b"\x01", "reserved"),
     ],
 )

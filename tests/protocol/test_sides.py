@@ -15,7 +15,7 @@ from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import HEADER_BYTES, FaultCode, Header, Kind
 from sliplm.protocol.side import FRAME_BYTES, State, Way
 from sliplm.protocol.vault_side import VAULT_TABLE, Accept, Product, VaultSide, Welcome
-from sliplm.protocol.worker_side import WORKER_TABLE, Deal, Evidence, Hello, Multiply, WorkerSide
+from sliplm.protocol.worker_side import WORKER_TABLE, Deal, Evidence, Hello, Multiply, Several, WorkerSide
 
 SPLIT_ID = "ab" * 16
 OTHER_ID = "cd" * 16
@@ -123,6 +123,48 @@ def test_evidence_both_ways() -> None:
         )
 
 
+def test_several_groups_in_one_frame() -> None:
+    vault, worker = greeted()
+    x, y = bytes([1]) * 4 * (2 * 4 + 1 * 5), bytes([2]) * 4 * (2 * 6 + 1 * 3)
+    assert give(worker, vault.several([(0, 2), (1, 1)]) + x) == Several([(0, 2), (1, 1)], x)
+    assert give(vault, worker.product(9) + y) == Product(2, 3, 9, y)
+    give(worker, vault.multiply(0, 1) + bytes(16))
+    assert give(vault, worker.product(0) + bytes(24)) == Product(0, 1, 0, bytes(24))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[(0, 1)], [(1, 1), (0, 1)], [(0, 1), (0, 1)], [(0, 1), (3, 1)], [(0, 0), (1, 1)], [(0, 1), (2, 99)]],
+)
+def test_groups_that_no_frame_carries_together(parts: list[tuple[int, int]]) -> None:
+    """One, not ascending, twice, unknown, without rows, with an answer above the limit: nothing is sent, and
+    a worker that is sent it refuses before it computes or takes memory for the answer.
+    """
+    vault, worker = greeted()
+    with pytest.raises(InputError, match="together"):
+        vault.several(parts)
+    assert vault.state is State.READY
+    rows = sum(rows for _, rows in parts)
+    payload = wire.pack_parts(parts) + bytes(
+        4 * sum(r * dict(enumerate(SHAPES)).get(g, (1, 1))[1] for g, r in parts)
+    )
+    frame = wire.pack_header(Header(Kind.SEVERAL, 1, len(parts), rows, 0, len(payload))) + payload
+    with pytest.raises(WireError):
+        give(worker, frame)
+    assert worker.state is State.CLOSED
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"), [(3, 16 + 4 * 13 + 4), (4, 16 + 4 * 13), (3, FRAME_BYTES + 4), (3, 12)]
+)
+def test_a_frame_of_several_must_fit_what_it_says(rows: int, length: int) -> None:
+    _, worker = greeted()
+    payload = (wire.pack_parts([(0, 2), (1, 1)]) + bytes(length))[:length]
+    with pytest.raises(WireError):
+        give(worker, wire.pack_header(Header(Kind.SEVERAL, 1, 2, rows, 0, length)) + payload)
+    assert worker.state is State.CLOSED
+
+
 def test_sequence_numbers_wrap() -> None:
     vault, worker = greeted()
     vault._sequence = worker._sequence = 2**32 - 1
@@ -140,6 +182,7 @@ def test_tables_mirror_each_other() -> None:
 VAULT_SENDS: dict[Kind, Callable[[VaultSide], object]] = {
     Kind.HELLO: lambda side: side.hello(NONCE),
     Kind.MULTIPLY: lambda side: side.multiply(0, 1),
+    Kind.SEVERAL: lambda side: side.several([(0, 1), (1, 2)]),
     Kind.DEAL: lambda side: side.deal(0, 1, KEY, 0),
     Kind.EVIDENCE: lambda side: side.evidence(b"tdx"),
 }
@@ -334,7 +377,7 @@ def test_repr_shows_no_split() -> None:
 
 ANY_HEADER = st.builds(
     lambda kind, *numbers: struct.pack("<4sBBHIIIII", b"SLIP", wire.VERSION, kind, 0, *numbers),
-    st.integers(0, 9),
+    st.integers(0, 10),
     *[st.integers(0, 4) | st.integers(0, 2**32 - 1)] * 4,
     st.sampled_from([0, 48, 62, 24, 20, 40, 36, 2**24, 2**26, 2**26 + 1]) | st.integers(0, 2**32 - 1),
 )
@@ -361,7 +404,8 @@ def test_any_bytes(
             size = data.draw(st.just(length) | st.integers(0, 64))
             payload = data.draw(st.binary(min_size=size, max_size=size))
             assert isinstance(
-                side.payload(payload), Hello | Welcome | Accept | Evidence | Multiply | Deal | Product
+                side.payload(payload),
+                Hello | Welcome | Accept | Evidence | Multiply | Several | Deal | Product,
             )
     except SlipError:
         assert side.state is State.CLOSED

@@ -29,6 +29,20 @@ _COMMON: dict[str, Any] = {
 }
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+
 CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": lambda **kw: tf.LlamaConfig(
         **_COMMON | {"num_key_value_heads": 2, "tie_word_embeddings": True} | kw
@@ -71,9 +85,43 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         | {"decoder_sparse_step": 2}
         | kw
     ),
+    "qwen2_moe": lambda **kw: tf.Qwen2MoeConfig(
+        **_COMMON
+        | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+        | {"shared_expert_intermediate_size": 48}
+        | kw
+    ),
+    "olmoe": lambda **kw: tf.OlmoeConfig(
+        **_COMMON | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2} | kw
+    ),
+    "deepseek_v2": lambda **kw: tf.DeepseekV2Config(
+        **_COMMON | _DEEPSEEK | {"topk_method": "greedy", "n_group": 1, "topk_group": 1} | kw
+    ),
+    "deepseek_v3": lambda **kw: tf.DeepseekV3Config(
+        **_COMMON | _DEEPSEEK | {"n_group": 2, "topk_group": 1} | kw
+    ),
+    "gpt_oss": lambda **kw: tf.GptOssConfig(
+        **_COMMON
+        | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+        | kw
+    ),
+    "granitemoe": lambda **kw: tf.GraniteMoeConfig(
+        **_COMMON | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2} | kw
+    ),
+    "phimoe": lambda **kw: tf.PhimoeConfig(
+        **_COMMON | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2} | kw
+    ),
+    "glm4_moe": lambda **kw: tf.Glm4MoeConfig(
+        **_COMMON
+        | {"num_key_value_heads": 2, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 40, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+        | kw
+    ),
 }
 
-DENSE = tuple(name for name in CONFIGS if name not in ("mixtral", "qwen3_moe"))
+MIXTURES = tuple(list(CONFIGS)[list(CONFIGS).index("mixtral") :])
+DENSE = tuple(name for name in CONFIGS if name not in MIXTURES)
 
 
 def make(

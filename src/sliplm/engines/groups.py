@@ -22,16 +22,32 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """Which expert's weight a group is.
+
+    Attributes:
+        module: the fused experts' module.  weight: its parameter.  number: the expert.
+        use: what part of the rows it is expected to see.
+    """
+
+    module: str
+    weight: str
+    number: int
+    use: float
+
+
+@dataclass(frozen=True)
 class Group:
     """Linear layers that read one input, in the order of their calls.
 
     `positions`: how many rows it multiplies per input: 1 for each token of a language model, one for each
-    place of a convolution.
+    place of a convolution.  `expert`: of which expert it is, if of one; it sees some of these rows only.
     """
 
     name: str
     members: tuple[Linear, ...]
     positions: int = 1
+    expert: Expert | None = None
 
     @property
     def rows(self) -> int:
@@ -44,6 +60,18 @@ class Group:
     @property
     def modules(self) -> tuple[str, ...]:
         return tuple(member.module for member in self.members)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names beside its own that a recipe's patterns are matched on."""
+        return self.modules if self.expert is None else (*self.modules, self.expert.module)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The model's parameters that its weight is read from."""
+        if self.expert is not None:
+            return (f"{self.expert.module}.{self.expert.weight}",)
+        return tuple(member.weight for member in self.members)
 
 
 def group_name(modules: Sequence[str]) -> str:

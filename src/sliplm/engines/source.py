@@ -32,6 +32,9 @@ class Source(Protocol):
     def split(self) -> tuple[tuple[Group, GroupChoice], ...]:
         """The groups that are split, in the order of the shares."""
 
+    def shuffled(self, secret: bytes) -> Source:
+        """The same with experts in a secret order; itself where there are none."""
+
     @property
     def attention(self) -> tuple[Attention, ...]: ...
 

@@ -76,7 +76,13 @@ def write_split(
             # two shares of a public base show nothing together
             hides = bool(plan.split) and not plan.public
             entry = _registered(plan, journal, owner, ledger, i_know) if hides else None
-            _write_shares(plan, journal, data_key, entry, progress or (lambda done, total, name: None))
+            _write_shares(
+                plan.shuffled(data_key),
+                journal,
+                data_key,
+                entry,
+                progress or (lambda done, total, name: None),
+            )
             if entry is not None:
                 entry.record()  # before anything is published: a crash in between costs nothing
             journal.finish()

@@ -28,6 +28,16 @@ _CLOSE_LIMIT = 5.0  # seconds for an exchange to notice that its connection is g
 _BREAKS, _BREAKS_WITHIN = 5, 60.0  # so many lost connections in so many seconds are no accident
 
 
+def _question(groups: Sequence[int], messages: Sequence[Elements]) -> Callable[[VaultSide], Question]:
+    """The frame of a masked product; of several groups' the elements follow each other."""
+    if len(groups) == 1:
+        group, x = groups[0], messages[0]
+        return lambda side: (side.multiply(group, len(x)), x.data)
+    parts = [(group, len(x)) for group, x in zip(groups, messages, strict=True)]
+    together = np.concatenate([x.reshape(-1) for x in messages])
+    return lambda side: (side.several(parts), together.data)
+
+
 class Link:
     """The connection to one worker, made when first needed.  One exchange at a time.
 
@@ -74,6 +84,11 @@ class Link:
         """How many rows of a group one exchange carries."""
         return self._side.max_rows(group)
 
+    @property
+    def max_payload(self) -> int:
+        """How many bytes one frame carries."""
+        return self._side.max_payload
+
     def open(self) -> None:
         """Connect and greet now, so that a wrong address or share shows before the first token.
 
@@ -84,19 +99,28 @@ class Link:
             self._connected()
 
     @contextmanager
-    def exchange(self, group: int, x: Elements) -> Iterator[tuple[Elements, int]]:
-        """Steps 2 and 3: send x~ uint32 [rows, n], give the worker's claim y~ uint32 [rows, m] and its
-        compute time in microseconds.
+    def exchange(
+        self, groups: Sequence[int], messages: Sequence[Elements]
+    ) -> Iterator[tuple[list[Elements], int]]:
+        """Steps 2 and 3: send x~ uint32 [rows, n] of each group in one frame, give the worker's claims y~
+        uint32 [rows, m] in their order, and its compute time in microseconds.
 
-        The claim is a view into the receive buffer, valid inside the `with` alone, and unverified.  A broken
+        Args:
+            groups: by ascending index, each once.
+
+        The claims are views into the receive buffer, valid inside the `with` alone, and unverified.  A broken
         connection is made anew once and the *same* message sent again: that is no second use of its mask.
 
         Raises: as `open`, and WorkerFault.
         """
         with self._turn():
-            product = self._answer(lambda side: (side.multiply(group, len(x)), x.data), group, len(x))
-            claim = np.frombuffer(product.payload, np.uint32).reshape(product.rows, self._shapes[group][0])
-            yield claim, product.micros
+            product = self._answer(_question(groups, messages), groups, [len(x) for x in messages])
+            elements, first, claims = np.frombuffer(product.payload, np.uint32), 0, []
+            for group, x in zip(groups, messages, strict=True):
+                m = self._shapes[group][0]
+                claims.append(elements[first : first + len(x) * m].reshape(len(x), m))
+                first += len(x) * m
+            yield claims, product.micros
 
     def deal(self, group: int, key: bytes, first_row: int, rows: int, out: Elements) -> None:
         """Step O2 by the peer: u = w r for rows of the batch with this key into out, uint32 [rows, m];
@@ -105,7 +129,9 @@ class Link:
         Raises: as `exchange`.
         """
         with self._turn():
-            product = self._answer(lambda side: (side.deal(group, rows, key, first_row), None), group, rows)
+            product = self._answer(
+                lambda side: (side.deal(group, rows, key, first_row), None), [group], [rows]
+            )
             out[:] = np.frombuffer(product.payload, np.uint32).reshape(out.shape)
 
     def bar(self, kind: type[WorkerError], why: str) -> None:
@@ -154,11 +180,13 @@ class Link:
             with self._count:
                 self.in_flight -= 1
 
-    def _answer(self, ask: Callable[[VaultSide], Question], group: int, rows: int) -> Product:
+    def _answer(
+        self, ask: Callable[[VaultSide], Question], groups: Sequence[int], rows: Sequence[int]
+    ) -> Product:
         fresh = self.connection is None
         while True:
             connection = self._connected()
-            if rows > self._side.max_rows(group):
+            if not self._side.carries(groups, rows):
                 raise WorkerFault(f"{self.address} takes smaller frames than the others", self.address)
             try:
                 start = time.monotonic()

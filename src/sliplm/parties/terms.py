@@ -34,6 +34,8 @@ class Terms:
             `dealing_share`: slow.
         pad_to: products of more than one row are padded to a multiple of so many rows, which hides the
             number in sizes; the time between messages still tells it.
+        hide_routing: of a mixture of experts, every expert of a layer gets one row for each token, chosen or
+            not, so that workers see nothing of who is chosen: experts / chosen times the traffic and masks.
         audit: the file to which events are appended; None keeps the last in memory only.
         attester: gives the vault's evidence to workers that ask for it.
         verifier: judges the workers' and dealers' evidence.
@@ -53,6 +55,7 @@ class Terms:
     timeout: float = 30.0
     fallback: Fallback = "fail"
     pad_to: int = 1
+    hide_routing: bool = False
     audit: Path | str | None = None
     attester: Attester | None = None
     verifier: Verifier | None = None

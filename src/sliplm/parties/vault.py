@@ -18,7 +18,8 @@ from sliplm.parties.audit import AuditLog
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
-from sliplm.parties.exchange import Exchange
+from sliplm.parties.exchange import Exchange, Part
+from sliplm.parties.framing import cut
 from sliplm.parties.supply import Supply
 from sliplm.parties.terms import Terms
 from sliplm.parties.workforce import Role, Status, Workforce
@@ -50,7 +51,7 @@ class Vault(Closing):
         self.counters, self.audit = Counters(), AuditLog(terms.audit)
         self._index = {name: i for i, name in enumerate(share.groups)}
         self._codecs = [GroupCodec(secrets) for secrets in share.groups.values()]
-        self._pad_to = terms.pad_to
+        self._pad_to, self._hide_routing = terms.pad_to, terms.hide_routing
         shapes = [(codec.m, codec.n) for codec in self._codecs]
 
         def workforce(addresses: Sequence[str], role: Role) -> Workforce:
@@ -114,18 +115,29 @@ class Vault(Closing):
         Raises: InputError for a wrong shape, NaN or infinity; MaskError; ForkError in a forked child;
             WorkerError when no worker is left that serves.
         """
+        return self.products([(group, x)])[0]
+
+    @property
+    def hides_routing(self) -> bool:
+        """Whether every expert of a layer is to get as many rows as there are tokens."""
+        return self._hide_routing
+
+    def products(self, asked: Sequence[tuple[str, Floats]]) -> list[Floats]:
+        """The products of several groups, each named once, in one exchange, or as few as frames allow:
+        what the experts of a layer are asked together.
+
+        Raises: as `product`.
+        """
         self._process.check()
-        codec, adapter = self._codec(group, x), self.adapter.current
-        rows = len(x)
-        if rows > 1 and rows % self._pad_to:
-            x = np.concatenate([x, np.zeros((-rows % self._pad_to, codec.n), np.float32)])
-        out = np.empty((len(x), codec.m), np.float32)
-        asked = [link for link in self._workers.links if link.barred is None]  # the others slow nobody down
-        step = min((link.max_rows(self._index[group]) for link in asked), default=max(1, len(x)))
-        for first in range(0, len(x), step):
-            part = slice(first, first + step)
-            self._exchange.run(self._index[group], x[part], out[part], adapter)
-        return out[:rows]
+        adapter, parts = self.adapter.current, []
+        for group, x in asked:
+            codec = self._codec(group, x)
+            padded = self._padded(x)
+            parts.append(Part(self._index[group], padded, np.empty((len(padded), codec.m), np.float32)))
+        links = [link for link in self._workers.links if link.barred is None]  # the others slow nobody down
+        for message in cut(parts, links):
+            self._exchange.run(message, adapter)
+        return [part.out[: len(x)] for part, (_, x) in zip(parts, asked, strict=True)]
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:
         """Deal `rows` more masks now, in memory, for each of the groups named, or for all."""
@@ -156,6 +168,10 @@ class Vault(Closing):
         if self._dealers is not None:
             self._dealers.close()
         self._supply.close()
+
+    def _padded(self, x: Floats) -> Floats:
+        missing = -len(x) % self._pad_to if len(x) > 1 else 0
+        return np.concatenate([x, np.zeros((missing, x.shape[1]), np.float32)]) if missing else x
 
     def _codec(self, group: str, x: Floats) -> GroupCodec:
         if group not in self._index:

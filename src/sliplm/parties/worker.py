@@ -47,7 +47,7 @@ from sliplm.network.keys import Identity, Revocations
 from sliplm.network.listener import Listener, listen
 from sliplm.network.transport import Connection
 from sliplm.protocol.frames import NONCE_BYTES, FaultCode
-from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, WorkerSide
+from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, Several, WorkerSide
 from sliplm.shares.share import WorkerShare, open_worker
 
 MAX_CONNECTIONS: Final = 32  # vaults that are served
@@ -178,10 +178,13 @@ class Worker:
         self._greet(connection, side, visit)
         while connection.wait(IDLE_LIMIT, self._wake):
             event = connection.receive(side, deadline=time.monotonic() + FRAME_LIMIT)
-            if isinstance(event, (Multiply, Deal)):  # the protocol lets nothing else through
+            if isinstance(event, (Multiply, Several, Deal)):  # the protocol lets nothing else through
                 if visit is not None:
                     visit.busy = True
-                self._answer(connection, side, event)
+                if isinstance(event, Several):
+                    self._answer_several(connection, side, event)
+                else:
+                    self._answer(connection, side, event)
                 if visit is not None:
                     visit.busy, visit.since = False, time.monotonic()
 
@@ -234,6 +237,21 @@ class Worker:
             y = self._matrices[asked.group].product(x)
             micros = (time.perf_counter_ns() - started) // 1000
         connection.send(side.product(micros), y.data, deadline=time.monotonic() + FRAME_LIMIT)
+
+    def _answer_several(self, connection: Connection, side: WorkerSide, asked: Several) -> None:
+        """Step 3 for each of several groups, answered in one frame; all lengths were checked before."""
+        elements = np.frombuffer(asked.payload, dtype="<u4")  # no copy
+        answer = np.empty(sum(rows * self._shapes[group][0] for group, rows in asked.parts), np.uint32)
+        read = written = 0
+        with self._compute:
+            started = time.perf_counter_ns()
+            for group, rows in asked.parts:
+                m, n = self._shapes[group]
+                y = self._matrices[group].product(elements[read : read + rows * n].reshape(rows, n))
+                answer[written : written + rows * m] = y.reshape(-1)
+                read, written = read + rows * n, written + rows * m
+            micros = (time.perf_counter_ns() - started) // 1000
+        connection.send(side.product(micros), answer.data, deadline=time.monotonic() + FRAME_LIMIT)
 
     def _refuse(
         self, connection: Connection, side: WorkerSide, code: FaultCode, reason: SlipError | str

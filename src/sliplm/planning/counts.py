@@ -9,6 +9,9 @@ Multiply-adds of the vault for one token and a group of m rows, n columns and ra
                                      n more for the diagonal where no rotation takes it along
     an adapter    r (m_i + n)        for each member of m_i rows that it changes at rank r; counted apart
 
+An expert of a mixture sees a part of the tokens, so all that it costs per token is that part of it, on
+average; the experts of one layer share their exchanges.
+
 Masks are counted apart: the vault derives them with AES, and the dealer does m n multiply-adds per token.
 """
 
@@ -20,7 +23,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from sliplm.arithmetic import rotation
-from sliplm.shares.manifest import Attention, Difference, GroupAdapter, VaultGroup, VaultManifest
+from sliplm.shares.manifest import (
+    Attention,
+    Difference,
+    ExpertOf,
+    GroupAdapter,
+    KeptGroup,
+    VaultGroup,
+    VaultManifest,
+)
 from sliplm.shares.recipe import GroupChoice, Placement, Recipe, RotationKind, Tail
 from sliplm.shares.sealing import sealed_bytes
 from sliplm.shares.share import integer_type
@@ -58,8 +69,9 @@ class GroupReport(_Count):
     singular vector of what is hidden; None where that was not measured.  Of a full fine-tune with the
     difference D, `change` is |D| / |W_base| and `left_out` |D - A B| / |D|, Frobenius: 1 - left_out^2 of its
     energy is kept.  A plain module has no tokens: its multiply-adds and traffic are those of one call on its
-    example inputs, in which the group multiplies `positions` rows.  `reason` says why a group that the recipe
-    would have split is whole.
+    example inputs, in which the group multiplies `positions` rows.  An expert counts with `use`, the part of
+    the tokens that it is expected to see; `exchange` names the exchange that it shares.  `reason` says why a
+    group that the recipe would have split is whole.
     """
 
     name: str
@@ -82,6 +94,8 @@ class GroupReport(_Count):
     bytes_to_worker: int
     bytes_from_worker: int
     positions: int = 1
+    use: float = 1.0
+    exchange: str = ""
     reason: str = ""
 
 
@@ -105,11 +119,10 @@ class SplitReport(_Count):
             biases, groups placed in the vault).
         vault_bytes_share: vault_bytes / (vault_bytes + worker_bytes).
         plain_macs: multiply-adds of all linear layers per token, unprotected.
-        vault_macs_share: vault_macs.total / plain_macs; neither has attention, norms, activations or fused
-            experts that stay whole.
+        vault_macs_share: vault_macs.total / plain_macs; neither has attention, norms or activations.
         attention_macs: context length -> multiply-adds of attention (scores and values) for one token, in
             the vault beside the above; empty where the configuration does not say.
-        exchanges: masked products per token.
+        exchanges: masked products per token; those of a layer's experts travel together.
         bytes_to_worker, bytes_from_worker: payload per token, online.
         mask_bytes: payload per token from the dealer to the vault, ahead of time.
         public: folder -> how close the model is to the public one there: only what `split` has compared.
@@ -150,24 +163,33 @@ def counts_for_shapes(
     *,
     kept_bytes: int = 0,
     attention: Sequence[Attention] = (),
+    uses: Mapping[str, float] | None = None,
 ) -> SplitReport:
     """Count a split from the groups' shapes, {name: (rows, columns)}, without any weight.
 
     `kept_bytes`: bytes of all that stays whole in the vault, groups that the recipe places there included.
+    `uses`: of experts, named `MODULE.WEIGHT.NUMBER`, what part of the tokens they are expected to see.
     """
-    groups = [
-        count_group(name, rows, columns, recipe.for_group(name)) for name, (rows, columns) in shapes.items()
-    ]
+    groups = []
+    for name, (rows, columns) in shapes.items():
+        use = (uses or {}).get(name)
+        labels = () if use is None else (name.rsplit(".", 2)[0],)
+        found = count_group(name, rows, columns, recipe.for_group(name, labels))
+        groups.append(found if use is None else _used(found, use, name.rpartition(".")[0]))
     return _total(groups, kept_bytes, attention)
 
 
 def report_for(manifest: VaultManifest) -> SplitReport:
     """The report of a split, recomputed from the vault's manifest alone."""
-    groups = [_repeated(_group(group), group.positions) for group in manifest.groups]
     whole = GroupChoice(rank=0, precision=12, rotation="none", placement="vault")
-    groups += [
-        _repeated(count_group(g.name, g.rows, g.columns, whole), g.positions, g.reason) for g in manifest.kept
+    counted: list[tuple[VaultGroup | KeptGroup, GroupReport]] = [
+        (g, _repeated(_group(g), g.positions)) for g in manifest.groups
     ]
+    kept = [
+        (g, _repeated(count_group(g.name, g.rows, g.columns, whole), g.positions, g.reason))
+        for g in manifest.kept
+    ]
+    groups = [_of_expert(report, group.expert) for group, report in (*counted, *kept)]
     total = _total(groups, manifest.kept_bytes, manifest.attention)
     if manifest.base is None:
         return total
@@ -230,6 +252,25 @@ def _repeated(group: GroupReport, positions: int, reason: str = "") -> GroupRepo
             "reason": reason,
         }
     )
+
+
+def _used(group: GroupReport, use: float, exchange: str) -> GroupReport:
+    """What an expert costs per token that sees a part of them; its share of work is the same."""
+    macs = group.vault_macs
+    return group.model_copy(
+        update={
+            "plain_macs": round(group.plain_macs * use),
+            "vault_macs": VaultMacs(**{kind: round(n * use) for kind, n in macs.model_dump().items()}),
+            "bytes_to_worker": round(group.bytes_to_worker * use),
+            "bytes_from_worker": round(group.bytes_from_worker * use),
+            "use": use,
+            "exchange": exchange,
+        }
+    )
+
+
+def _of_expert(group: GroupReport, expert: ExpertOf | None) -> GroupReport:
+    return group if expert is None else _used(group, expert.use, f"{expert.module}.{expert.weight}")
 
 
 def attention_macs(attention: Iterable[Attention], context: int) -> int:
@@ -317,7 +358,7 @@ def _total(groups: Sequence[GroupReport], kept_bytes: int, attention: Sequence[A
         vault_macs=macs,
         vault_macs_share=macs.total / max(1, plain),
         attention_macs={context: attention_macs(attention, context) for context in CONTEXTS if attention},
-        exchanges=sum(g.placement == "split" for g in groups),
+        exchanges=len({g.exchange or g.name for g in groups if g.placement == "split"}),
         bytes_to_worker=sum(g.bytes_to_worker for g in groups),
         bytes_from_worker=down,
         mask_bytes=down,

@@ -2,11 +2,12 @@
 
     offset  bytes  field
          0      4  magic      b"SLIP"
-         4      1  version    2
-         5      1  kind       HELLO, WELCOME, MULTIPLY, PRODUCT, FAULT, EVIDENCE, DEAL or ACCEPT
+         4      1  version    3
+         5      1  kind       HELLO, WELCOME, MULTIPLY, SEVERAL, PRODUCT, FAULT, EVIDENCE, DEAL or
+                            ACCEPT
          6      2  reserved   0
          8      4  sequence   number of the exchange; the answer repeats it
-        12      4  group      index of the group in the manifest; the code of a FAULT
+        12      4  group      index of the group in the manifest; how many of SEVERAL; the code of a FAULT
         16      4  rows       rows of the payload
         20      4  micros     the worker's own compute time in microseconds: statistics, never trusted
         24      4  length     payload bytes, at most MAX_PAYLOAD
@@ -18,9 +19,11 @@
     EVIDENCE  vault -> worker   the vault's evidence, at most MAX_EVIDENCE bytes
     ACCEPT    worker -> vault   nothing: the evidence is good
     MULTIPLY  vault -> worker   rows * n field elements (u32)
+    SEVERAL   vault -> worker   for each of `group` groups, by ascending index, its index and its rows (u32
+                                each); then rows * n field elements of each; `rows` are of all of them
     DEAL      vault -> dealer   the key of a batch (32 bytes) and its first row (u32): rows * n elements are
                                 made of them by the dealer
-    PRODUCT   worker -> vault   rows * m field elements (u32)
+    PRODUCT   worker -> vault   rows * m field elements (u32), group after group as they were asked
     FAULT     worker -> vault   UTF-8 text, at most MAX_FAULT bytes
 
 Everything here is pure: which frame may come when is decided in `protocol`.
@@ -28,14 +31,16 @@ Everything here is pure: which frame may come when is decided in `protocol`.
 
 from __future__ import annotations
 
+import itertools
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 from sliplm.arithmetic.field import KEY_BYTES
 from sliplm.errors import InputError, WireError
 
-VERSION = 2
+VERSION = 3
 MAX_PAYLOAD = 64 * 2**20
 MAX_FAULT = 1024
 MAX_EVIDENCE = 64 * 2**10
@@ -52,6 +57,7 @@ HEADER_BYTES = _HEADER.size
 SPLIT_ID_BYTES = 16
 NONCE_BYTES = 32
 DEAL_BYTES = _DEAL.size
+PART_BYTES = 8  # a group of SEVERAL, before its elements
 HELLO_BYTES = _HELLO.size
 WELCOME_BYTES = _WELCOME.size  # before the evidence
 
@@ -67,6 +73,7 @@ class Kind(IntEnum):
     EVIDENCE = 6
     DEAL = 7
     ACCEPT = 8
+    SEVERAL = 9
 
 
 class FaultCode(IntEnum):
@@ -145,6 +152,23 @@ def parse_hello(payload: bytes | bytearray | memoryview) -> tuple[str, bytes]:
     except struct.error as error:
         raise WireError(f"a hello has {HELLO_BYTES} bytes, not {len(payload)}") from error
     return raw.hex(), nonce
+
+
+def pack_parts(parts: Sequence[tuple[int, int]]) -> bytes:
+    """The (group, rows) of every group of a SEVERAL, which its elements follow.  Raises InputError."""
+    try:
+        return struct.pack(f"<{2 * len(parts)}I", *itertools.chain.from_iterable(parts))
+    except struct.error as error:
+        raise InputError(f"groups and rows are unsigned 32-bit numbers: {error}") from error
+
+
+def parse_parts(payload: bytes | bytearray | memoryview, count: int) -> list[tuple[int, int]]:
+    """The (group, rows) of the `count` groups that a SEVERAL begins with.  Raises WireError."""
+    try:
+        flat = struct.unpack_from(f"<{2 * count}I", payload)
+    except struct.error as error:
+        raise WireError(f"{len(payload)} bytes do not hold the rows of {count} groups") from error
+    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def pack_deal(key: bytes, first_row: int) -> bytes:

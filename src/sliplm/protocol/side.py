@@ -5,7 +5,7 @@
     GREETED    waits for WELCOME or FAULT         must send WELCOME
     PROVING    must send EVIDENCE                 waits for EVIDENCE
     PROVED     waits for ACCEPT or FAULT          must send ACCEPT, once the evidence is judged
-    READY      may send MULTIPLY or DEAL (step 2) waits for MULTIPLY or DEAL
+    READY      may send MULTIPLY, SEVERAL or DEAL waits for one of them (step 2)
     ASKED      waits for PRODUCT or FAULT         must send PRODUCT (step 3)
     CLOSED     refuses everything                 refuses everything
 
@@ -37,6 +37,8 @@ FRAME_BYTES: Final = 16 * 2**20
 
 Bytes = bytes | bytearray | memoryview
 Shape = tuple[int, int]
+Rows = Sequence[tuple[int, int]]
+"""Groups by ascending index, each with its rows: what one question is about."""
 
 
 class State(IntEnum):  # integers because they are looked up four times an exchange
@@ -110,6 +112,29 @@ class Side(ABC):
         if not 0 <= group < len(self._shapes):
             raise InputError(f"there is no group {group}: this split has {len(self._shapes)}")
         return max(1, self._max_payload // (wire.ELEMENT * max(self._shapes[group])))
+
+    @property
+    def max_payload(self) -> int:
+        """The longest payload of a frame, and of its answer, in bytes."""
+        return self._max_payload
+
+    def carries(self, groups: Sequence[int], rows: Sequence[int]) -> bool:
+        """Whether one frame, and its answer, can carry these rows of these groups."""
+        if len(groups) == 1:
+            return rows[0] <= self.max_rows(groups[0])
+        return self._lengths(list(zip(groups, rows, strict=True))) is not None
+
+    def _lengths(self, parts: Rows) -> tuple[int, int] | None:
+        """Payload bytes of a SEVERAL with these parts and of its answer; None unless it may be asked."""
+        groups = [group for group, _ in parts]
+        if len(parts) < 2 or groups != sorted(set(groups)) or groups[-1] >= len(self._shapes):
+            return None
+        if min(groups) < 0 or min(rows for _, rows in parts) < 1:
+            return None
+        asked = sum(rows * self._shapes[group][1] for group, rows in parts)
+        answered = sum(rows * self._shapes[group][0] for group, rows in parts)
+        lengths = wire.PART_BYTES * len(parts) + wire.ELEMENT * asked, wire.ELEMENT * answered
+        return lengths if max(lengths) <= self._max_payload else None
 
     def header(self, data: Bytes) -> int:
         """How many payload bytes follow this header.  Raises WireError; the side is then closed."""

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from sliplm.errors import AttestationError, InputError, MismatchError, SlipError, WireError, WorkerFault
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind
-from sliplm.protocol.side import Bytes, Shape, Side, State, Table, Way
+from sliplm.protocol.side import Bytes, Rows, Shape, Side, State, Table, Way
 
 VAULT_TABLE: Final[Table] = {
     (State.NEW, Way.SEND, Kind.HELLO): State.GREETED,
@@ -18,6 +18,7 @@ VAULT_TABLE: Final[Table] = {
     (State.PROVED, Way.RECEIVE, Kind.ACCEPT): State.READY,
     (State.PROVED, Way.RECEIVE, Kind.FAULT): State.CLOSED,
     (State.READY, Way.SEND, Kind.MULTIPLY): State.ASKED,
+    (State.READY, Way.SEND, Kind.SEVERAL): State.ASKED,
     (State.READY, Way.SEND, Kind.DEAL): State.ASKED,
     (State.ASKED, Way.RECEIVE, Kind.PRODUCT): State.READY,
     (State.ASKED, Way.RECEIVE, Kind.FAULT): State.CLOSED,
@@ -40,7 +41,10 @@ class Welcome(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The worker's claim of w x~ mod p, unverified: `payload` is u32 [rows, m]."""
+    """The worker's claim of w x~ mod p, unverified: `payload` is u32 [rows, m], group after group.
+
+    `group` and `rows` are the header's: how many groups and rows in all, where several were asked.
+    """
 
     group: int
     rows: int
@@ -62,7 +66,7 @@ class VaultSide(Side):
 
     def __init__(self, split_id: str, shapes: Sequence[Shape]) -> None:
         super().__init__(split_id, shapes, VAULT_TABLE)
-        self._asked = (0, 0)  # group and rows of the MULTIPLY that waits for its PRODUCT
+        self._asked = (0, 0, 0)  # group, rows and bytes of the PRODUCT that it waits for
 
     def hello(self, nonce: bytes) -> bytes:
         """The first frame, whole; `nonce`: 32 fresh bytes, which the worker's evidence must repeat."""
@@ -83,6 +87,20 @@ class VaultSide(Side):
         length = wire.ELEMENT * rows * self._shapes[group][1]
         return wire.pack_header(Header(Kind.MULTIPLY, self._sequence, group, rows, 0, length))
 
+    def several(self, parts: Rows) -> bytes:
+        """Step 2 for several groups: what comes before u32 [rows, n] of each, in their order.
+
+        Raises InputError, which changes nothing.
+        """
+        lengths = self._lengths(parts)
+        if lengths is None:
+            raise InputError(f"a frame cannot carry these groups and rows together: {parts}")
+        length, answer = lengths
+        rows = sum(rows for _, rows in parts)
+        self._expect(Kind.SEVERAL, len(parts), rows, answer)
+        head = wire.pack_header(Header(Kind.SEVERAL, self._sequence, len(parts), rows, 0, length))
+        return head + wire.pack_parts(parts)
+
     def deal(self, group: int, rows: int, key: bytes, first_row: int) -> bytes:
         """Step O2, to a dealer: the frame that carries a batch's key, whole.  Raises InputError."""
         payload = wire.pack_deal(key, first_row)
@@ -92,9 +110,12 @@ class VaultSide(Side):
     def _ask(self, kind: Kind, group: int, rows: int) -> None:
         if not 0 < rows <= self.max_rows(group):
             raise InputError(f"a frame of group {group} carries 1 to {self.max_rows(group)} rows, not {rows}")
+        self._expect(kind, group, rows, wire.ELEMENT * rows * self._shapes[group][0])
+
+    def _expect(self, kind: Kind, group: int, rows: int, answer: int) -> None:
         self._move(Way.SEND, kind)
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self._asked = (group, rows)
+        self._asked = (group, rows, answer)
 
     def payload(self, data: Bytes) -> Welcome | Accept | Product:
         """The event that these bytes complete.
@@ -119,9 +140,7 @@ class VaultSide(Side):
     def _check(self, header: Header) -> None:
         kind, sequence, group, rows, micros, length = header
         if kind is Kind.PRODUCT:
-            asked, asked_rows = self._asked
-            expected = wire.ELEMENT * asked_rows * self._shapes[asked][0]
-            if (sequence, group, rows, length) != (self._sequence, asked, asked_rows, expected):
+            if (sequence, group, rows, length) != (self._sequence, *self._asked):
                 raise WireError("the worker's product does not answer the question that was asked")
         elif kind is Kind.FAULT:  # its sequence is the worker's guess: it closes the connection anyway
             if rows or micros or length > wire.MAX_FAULT:

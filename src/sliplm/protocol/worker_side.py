@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from sliplm.errors import MismatchError, SlipError, WireError
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind
-from sliplm.protocol.side import Bytes, Shape, Side, State, Table, Way
+from sliplm.protocol.side import Bytes, Rows, Shape, Side, State, Table, Way
 
 WORKER_TABLE: Final[Table] = {
     (State.NEW, Way.RECEIVE, Kind.HELLO): State.GREETED,
@@ -16,6 +16,7 @@ WORKER_TABLE: Final[Table] = {
     (State.PROVING, Way.RECEIVE, Kind.EVIDENCE): State.PROVED,
     (State.PROVED, Way.SEND, Kind.ACCEPT): State.READY,
     (State.READY, Way.RECEIVE, Kind.MULTIPLY): State.ASKED,
+    (State.READY, Way.RECEIVE, Kind.SEVERAL): State.ASKED,
     (State.READY, Way.RECEIVE, Kind.DEAL): State.ASKED,
     (State.ASKED, Way.SEND, Kind.PRODUCT): State.READY,
 }
@@ -54,6 +55,13 @@ class Multiply(NamedTuple):
     payload: Bytes
 
 
+class Several(NamedTuple):
+    """Masked vectors x~ of several groups: `payload` is u32 [rows, n], group after group."""
+
+    parts: Rows
+    payload: Bytes
+
+
 class WorkerSide(Side):
     """The untrusted side of one connection.
 
@@ -65,6 +73,7 @@ class WorkerSide(Side):
     def __init__(self, split_id: str, shapes: Sequence[Shape]) -> None:
         super().__init__(split_id, shapes, WORKER_TABLE)
         self._asked = Header(Kind.HELLO, 0, 0, 0, 0, 0)
+        self._answer = 0  # bytes of the PRODUCT that is due
 
     def welcome(self, nonce: bytes, evidence: bytes = b"", *, wants_evidence: bool = False) -> bytes:
         """The answer to HELLO, whole.
@@ -91,12 +100,11 @@ class WorkerSide(Side):
         return wire.pack_header(Header(Kind.ACCEPT, 0, 0, 0, 0, 0))
 
     def product(self, micros: int) -> bytes:
-        """Step 3: the header before u32 [rows, m], the answer to the MULTIPLY or DEAL that came last."""
+        """Step 3: the header before u32 [rows, m], the answer to the question that came last."""
         self._move(Way.SEND, Kind.PRODUCT)
-        asked = self._asked
-        length = wire.ELEMENT * asked.rows * self._shapes[asked.group][0]
+        _, sequence, group, rows, _, _ = self._asked
         micros = min(max(micros, 0), 0xFFFFFFFF)
-        return wire.pack_header(Header(Kind.PRODUCT, asked.sequence, asked.group, asked.rows, micros, length))
+        return wire.pack_header(Header(Kind.PRODUCT, sequence, group, rows, micros, self._answer))
 
     def fault(self, code: wire.FaultCode, text: str) -> bytes:
         """A refusal, whole; allowed in every state, also after an error.  The side is then closed."""
@@ -104,7 +112,7 @@ class WorkerSide(Side):
         payload = wire.pack_fault(text)
         return wire.pack_header(Header(Kind.FAULT, self._sequence, int(code), 0, 0, len(payload))) + payload
 
-    def payload(self, data: Bytes) -> Hello | Evidence | Multiply | Deal:
+    def payload(self, data: Bytes) -> Hello | Evidence | Multiply | Several | Deal:
         """The event that these bytes complete.
 
         Raises WireError, MismatchError (a vault of another split); the side is then closed.
@@ -113,6 +121,7 @@ class WorkerSide(Side):
             header = self._end(data)
             if header.kind is Kind.HELLO:
                 return self._hello(data)
+            parts = self._parts(header, data) if header.kind is Kind.SEVERAL else []
         except SlipError:
             self.close()
             raise
@@ -120,6 +129,9 @@ class WorkerSide(Side):
             return Evidence(bytes(data))
         self._asked = header
         self._sequence = header.sequence
+        if parts:
+            return Several(parts, memoryview(data)[wire.PART_BYTES * len(parts) :])
+        self._answer = wire.ELEMENT * header.rows * self._shapes[header.group][0]
         if header.kind is Kind.DEAL:
             return Deal(header.group, header.rows, *wire.parse_deal(data))
         return Multiply(header.group, header.rows, data)
@@ -136,12 +148,29 @@ class WorkerSide(Side):
             return
         if micros or sequence != (self._sequence + 1) & 0xFFFFFFFF:
             raise WireError("the vault's frame is out of sequence")
+        if kind is Kind.SEVERAL:
+            self._check_several(group, rows, length)
+            return
         if group >= len(self._shapes):
             raise WireError(f"there is no group {group}: this share has {len(self._shapes)}")
         if not 0 < rows <= self.max_rows(group):
             raise WireError(f"a frame of group {group} carries 1 to {self.max_rows(group)} rows, not {rows}")
         if length != (wire.DEAL_BYTES if kind is Kind.DEAL else wire.ELEMENT * rows * self._shapes[group][1]):
             raise WireError(f"a {kind.name} of {rows} rows of group {group} has not {length} bytes")
+
+    def _check_several(self, groups: int, rows: int, length: int) -> None:
+        least = wire.PART_BYTES * groups + wire.ELEMENT * rows
+        if not 1 < groups <= len(self._shapes) or rows < groups or not least <= length <= self._max_payload:
+            raise WireError(f"a SEVERAL of {groups} groups and {rows} rows has not {length} bytes")
+
+    def _parts(self, header: Header, data: Bytes) -> Rows:
+        """What a SEVERAL asks, checked in full before memory is taken for its answer.  Raises WireError."""
+        parts = wire.parse_parts(data, header.group)
+        lengths = self._lengths(parts)
+        if lengths is None or lengths[0] != len(data) or sum(rows for _, rows in parts) != header.rows:
+            raise WireError("a SEVERAL's groups, rows and length do not agree")
+        self._answer = lengths[1]
+        return parts
 
     def _hello(self, data: Bytes) -> Hello:
         split_id, nonce = wire.parse_hello(data)

@@ -48,6 +48,19 @@ class Member:
     rows: Size
 
 
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+class ExpertOf:
+    """Which expert a group is of: `number` of the fused parameter `weight` of `module`.
+
+    `use`: what part of the rows it is expected to see.
+    """
+
+    module: Name
+    weight: Name
+    number: Annotated[int, Field(ge=0, lt=1 << 31)]
+    use: Annotated[float, Field(gt=0, le=1)]
+
+
 class FileRecord(_Model):
     """Length and sha256 of a file."""
 
@@ -86,6 +99,7 @@ class VaultGroup(WorkerGroup):
     (`splitting.direction_error`), `localisation` the largest entry of a singular vector of what is hidden; 0
     where that was not measured.  `difference` is there where a full fine-tune was split, `adapters` has
     those that change the group.  `positions`: rows that it multiplies per input, see `KeptGroup`.
+    `expert`: of a mixture; the group's own name then has a secret number, under which the worker knows it.
     """
 
     members: Several[Member]
@@ -98,6 +112,12 @@ class VaultGroup(WorkerGroup):
     difference: Difference | None = None
     adapters: Several[GroupAdapter] = ()
     positions: Size = 1
+    expert: ExpertOf | None = None
+
+    @property
+    def use(self) -> float:
+        """What part of the rows it is expected to see: 1 but for an expert."""
+        return 1.0 if self.expert is None else self.expert.use
 
     @model_validator(mode="after")
     def _members_fill_the_group(self) -> Self:
@@ -122,6 +142,7 @@ class KeptGroup(_Model):
     members: Several[Member]
     positions: int = Field(default=1, ge=0, lt=1 << 31)
     reason: str = Field(default="", max_length=1024)
+    expert: ExpertOf | None = None
 
 
 class KeptTensor(_Model):

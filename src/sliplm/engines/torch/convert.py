@@ -124,6 +124,10 @@ class ModulePlan:
         version = [sliplm_version(), FORMAT_VERSION]
         return [digest.hexdigest(), self.shapes, self.recipe.model_dump(mode="json"), version]
 
+    def shuffled(self, secret: bytes) -> ModulePlan:
+        """Itself: it has no experts."""
+        return self
+
     @property
     def model(self) -> SourceModel:
         """Which module this is."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, dot_natural_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    dot_natural_key,
+)
 
 from sliplm.engines.transformers.layout import Layout
 from sliplm.errors import CheckpointError
@@ -56,8 +61,8 @@ class Checkpoint:
         stats = [(file.name, file.stat()) for file in names]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
-    def read(self, key: str) -> npt.NDArray[np.float32]:
-        """One tensor as float32, in its shape.
+    def read(self, key: str, number: int | None = None) -> npt.NDArray[np.float32]:
+        """One tensor as float32, in its shape; or the `number`-th of those that it stacks.
 
         Raises:
             CheckpointError: it holds NaN or infinity, is not of a floating type, or cannot be read.
@@ -67,27 +72,30 @@ class Checkpoint:
             raise CheckpointError(
                 f"{key} has the type {entry.dtype}; split the model as it was before quantisation"
             )
-        out = np.empty(math.prod(entry.shape), dtype=np.float32)
+        shape = entry.shape if number is None else entry.shape[1:]
+        out = np.empty(math.prod(shape), dtype=np.float32)
         done = 0
-        for chunk in self.chunks(key):
+        for chunk in self.chunks(key, number):
             values = _values(entry.dtype, chunk)
             out[done : done + len(values)] = values
             done += len(values)
         if not np.isfinite(out).all():  # a float64 that float32 cannot hold
             raise CheckpointError(f"{key} holds values beyond float32; the checkpoint cannot be split")
-        return out.reshape(entry.shape)
+        return out.reshape(shape)
 
-    def chunks(self, key: str) -> Iterator[bytes]:
-        """The bytes of one tensor as stored, in pieces of 8 MiB; floating types are checked on the way.
+    def chunks(self, key: str, number: int | None = None) -> Iterator[bytes]:
+        """The bytes of one tensor as stored (or of the `number`-th that it stacks), in pieces of 8 MiB.
+
+        Floating types are checked on the way.
 
         Raises:
             CheckpointError: it holds NaN or infinity, or cannot be read.
         """
         entry, file_path = self.entries[key], self._file_of[key]
-        left = entry.nbytes
+        left = entry.nbytes if number is None else entry.nbytes // entry.shape[0]
         try:
             with file_path.open("rb") as file:
-                file.seek(entry.start)
+                file.seek(entry.start + (0 if number is None else number * left))
                 while left:
                     chunk = file.read(min(left, CHUNK_BYTES))
                     if not chunk:
@@ -129,11 +137,14 @@ class Sources:
     Attributes:
         keys: parameter or persistent buffer -> the checkpoint's tensor.  A tied parameter that the
             checkpoint stores twice is there under both names.
-        converted: tensors that transformers joins or cuts while it loads (experts stored one by one).
+        converted: tensors that transformers joins or cuts while it loads.
+        stacks: fused parameter that is stored in one tensor for each expert, or two that follow each other
+            in its rows -> the tensors of each expert, all of them in `converted`.
     """
 
     keys: dict[str, str]
     converted: tuple[str, ...]
+    stacks: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
 
 def locate(checkpoint: Checkpoint, layout: Layout) -> Sources:
@@ -143,7 +154,7 @@ def locate(checkpoint: Checkpoint, layout: Layout) -> Sources:
         CheckpointError: parameters are missing, or their shapes contradict the configuration.
     """
     shapes = layout.parameters | layout.buffers | {a: layout.parameters[b] for a, b in layout.tied.items()}
-    keys, converted, covered = _renamed(checkpoint, layout, shapes)
+    keys, converted, covered, stacks = _renamed(checkpoint, layout, shapes)
     for alias, name in layout.tied.items():
         if alias in keys:
             keys.setdefault(name, keys[alias])  # stored under the other name only
@@ -158,19 +169,20 @@ def locate(checkpoint: Checkpoint, layout: Layout) -> Sources:
             raise CheckpointError(
                 f"{key} has the shape {checkpoint.entries[key].shape}, config.json calls for {shapes[name]}"
             )
-    return Sources(keys, tuple(converted))
+    return Sources(keys, tuple(converted), _whole_stacks(stacks, checkpoint, shapes))
 
 
 def _renamed(
     checkpoint: Checkpoint, layout: Layout, shapes: Mapping[str, Any]
-) -> tuple[dict[str, str], list[str], set[str]]:
-    """Parameter -> key; converted keys; the parameters that these become."""
+) -> tuple[dict[str, str], list[str], set[str], _Stacks]:
+    """Parameter -> key; converted keys; the parameters that these become; those that stack them."""
     transforms = get_model_conversion_mapping(layout.model)
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     keys: dict[str, str] = {}
     converted: list[str] = []
     covered: set[str] = set()
+    stacks: _Stacks = {}
     for key in sorted(checkpoint.entries, key=dot_natural_key):
         name = key
         for renaming in renamings:
@@ -182,12 +194,49 @@ def _renamed(
                 targets = [target.replace(first, other) for other in converter.target_patterns]
                 covered |= {_prefixed(other, layout, shapes) for other in targets}
                 converted.append(key)
+                if _stacks_experts(converter):
+                    parts = stacks.setdefault(
+                        _prefixed(targets[0], layout, shapes), [[] for _ in converter.source_patterns]
+                    )
+                    parts[converter.source_patterns.index(pattern)].append(key)
                 break
         else:
             name = _prefixed(name, layout, shapes)
             if name in shapes:
                 keys.setdefault(name, key)
-    return keys, converted, covered & set(shapes)
+    return keys, converted, covered & set(shapes), stacks
+
+
+_Stacks = dict[str, list[list[str]]]
+"""Fused parameter -> for each tensor of an expert (gate, up), the keys of all experts in their order."""
+
+
+def _stacks_experts(converter: WeightConverter) -> bool:
+    """Whether it puts experts one behind the other, and an expert's tensors under each other, no more."""
+    merge, *rest = converter.operations
+    if not isinstance(merge, MergeModulelist) or merge.dim != 0:
+        return False
+    if len(converter.source_patterns) == 1:
+        return not rest
+    return len(rest) == 1 and isinstance(rest[0], Concatenate) and rest[0].dim == 1
+
+
+def _whole_stacks(
+    stacks: _Stacks, checkpoint: Checkpoint, shapes: Mapping[str, Any]
+) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Those of which every expert is there, in the shape of the parameter."""
+    found = {}
+    for name, parts in stacks.items():
+        shape = shapes.get(name, ())
+        if len(shape) != 3 or {len(keys) for keys in parts} != {shape[0]}:
+            continue
+        experts = tuple(zip(*parts, strict=True))
+        sizes = [[checkpoint.entries[key].shape for key in keys] for keys in experts]
+        if all(len(size) == 2 and size[1] == shape[2] for one in sizes for size in one) and all(
+            sum(size[0] for size in one) == shape[1] for one in sizes
+        ):
+            found[name] = experts
+    return found
 
 
 def _prefixed(name: str, layout: Layout, shapes: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging  # its verbosity is that of `logging`
 
 from sliplm.engines.groups import Group, Linear, group_name
+from sliplm.engines.transformers.experts import expert_groups, experts_of, router_groups, routers_of
 from sliplm.errors import CheckpointError
 from sliplm.shares.manifest import Attention
 
@@ -36,6 +37,7 @@ class Layout:
 
     Attributes:
         groups: in the order in which a forward pass reaches them.
+        routers: those that choose among experts; they stay whole.
         unsplittable: module -> why: its weights are used in products but cannot be split.
         parameters: name -> shape of every parameter, once for tied ones.
         tied: other name -> name in `parameters`.
@@ -45,6 +47,7 @@ class Layout:
 
     config: PretrainedConfig
     groups: tuple[Group, ...]
+    routers: tuple[Group, ...]
     unsplittable: dict[str, str]
     parameters: dict[str, tuple[int, ...]]
     tied: dict[str, str]
@@ -68,6 +71,7 @@ def discover(model_dir: Path | str) -> Layout:
     return Layout(
         config=config,
         groups=_groups(model, calls),
+        routers=router_groups(model),
         unsplittable=_unsplittable(model, calls),
         parameters={name: tuple(p.shape) for name, p in state.items() if first[id(p)] == name},
         tied={name: first[id(p)] for name, p in state.items() if first[id(p)] != name},
@@ -186,7 +190,9 @@ def _trace(model: PreTrainedModel) -> _Calls:
 
         return hook
 
-    handles = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in linears(model)]
+    noted = {name: module for name, module in linears(model) if name not in routers_of(model)}
+    noted |= experts_of(model)
+    handles = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in noted.items()]
     stubbed = [module for module in model.modules() if _raw(module)]
     for module in stubbed:
         _stub(module)
@@ -262,13 +268,19 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
 
 
 def _groups(model: PreTrainedModel, calls: _Calls) -> tuple[Group, ...]:
-    together: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    experts = experts_of(model)
+    together: dict[object, list[str]] = {}
     for name, inputs in calls.items():
-        together.setdefault(tuple((id(tensor), changes) for tensor, changes in inputs), []).append(name)
-    return tuple(
-        Group(group_name(names), tuple(_linear(name, model.get_submodule(name)) for name in names))
-        for names in together.values()
-    )
+        read = tuple((id(tensor), changes) for tensor, changes in inputs)
+        together.setdefault(name if name in experts else read, []).append(name)
+    found: list[Group] = []
+    for names in together.values():
+        if names[0] in experts:
+            found += expert_groups(names[0], experts[names[0]], model.config)
+        else:
+            linear = tuple(_linear(name, model.get_submodule(name)) for name in names)
+            found.append(Group(group_name(names), linear))
+    return tuple(found)
 
 
 def _linear(name: str, module: nn.Module) -> Linear:
@@ -279,8 +291,10 @@ def _linear(name: str, module: nn.Module) -> Linear:
 
 
 def _unsplittable(model: PreTrainedModel, calls: _Calls) -> dict[str, str]:
-    found = {}
+    found, routers, experts = {}, routers_of(model), experts_of(model)
     for name, module in model.named_modules():
+        if name in routers or (name in experts and name in calls):
+            continue
         if _raw(module):
             found[name] = f"{type(module).__name__} is no linear layer but holds matrices"
         elif isinstance(module, nn.Linear | Conv1D) and name not in calls:

@@ -32,6 +32,7 @@ class Running(TypedDict, total=False):
     timeout: float
     fallback: Fallback
     pad_to: int
+    hide_routing: bool
     audit: Folder | None
     attester: Attester | None
     verifier: Verifier | None
@@ -59,7 +60,8 @@ def load(
         dtype: of what the vault computes itself; products are computed in float32 whatever it is.
         model_class: the class that was split, or its Auto class; None takes the class that the checkpoint
             names, else AutoModelForCausalLM.
-        options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, audit, attester, verifier,
+        options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, hide_routing, audit,
+            attester, verifier,
             adapter, as `SlipConfig` takes them.
 
     Raises:

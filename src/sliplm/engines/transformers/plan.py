@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from sliplm.arithmetic import rotation
+from sliplm.arithmetic.field import derive_key
 from sliplm.engines.groups import Group
 from sliplm.engines.source import Errors, plain_part
 from sliplm.engines.transformers.checkpoint import Checkpoint, locate
@@ -23,6 +24,7 @@ from sliplm.shares.manifest import (
     FORMAT_VERSION,
     Attention,
     Difference,
+    ExpertOf,
     KeptGroup,
     Member,
     SourceModel,
@@ -64,7 +66,8 @@ class Plan:
     def kept_groups(self) -> tuple[KeptGroup, ...]:
         """The linear layers that stay whole, as the manifest has them."""
         return tuple(
-            KeptGroup(name=g.name, rows=g.rows, columns=g.columns, members=members(g)) for g in self.whole
+            KeptGroup(name=g.name, rows=g.rows, columns=g.columns, members=members(g), expert=expert_of(g))
+            for g in self.whole
         )
 
     def kept_specs(self) -> list[TensorSpec]:
@@ -85,6 +88,13 @@ class Plan:
         if self.base is not None:
             return self.base.split_group(self.stored, group, choice)
         return plain_part(self, group, choice), ()
+
+    def shuffled(self, secret: bytes) -> Plan:
+        """The same with the experts of each layer in a secret order, under which the worker knows them.
+
+        A public base is known to the worker: there nothing is hidden by an order.
+        """
+        return self if self.base is not None else replace(self, split=_shuffled(self.split, secret))
 
     @property
     def public(self) -> bool:
@@ -120,6 +130,32 @@ class Plan:
         return companions(self.stored.checkpoint, untied=self.untied)
 
 
+def _shuffled(split: Split, secret: bytes) -> Split:
+    """One order for each layer: a worker that sees the rows of both weights learns no more than from one."""
+    numbers: dict[str, set[int]] = {}
+    for group, _ in split:
+        if group.expert is not None:
+            numbers.setdefault(group.expert.module, set()).add(group.expert.number)
+    places = {
+        module: {
+            number: place
+            for place, number in enumerate(
+                sorted(known, key=lambda i: derive_key(secret, f"experts/{module}/{i}"))
+            )
+        }
+        for module, known in numbers.items()
+    }
+    named = []
+    for at, (group, choice) in enumerate(split):
+        expert, order = group.expert, (at, 0)
+        if expert is not None:
+            place = places[expert.module][expert.number]
+            order = (at - expert.number, place)  # they follow each other by their numbers
+            renamed = replace(group, name=f"{expert.module}.{expert.weight}.{place}")
+        named.append((order, (group if expert is None else renamed, choice)))
+    return tuple(pair for _, pair in sorted(named, key=lambda item: item[0]))
+
+
 def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
     """Look at a checkpoint and a recipe, and decide.
 
@@ -130,12 +166,13 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
     checkpoint = Checkpoint(model_dir)
     layout = discover(model_dir)
     _check_rules(layout, recipe)
-    choices = [(group, recipe.for_group(group.name, group.modules)) for group in layout.groups]
+    choices = [(group, recipe.for_group(group.name, group.labels)) for group in layout.groups]
+    _check_experts(choices)
     chosen = tuple((group, choice) for group, choice in choices if choice.placement == "split")
     for group, choice in chosen:
         check_group(group, choice)
     stored = StoredModel(checkpoint, layout, locate(checkpoint, layout))
-    consumed = {member.weight for group, _ in chosen for member in group.members}
+    consumed = {name for group, _ in chosen for name in group.parameters}
     _check_stored(consumed, stored)
     kept, untied = kept_tensors(stored, consumed)
     if untied and getattr(layout.config, "is_encoder_decoder", False):
@@ -144,14 +181,15 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
         stored=stored,
         recipe=recipe,
         split=chosen,
-        whole=tuple(group for group, choice in choices if choice.placement == "vault"),
+        whole=(*(group for group, choice in choices if choice.placement == "vault"), *layout.routers),
         kept=kept,
         untied=untied,
     )
 
 
 def _check_rules(layout: Layout, recipe: Recipe) -> None:
-    names = [name for group in layout.groups for name in (group.name, *group.modules)]
+    names = [name for group in layout.groups for name in (group.name, *group.labels)]
+    names += [group.name for group in layout.routers]  # whole whatever a rule says
     unmatched = recipe.unmatched([*names, *layout.unsplittable])
     if unmatched:
         raise RecipeError(
@@ -166,6 +204,20 @@ def _check_rules(layout: Layout, recipe: Recipe) -> None:
             'keep them whole in the vault by a rule such as Rule(pattern="'
             f'{re.sub(r"[.][0-9]+[.]", ".*.", loose[0])}", placement="vault")',
             tuple(loose),
+        )
+
+
+def _check_experts(choices: Sequence[tuple[Group, GroupChoice]]) -> None:
+    """All experts of a layer's weight are split, or none: else the worker would see which are not."""
+    placed: dict[str, set[str]] = {}
+    for group, choice in choices:
+        if group.expert is not None:
+            placed.setdefault(group.parameters[0], set()).add(choice.placement)
+    mixed = [name for name, placements in placed.items() if len(placements) > 1]
+    if mixed:
+        raise RecipeError(
+            f"{mixed[0]}: some experts are split and others whole in the vault; place all of them alike by "
+            f'the pattern "{mixed[0]}.*"'
         )
 
 
@@ -188,7 +240,8 @@ def check_group(group: Group, choice: GroupChoice) -> None:
 
 
 def _check_stored(consumed: set[str], model: StoredModel) -> None:
-    odd = tuple(sorted(name for name in consumed if model.stored_as(name) is None))
+    stacks = model.sources.stacks
+    odd = tuple(sorted(name for name in consumed if model.stored_as(name) is None and name not in stacks))
     if odd:
         raise UnsplittableError(
             f"the checkpoint stores {', '.join(odd[:5])} in a form that transformers converts while loading; "
@@ -220,7 +273,8 @@ def kept_tensors(model: StoredModel, consumed: set[str]) -> tuple[dict[str, str]
             key = model.stored_as(name)
             if key is not None:
                 kept[name] = key
-    return kept | {key: key for key in sources.converted}, untied
+    read = {key for name in consumed for keys in sources.stacks.get(name, ()) for key in keys}
+    return kept | {key: key for key in sources.converted if key not in read}, untied
 
 
 def vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup:
@@ -241,7 +295,16 @@ def vault_group(group: Group, choice: GroupChoice, errors: Errors) -> VaultGroup
         if errors[3:]
         else None,
         positions=group.positions,
+        expert=expert_of(group),
     )
+
+
+def expert_of(group: Group) -> ExpertOf | None:
+    """Which expert a group is of, as the manifest has it."""
+    expert = group.expert
+    if expert is None:
+        return None
+    return ExpertOf(module=expert.module, weight=expert.weight, number=expert.number, use=expert.use)
 
 
 def members(group: Group) -> tuple[Member, ...]:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sliplm.engines.modules import GroupProduct, Products, SlipLinear, replace
+from sliplm.engines.experts import ManyProducts, SlipExperts, replace_experts
+from sliplm.engines.modules import GroupProduct, SlipLinear, replace
 from sliplm.engines.transformers.hybrid import make_hybrid
 from sliplm.engines.transformers.opened import OpenedModel
 from sliplm.errors import InputError, ShareError
@@ -60,6 +61,8 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         fallback: without a worker "fail" the request, or compute "here", from `share`: slow.
         pad_to: messages of more than one row are filled up to a multiple of so many.  That hides the number
             of rows in sizes, not a prompt's length: the gaps between messages still tell it.
+        hide_routing: each expert of a mixture gets a row for each token, so that workers do not see who is
+            chosen, see `Terms`.
         audit: a file to which records of lies, losses and returns are appended.
         attester: makes this vault's evidence, for workers that ask for it.
         verifier: judges the workers' and dealers' evidence.
@@ -80,6 +83,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         anchor: str | None = None,
         fallback: Fallback = "fail",
         pad_to: int = 1,
+        hide_routing: bool = False,
         audit: Folder | None = None,
         attester: Attester | None = None,
         verifier: Verifier | None = None,
@@ -91,6 +95,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.pool = None if pool is None else os.fspath(pool)
         self.audit = None if audit is None else os.fspath(audit)
         self.anchor, self.fallback, self.pad_to = anchor, fallback, pad_to
+        self.hide_routing = hide_routing
         self.ahead, self.timeout = ahead, timeout
         self.attester, self.verifier = attester, verifier
         self.adapter = adapter
@@ -123,6 +128,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     _shares: tuple[VaultShare, WorkerShare | None]
     _opened: OpenedModel
     _groups: tuple[GroupProduct, ...]
+    _experts: tuple[SlipExperts, ...]
 
     def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
         """Refuse devices other than the CPU: the trusted side runs there."""
@@ -143,7 +149,9 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = _vault_folder(files)
         vault, worker = open_shares(folder, self.quantization_config)
         self._shares = vault, worker
-        self._groups = replace(model, vault.members, None)
+        groups = vault.manifest.groups
+        self._groups = replace(model, {g.name: g.members for g in groups if g.expert is None}, None)
+        self._experts = replace_experts(model, groups, None)
         for name in [name for name, module in model.named_modules() if isinstance(module, SlipLinear)]:
             model.all_tied_weights_keys.pop(f"{name}.weight", None)  # no longer there to be tied
         for module in _split_layers(model):
@@ -165,10 +173,12 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         del self._shares, self._opened  # the vault has taken what it needs of the secrets
         for group in self._groups:
             group.source = source
+        for experts in self._experts:
+            experts.source = source
         model.slip = source
         make_hybrid(model)
 
-    def _open(self, vault: VaultShare, worker: WorkerShare | None) -> Products:
+    def _open(self, vault: VaultShare, worker: WorkerShare | None) -> ManyProducts:
         return connect(self.quantization_config, vault, worker)
 
     def is_serializable(self) -> bool:
@@ -180,7 +190,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
 class ReferenceQuantizer(SlipQuantizer):
     """The same with both shares in this process and no worker."""
 
-    def _open(self, vault: VaultShare, worker: WorkerShare | None) -> Products:
+    def _open(self, vault: VaultShare, worker: WorkerShare | None) -> ManyProducts:
         if worker is None:
             raise InputError("the reference needs the worker share: name no dealer and no pool")
         return LocalProducts(vault, worker, self.quantization_config.adapter)
@@ -223,6 +233,7 @@ def connect(config: SlipConfig, vault: VaultShare, worker: WorkerShare | None) -
             timeout=config.timeout,
             fallback=config.fallback,
             pad_to=config.pad_to,
+            hide_routing=config.hide_routing,
             audit=config.audit,
             attester=config.attester,
             verifier=config.verifier,

@@ -42,18 +42,33 @@ class StoredModel:
 
     def holds(self, group: Group) -> bool:
         """Whether all weights of a group are stored in a form that can be split."""
-        return all(self.stored_as(member.weight) is not None for member in group.members)
+        return all(
+            self.stored_as(name) is not None or name in self.sources.stacks for name in group.parameters
+        )
 
     def read(self, weight: str) -> npt.NDArray[np.float32]:
-        """A parameter, in its shape.
+        """A parameter, in its shape; `PARAMETER.3`: what its fourth expert has of it.
 
         Raises:
             CheckpointError: it holds NaN or infinity, cannot be read, or is not stored as such.
         """
+        if weight not in self.layout.parameters and (found := self._expert(weight)) is not None:
+            return found
         key = self.stored_as(weight)
         if key is None:
             raise CheckpointError(f"{weight} is not in the checkpoint in a form that can be split")
         return self.checkpoint.read(key)
+
+    def _expert(self, weight: str) -> npt.NDArray[np.float32] | None:
+        """One expert's part of a fused parameter, from either form; None if it is none."""
+        fused, _, number = weight.rpartition(".")
+        if not number.isdigit() or fused not in self.layout.parameters:
+            return None
+        if fused in self.sources.stacks:
+            keys = self.sources.stacks[fused][int(number)]
+            return np.concatenate([self.checkpoint.read(key) for key in keys])
+        key = self.stored_as(fused)
+        return None if key is None else self.checkpoint.read(key, int(number))
 
 
 def open_stored(model_dir: Path) -> StoredModel:

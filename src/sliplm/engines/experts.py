@@ -1,0 +1,177 @@
+"""Fused experts whose weights are split: one exchange for the first products of all experts that a call
+needs, and one for the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sliplm.engines.modules import Floats, Products, check_input
+from sliplm.errors import InputError, ShareError
+from sliplm.shares.manifest import VaultGroup
+
+
+class ManyProducts(Products, Protocol):
+    """Who multiplies for several groups at once."""
+
+    @property
+    def hides_routing(self) -> bool:
+        """Whether every expert is to get as many rows as there are tokens."""
+
+    def products(self, asked: Sequence[tuple[str, Floats]]) -> list[Floats]:
+        """`W x` of several groups, each named once: float32 [rows, n] each -> float32 [rows, m] each."""
+
+
+class SlipExperts(nn.Module):
+    """The experts of one layer: what their class keeps beside the split weights, and its activation.
+
+    Args:
+        old: the fused experts as transformers made them; what is not split of it is taken over.
+        split: parameter -> the groups of its experts, by their number.
+        source: who multiplies.  It may be set later, before the first call.
+    """
+
+    def __init__(
+        self, old: nn.Module, split: Mapping[str, Sequence[str]], source: ManyProducts | None
+    ) -> None:
+        super().__init__()
+        for name, value in vars(old).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+        for name, parameter in old.named_parameters(recurse=False):
+            if name not in split:
+                self.register_parameter(name, parameter)
+        for name, buffer in old.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+        for name, child in old.named_children():
+            self.add_module(name, child)
+        self.source = source
+        self._family: Any = type(old)
+        self._split = {name: tuple(groups) for name, groups in split.items()}
+        self._up = "gate_up_proj" if old.has_gate else "up_proj"
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' experts: what the chosen experts make of each token, weighted and added up.
+
+        Args:
+            hidden_states: [tokens, width] on the CPU.  top_k_index, top_k_weights: [tokens, k].
+
+        Raises:
+            InputError, WorkerError: as `SlipLinear.forward`.
+        """
+        if torch.compiler.is_compiling():
+            whole = torch.compiler.disable(self.forward)  # type: ignore[no-untyped-call]
+            return cast(Tensor, whole(hidden_states, top_k_index, top_k_weights))
+        tokens, k = top_k_index.shape
+        if not top_k_index.numel():
+            return torch.zeros_like(hidden_states)
+        chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        y = self._product(self._up, hidden_states[order // k], chosen, tokens)
+        y = self._family._apply_gate(self, y) if self.has_gate else self.act_fn(y)
+        y = self._product("down_proj", y, chosen, tokens)
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        back = torch.empty_like(y)
+        back[order] = y
+        return back.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _product(self, weight: str, x: Tensor, chosen: Tensor, tokens: int) -> Tensor:
+        """Each row of x [rows, n] times its expert's weight, and the bias: [rows, m]; `chosen` ascends."""
+        experts, counts = torch.unique_consecutive(chosen, return_counts=True)
+        numbers, rows = experts.tolist(), torch.split(x, counts.tolist())
+        if weight in self._split:
+            y = self._asked(weight, dict(zip(numbers, rows, strict=True)), tokens, x.dtype)
+        else:
+            matrices = self.get_parameter(weight)
+            parts = [
+                part @ (matrices[number] if self.is_transposed else matrices[number].T)
+                for number, part in zip(numbers, rows, strict=True)
+            ]
+            y = torch.cat(parts)
+        return y + self.get_parameter(f"{weight}_bias")[chosen] if self.has_bias else y
+
+    def _asked(self, weight: str, rows: dict[int, Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
+        groups = self._split[weight]
+        if self.source is None:
+            raise InputError(f"group {groups[0]} has no vault: load the model with sliplm.load")
+        asked = []
+        for number, x in rows.items():
+            check_input(groups[number], x, x.ndim == 2, "[rows, n]")
+            asked.append((groups[number], x.detach().to(torch.float32).contiguous().numpy()))
+        if self.source.hides_routing:
+            asked = _covered(asked, groups, tokens)
+        products = dict(zip((group for group, _ in asked), self.source.products(asked), strict=True))
+        answers = [products[groups[number]][: len(x)] for number, x in rows.items()]
+        return torch.from_numpy(np.concatenate(answers)).to(dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and names: nothing secret."""
+        return ", ".join(f"{name}: {len(groups)} groups" for name, groups in self._split.items())
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError("a model with split layers cannot be copied or pickled: load its vault folder again")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_split", ()):
+            raise AttributeError(f"the experts' {name} is split: no party has it")
+        return super().__getattr__(name)
+
+
+def _covered(
+    asked: Sequence[tuple[str, Floats]], groups: Sequence[str], tokens: int
+) -> list[tuple[str, Floats]]:
+    """The same with rows of zeros, so that every expert of the layer gets one row for each token."""
+    given, n = dict(asked), asked[0][1].shape[1]
+    covered = []
+    for group in groups:
+        x = np.zeros((tokens, n), np.float32)
+        if group in given:
+            x[: len(given[group])] = given[group]
+        covered.append((group, x))
+    return covered
+
+
+def replace_experts(
+    model: nn.Module, groups: Sequence[VaultGroup], source: ManyProducts | None
+) -> tuple[SlipExperts, ...]:
+    """Replace the fused experts that `groups` are of; nothing is changed if any does not fit.
+
+    Raises:
+        ShareError: the model has no such experts, or others than the share.
+    """
+    found: dict[str, dict[str, dict[int, VaultGroup]]] = {}
+    for group in groups:
+        if (expert := group.expert) is not None:
+            found.setdefault(expert.module, {}).setdefault(expert.weight, {})[expert.number] = group
+    modules, made = dict(model.named_modules()), []
+    for name, weights in found.items():
+        old = modules.get(name)
+        for weight, experts in weights.items():
+            _check(old, name, weight, experts)
+    for name, weights in found.items():
+        split = {
+            weight: [experts[i].name for i in range(len(experts))] for weight, experts in weights.items()
+        }
+        parent, _, leaf = name.rpartition(".")
+        new = SlipExperts(modules[name], split, source)
+        setattr(modules[parent], leaf, new.train(modules[name].training))
+        made.append(new)
+    return tuple(made)
+
+
+def _check(old: nn.Module | None, name: str, weight: str, experts: Mapping[int, VaultGroup]) -> None:
+    parameter = None if old is None else dict(old.named_parameters(recurse=False)).get(weight)
+    shape = () if parameter is None else tuple(parameter.shape)
+    transposed = bool(getattr(old, "is_transposed", False))
+    sizes = {(g.columns, g.rows) if transposed else (g.rows, g.columns) for g in experts.values()}
+    if set(experts) != set(range(len(experts))) or {(len(experts), *size) for size in sizes} != {shape}:
+        raise ShareError(
+            f"the share has {len(experts)} experts for {name}.{weight}, and the model {list(shape)} there: "
+            "load the share with the model class that it was split from"
+        )

@@ -1,0 +1,37 @@
+"""What one frame carries: the rows of a request, cut and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sliplm.network.link import Link
+from sliplm.parties.exchange import Part
+from sliplm.protocol.frames import ELEMENT, PART_BYTES
+
+
+def cut(parts: Sequence[Part], links: Sequence[Link]) -> Iterator[list[Part]]:
+    """The parts of a request by ascending group, in as few messages as frames and answers allow.
+
+    How they are cut depends on groups and rows alone, never on what the rows hold.
+
+    Args:
+        links: who may be asked; the one with the smallest frames decides.
+    """
+    limit = min((link.max_payload for link in links), default=1 << 62)
+    message: list[Part] = []
+    asked = answered = 0
+    for part in sorted(parts, key=lambda part: part.group):
+        step = min((link.max_rows(part.group) for link in links), default=max(1, len(part.x)))
+        for first in range(0, len(part.x), step):
+            rows = slice(first, first + step)
+            piece = Part(part.group, part.x[rows], part.out[rows])
+            there = PART_BYTES + ELEMENT * piece.x.size
+            back = ELEMENT * piece.out.size
+            full = asked + there > limit or answered + back > limit
+            if message and (full or message[-1].group == part.group):
+                yield message
+                message, asked, answered = [], 0, 0
+            message.append(piece)
+            asked, answered = asked + there, answered + back
+    if message:
+        yield message

@@ -1,0 +1,200 @@
+"""Mixtures of experts: every family's fused experts, split, against the model itself; what a worker sees."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import families
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sliplm.engines.experts import SlipExperts
+from sliplm.engines.transformers.convert import split
+from sliplm.engines.transformers.load import load, reference
+from sliplm.errors import InputError, ShareError
+from sliplm.network.transport import Connection
+from sliplm.parties.worker import Worker
+from sliplm.planning.counts import report_for
+from sliplm.protocol.worker_side import Several, WorkerSide
+from sliplm.shares.recipe import Recipe, Rule
+from sliplm.shares.share import open_worker, read_vault_manifest
+
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "intermediate_size": 48,
+    "first_k_dense_replace": 0,
+    "decoder_sparse_step": 1,
+}
+RECIPE = Recipe(rank=4)
+TOKENS = torch.randint(3, 299, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+class Watching(Worker):
+    """Honest; remembers of each frame of several groups who got how many rows."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(open_worker(folder), threads=1)
+        self.frames: list[dict[int, int]] = []
+
+    def _answer_several(self, connection: Connection, side: WorkerSide, asked: Several) -> None:
+        self.frames.append(dict(asked.parts))
+        super()._answer_several(connection, side, asked)
+
+
+@contextmanager
+def served(out: Path, **options: Any) -> Iterator[tuple[PreTrainedModel, Watching]]:
+    worker, ready = Watching(out / "worker"), threading.Event()
+    address = f"unix:{out / 'w.sock'}"
+    thread = threading.Thread(target=worker.serve, args=(address, None, lambda _: ready.set()))
+    thread.start()
+    try:
+        assert ready.wait(60)
+        model: Any = load(out / "vault", [address], **({"ahead": 0} | options))
+        with closing(model.slip):
+            yield model, worker
+    finally:
+        worker.stop()
+        thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture")
+    split(families.make("qwen3_moe", folder / "model", **SMALL), folder / "out", RECIPE)
+    return folder
+
+
+@pytest.mark.parametrize("family", families.MIXTURES)
+def test_every_family_equals_its_quantised_model(family: str, tmp_path: Path) -> None:
+    """Bit for bit, with two exchanges for a layer's experts; and that one is close to the model itself."""
+    folder = families.make(family, tmp_path / "model", **SMALL)
+    report = split(folder, tmp_path / "out", RECIPE)
+    whole = [group.name for group in report.groups if group.placement == "vault"]
+    assert [name.rpartition(".")[2] for name in whole] in (["gate"], ["router"])
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    quantised = reference(tmp_path / "out")
+    with torch.no_grad(), served(tmp_path / "out") as (model, worker):
+        wanted, near, found = (m(TOKENS).logits for m in (plain, quantised, model))
+        counted = model.slip.counters.exchanges
+    assert torch.equal(near, found)
+    logs = [x.log_softmax(-1) for x in (near, wanted)]
+    assert functional.kl_div(*logs, log_target=True, reduction="none").sum(-1).mean() < 1e-5
+    assert len(worker.frames) == 2
+    assert (
+        counted == report.exchanges == report_for(read_vault_manifest(tmp_path / "out" / "vault")).exchanges
+    )
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "phimoe"])
+def test_both_stored_forms_are_read(family: str, tmp_path: Path) -> None:
+    """One tensor for each expert, as these models are published, and fused, as transformers 5 has them."""
+    families.make(family, tmp_path / "single", **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "single", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    answers = []
+    for form in ("single", "fused"):
+        split(tmp_path / form, tmp_path / f"{form}-out", RECIPE, i_know=True)
+        with torch.no_grad():
+            answers.append(reference(tmp_path / f"{form}-out")(TOKENS).logits)
+    with torch.no_grad():
+        wanted = model(TOKENS).logits
+    for answer in answers:
+        assert torch.dist(answer, wanted) < 0.02 * wanted.norm()
+
+
+def test_one_weight_of_the_experts_may_stay_whole(tmp_path: Path) -> None:
+    folder = families.make("gpt_oss", tmp_path / "model", **SMALL)
+    rule = Rule(pattern="*.experts.down_proj.*", placement="vault")
+    report = split(folder, tmp_path / "out", Recipe(rank=4, rules=(rule,)))
+    assert report.exchanges == 4
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        wanted, found = (m(TOKENS).logits for m in (model, reference(tmp_path / "out")))
+    assert torch.dist(wanted, found) < 0.02 * wanted.norm()
+
+
+def test_the_worker_knows_experts_by_secret_numbers(mixture: Path, tmp_path: Path) -> None:
+    """One order for a layer; another split has another one (16 experts are alike once in 2 10^13 splits)."""
+    folder, orders = families.make("qwen3_moe", tmp_path / "model", **SMALL, num_experts=16), []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        split(folder, out, RECIPE, i_know=True)
+        experts = [g for g in read_vault_manifest(out / "vault").groups if g.expert is not None]
+        for weight in ("gate_up_proj", "down_proj"):
+            mine = [g for g in experts if g.expert.weight == weight]
+            assert [g.name.rpartition(".")[2] for g in mine] == [str(i) for i in range(16)]
+            orders.append([g.expert.number for g in mine])
+    assert orders[0] == orders[1]
+    assert orders[2] == orders[3]
+    assert orders[0] != orders[2]
+    assert sorted(orders[0]) == list(range(16))
+
+
+def test_routing_can_be_hidden(mixture: Path) -> None:
+    """M: without the option the frames tell who was chosen, with it they depend on the number of tokens."""
+    with torch.no_grad():
+        wanted = reference(mixture / "out")(TOKENS).logits
+        with served(mixture / "out") as (model, worker):
+            assert torch.equal(model(TOKENS).logits, wanted)
+            assert [sum(frame.values()) for frame in worker.frames] == [2 * TOKENS.numel()] * 2
+            model(TOKENS[:1, :1])
+            assert all(len(frame) == 2 for frame in worker.frames[-2:]), "two of four are chosen"
+        with served(mixture / "out", hide_routing=True) as (model, worker):
+            assert torch.equal(model(TOKENS).logits, wanted)
+            assert [set(frame.values()) for frame in worker.frames] == [{TOKENS.numel()}] * 2
+            assert [len(frame) for frame in worker.frames] == [4, 4]
+            assert torch.equal(
+                model(TOKENS.flip(1)).logits, reference(mixture / "out")(TOKENS.flip(1)).logits
+            )
+            assert worker.frames[2:] == worker.frames[:2]
+
+
+def test_experts_refuse_what_they_cannot_do(mixture: Path) -> None:
+    model = reference(mixture / "out")
+    (experts,) = (module for module in model.modules() if isinstance(module, SlipExperts))
+    x = torch.zeros(0, 64)
+    assert experts(x, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)).shape == (0, 64)
+    with pytest.raises(AttributeError, match="split"):
+        _ = experts.gate_up_proj
+    one = torch.zeros(1, 2, dtype=torch.long)
+    with pytest.raises(InputError, match="NaN"):
+        experts(torch.full((1, 64), torch.nan), one, torch.ones(1, 2))
+    with pytest.raises(InputError, match="gradient"):
+        experts(torch.ones(1, 64, requires_grad=True), one, torch.ones(1, 2))
+    other = families.make("qwen3_moe", mixture / "other", **SMALL, num_experts=3)
+    plain = AutoModelForCausalLM.from_pretrained(other)
+    from sliplm.engines.experts import replace_experts
+
+    with pytest.raises(ShareError, match="4 experts"):
+        replace_experts(plain, read_vault_manifest(mixture / "out" / "vault").groups, None)
+
+
+def test_experts_are_counted_by_their_use(mixture: Path) -> None:
+    manifest = read_vault_manifest(mixture / "out" / "vault")
+    report = report_for(manifest)
+    experts = [group for group in report.groups if group.exchange]
+    assert len(experts) == 8
+    assert {group.use for group in experts} == {0.5}
+    assert sum(group.plain_macs for group in experts) == 2 * (80 * 64 + 40 * 64)
+    assert sum(group.bytes_to_worker for group in experts) == 4 * 2 * (64 + 40)
+    assert report.exchanges == 5
+    with torch.no_grad(), served(mixture / "out") as (model, _):
+        model(TOKENS)
+        counters = model.slip.counters
+        assert counters.bytes_sent == TOKENS.numel() * report.bytes_to_worker
+        assert counters.bytes_received == TOKENS.numel() * report.bytes_from_worker
+
+
+def test_generation_goes_on(mixture: Path) -> None:
+    with served(mixture / "out", dtype=torch.bfloat16) as (model, _), torch.no_grad():
+        one = model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)
+        two = reference(mixture / "out", dtype=torch.bfloat16).generate(
+            TOKENS[:1], max_new_tokens=4, do_sample=False
+        )
+    assert np.array_equal(one, two)
