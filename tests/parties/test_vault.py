@@ -134,7 +134,7 @@ def test_products_equal_the_quantised_model_exactly(shares: Shares, socket: Path
 
 
 def test_products_of_several_groups_take_one_exchange(shares: Shares, socket: Path) -> None:
-    """In whatever order they are asked; what exceeds a frame is cut, and the bits stay the same."""
+    """In whatever order they are asked."""
     local, asked = LocalProducts(*shares), [(name, inputs(shares, name, 2)) for name in shares[0].groups]
     worker = Logging(shares[1])
     with serving(worker, socket) as address, Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault:
@@ -143,13 +143,22 @@ def test_products_of_several_groups_take_one_exchange(shares: Shares, socket: Pa
                 assert np.array_equal(y, local.product(name, x))
         assert vault.counters.exchanges == 2
         assert vault.counters.rows == 4 * len(asked)
-        long = [(name, inputs(shares, name, 9000)) for name, _ in asked[:2]]
-        before = vault.counters.exchanges
-        for y, (name, x) in zip(vault.products(long), long, strict=True):
-            assert np.array_equal(y, local.product(name, x))
-        assert vault.counters.exchanges > before + 1
         with pytest.raises(InputError, match="NaN"):
             vault.products([asked[0], (asked[1][0], np.full_like(asked[1][1], np.nan))])
+
+
+def test_what_exceeds_a_frame_is_cut(shares: Shares, socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sliplm.protocol.side.FRAME_BYTES", 8192)
+    local, asked = LocalProducts(*shares), [(name, inputs(shares, name, 20)) for name in shares[0].groups]
+    with (
+        serving(Logging(shares[1]), socket) as address,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as vault,
+    ):
+        for y, (name, x) in zip(vault.products(asked), asked, strict=True):
+            assert np.array_equal(y, local.product(name, x))
+        assert vault.counters.rows == 20 * len(asked)
+        least = sum(20 * 4 * max(s.m, s.n) for s in shares[0].groups.values()) / 8192
+        assert least / 2 < vault.counters.exchanges < 4 * least
 
 
 class RogueInOne(Logging):
