@@ -187,7 +187,7 @@ def test_one_wrong_group_of_several_spoils_the_answer(shares: Shares, tmp_path: 
             assert list(vault.quarantined) == [bad]
             (record,) = vault.audit.records
             assert record.group == asked[-1][0]
-            sets = [codec.challenge_set for codec in vault._codecs]
+            sets = [codec._challenges.number for codec in vault._codecs]
     assert sets == [0] * (len(sets) - 1) + [1]
     assert [m.tobytes() for _, m in liar.messages] == [m.tobytes() for _, m in honest.messages]
 
