@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -237,6 +238,18 @@ def test_a_child_with_its_parents_number_is_refused(kind: str, ledger: Ledger) -
         pytest.skip("the kernel lets nobody nest PID namespaces here")
     ledger.record("forks: a child with its parent's number", 1, done.returncode == 11, done.returncode == 1)
     assert done.returncode == 11, done.stderr.decode()
+
+
+def test_a_whole_model_is_refused_in_a_child(folder: Path, address: str, ledger: Ledger) -> None:
+    """torch's own threads, which a child has not, are not waited for: the forward is refused before them."""
+    model = sliplm.load(folder / "vault", [address], ahead=0)
+    ids = torch.arange(3, 3 + 512).remainder(90).reshape(8, 64)
+    with contextlib.closing(model.slip), torch.no_grad():
+        model(ids)
+        calls = [lambda: model(ids), lambda: model.generate(ids, max_new_tokens=2, do_sample=False)]
+        found = [in_child(call) for call in calls]
+    ledger.record("forks: a whole model", 2, found.count("ForkError"), 2 - found.count("ForkError"))
+    assert found == ["ForkError"] * 2
 
 
 def test_the_kernel_wipes_the_page() -> None:

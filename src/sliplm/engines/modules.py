@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
+from sliplm import forks
 from sliplm.errors import InputError, ShareError
 from sliplm.parties.adapters import Chosen, chosen
 from sliplm.shares.manifest import Member
@@ -34,6 +35,19 @@ class Products(Protocol):
 
     def product(self, group: str, x: Floats) -> Floats:
         """Return `W x` for each row: float32 [rows, n] -> float32 [rows, m], without bias."""
+
+
+def refuse_in_children(model: nn.Module) -> None:
+    """Have a forked child's first forward raise ForkError: before any product torch would wait for threads of
+    its own, which no child has.
+    """
+    process = forks.Process()
+
+    def check(*_: object) -> None:
+        if not torch.compiler.is_compiling():  # each product asks too
+            process.check()
+
+    model.register_forward_pre_hook(check)
 
 
 class GroupProduct:

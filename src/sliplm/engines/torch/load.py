@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sliplm.engines.modules import GroupProduct, Products
+from sliplm.engines.modules import GroupProduct, Products, refuse_in_children
 from sliplm.engines.torch.convert import TYPES
 from sliplm.engines.torch.trace import named_parameters, persistent_buffers
 from sliplm.engines.torch.weights import SplitWeight
@@ -177,6 +177,7 @@ def _fill(
     module.requires_grad_(False)
     module.train(False)
     module.slip = source  # type: ignore[assignment]
+    refuse_in_children(module)
 
 
 def _weights(

@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sliplm.engines.experts import ManyProducts, SlipExperts, replace_experts
-from sliplm.engines.modules import GroupProduct, SlipLinear, replace
+from sliplm.engines.modules import GroupProduct, SlipLinear, refuse_in_children, replace
 from sliplm.engines.transformers.hybrid import make_hybrid
 from sliplm.engines.transformers.opened import OpenedModel
 from sliplm.errors import InputError, ShareError
@@ -176,6 +176,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         for experts in self._experts:
             experts.source = source
         model.slip = source
+        refuse_in_children(model)
         make_hybrid(model)
 
     def _open(self, vault: VaultShare, worker: WorkerShare | None) -> ManyProducts:
