@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sliplm.engines.experts import SlipExperts
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.load import load, reference
+from sliplm.engines.transformers.thief import thief
 from sliplm.errors import InputError, ShareError
 from sliplm.network.transport import Connection
 from sliplm.parties.worker import Worker
@@ -189,6 +190,27 @@ def test_experts_are_counted_by_their_use(mixture: Path) -> None:
         counters = model.slip.counters
         assert counters.bytes_sent == TOKENS.numel() * report.bytes_to_worker
         assert counters.bytes_received == TOKENS.numel() * report.bytes_from_worker
+
+
+def test_masks_are_kept_by_expected_use(mixture: Path) -> None:
+    """Half the rows for an expert that sees half of the tokens; all where every expert gets every row."""
+    for options, kept in (({}, 4), ({"hide_routing": True}, 8)):
+        with served(mixture / "out", ahead=8, **options) as (model, _), torch.no_grad():
+            vault: Any = model.slip
+            assert vault.wait_dealt(120)
+            ready = [vault._supply.memory.available(i) for i in range(len(vault.groups))]
+            wanted = [kept if ".experts." in name else 8 for name in vault.groups]
+            assert all(want - 2 < found <= want + 2 for want, found in zip(wanted, ready, strict=True))
+            assert torch.equal(model(TOKENS).logits, reference(mixture / "out")(TOKENS).logits)
+
+
+def test_a_thief_of_the_worker_share_has_no_model(mixture: Path) -> None:
+    model = thief(mixture / "model", mixture / "out")
+    plain = AutoModelForCausalLM.from_pretrained(mixture / "model", dtype=torch.float32)
+    (name,) = [name for name, _ in plain.named_parameters() if name.endswith("experts.gate_up_proj")]
+    mine, true = model.get_parameter(name), plain.get_parameter(name)
+    assert torch.allclose(mine.norm(dim=-1), true.norm(dim=-1), rtol=1e-3)
+    assert abs(functional.cosine_similarity(mine.flatten(), true.flatten(), dim=0)) < 0.1
 
 
 def test_generation_goes_on(mixture: Path) -> None:

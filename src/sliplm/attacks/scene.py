@@ -167,6 +167,7 @@ class Scene:
                     group.rotation != "none",
                 )
                 for group in vault.manifest.groups
+                if group.expert is None  # a mixture's experts are not attacked here, see LIMITATIONS
             }
         return self._views[name]
 

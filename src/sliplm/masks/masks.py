@@ -8,6 +8,7 @@ twice.  `pool.DiskPool` does the same for masks on disk.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -128,15 +129,22 @@ class MaskPool:
         renewals: how often all masks were thrown away.
     """
 
-    def __init__(self, groups: int, make: Callable[[int, int, bool, bool], Batch], ahead: int) -> None:
+    def __init__(
+        self,
+        groups: int,
+        make: Callable[[int, int, bool, bool], Batch],
+        ahead: int,
+        uses: Sequence[float] | None = None,
+    ) -> None:
         """
         Args:
             groups: how many there are.
             make: (group, rows, in the background?, while a request waits?) -> a checked batch.
             ahead: rows to keep ready for each group; 0 deals nothing ahead.
+            uses: of each group, what part of the rows it is expected to see; None for all of them.
         """
         self._make, self._ahead = make, ahead
-        self._step = max(1, ahead // 4)
+        self._kept = [math.ceil(ahead * use) for use in uses or [1.0] * groups]
         self._ready: list[deque[Batch]] = [deque() for _ in range(groups)]
         self._count = [0] * groups
         self._change = threading.Condition()
@@ -207,7 +215,7 @@ class MaskPool:
                 parts.append(part)
                 if ready[0].used == len(ready[0].u):
                     ready.popleft()
-            if self._count[group] <= self._ahead - self._step:
+            if self._needs(group):
                 self._change.notify()
         return parts
 
@@ -250,8 +258,14 @@ class MaskPool:
                 self._change.notify_all()
 
     def _neediest(self) -> int | None:
-        group = min(range(len(self._count)), key=self._count.__getitem__)
-        return group if self._count[group] <= self._ahead - self._step else None
+        needy = (group for group in range(len(self._count)) if self._needs(group))
+        return min(needy, key=lambda group: self._count[group] / self._kept[group], default=None)
+
+    def _needs(self, group: int) -> bool:
+        return self._count[group] <= self._kept[group] - self._step(group)
+
+    def _step(self, group: int) -> int:
+        return max(1, self._kept[group] // 4)
 
     def _fill(self) -> None:
         pause = _PAUSES[0]
@@ -263,7 +277,7 @@ class MaskPool:
                 if self._closed or group is None:
                     return
             try:
-                batch = self._make(group, self._step, True, False)
+                batch = self._make(group, self._step(group), True, False)
             except Exception as error:  # it may be over soon; until then who takes masks asks for himself
                 with self._change:
                     self._failure = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from sliplm.errors import MaskError
 from sliplm.masks.masks import Batch, MaskPool, Masks
@@ -15,7 +16,7 @@ class Supply:
     """The masks of one vault.
 
     Args:
-        groups: how many there are.
+        uses: of each group, what part of the rows it is expected to see: 1 but for experts.
         dealing: who deals.
         disk: masks dealt ahead on disk, or None.
         ahead: rows kept ready in memory for each group; none where there is a pool on disk.
@@ -27,11 +28,11 @@ class Supply:
     """
 
     def __init__(
-        self, groups: int, dealing: Dealing, disk: DiskPool | None, ahead: int, counters: Counters
+        self, uses: Sequence[float], dealing: Dealing, disk: DiskPool | None, ahead: int, counters: Counters
     ) -> None:
         self._dealing, self._disk, self._counters = dealing, disk, counters
         self.freshness = b""
-        self.memory = MaskPool(groups, self._deal, ahead if dealing.possible and disk is None else 0)
+        self.memory = MaskPool(len(uses), self._deal, ahead if dealing.possible and disk is None else 0, uses)
 
     def __repr__(self) -> str:
         return f"Supply({self._disk or self.memory!r})"

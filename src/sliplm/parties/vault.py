@@ -64,7 +64,8 @@ class Vault(Closing):
         self._dealers = workforce(terms.dealers, "dealer") if terms.dealers else None
         share_here = None if terms.dealing_share is None else ShareDealer(terms.dealing_share)
         dealing = Dealing(self._codecs, share_here, self._dealers)
-        self._supply = Supply(len(self._codecs), dealing, terms.pool, terms.ahead, self.counters)
+        uses = [1.0 if terms.hide_routing else group.use for group in share.manifest.groups]
+        self._supply = Supply(uses, dealing, terms.pool, terms.ahead, self.counters)
         here = dealing if terms.fallback == "here" else None
         self._exchange = Exchange(self._codecs, self._supply, self._workers, here, self.counters, self.audit)
         try:

@@ -185,8 +185,10 @@ def kept_bytes(subject: Subject, consumed: set[str]) -> int:
 
 
 def all_weights(subject: Subject) -> set[str]:
-    """Of all groups that can be split."""
-    return {member.weight for part in subject.parts for member in part.group.members}
+    """Of all groups that can be split, experts too."""
+    groups = [part.group for part in subject.parts]
+    groups += [g for g in subject.stored.layout.groups if g.expert is not None and subject.stored.holds(g)]
+    return {name for group in groups for name in group.parameters}
 
 
 def pieces(subject: Subject, results: Results | None = None) -> tuple[Piece, ...]:

@@ -38,6 +38,7 @@ class Subject:
     Attributes:
         parts: the groups that can be split, in the order of a forward pass.
         whole: modules and groups that cannot be split, and so stay in the vault whatever the recipe.
+            Experts of a mixture are in neither: they take the recipe's default.
     """
 
     stored: StoredModel
@@ -65,13 +66,15 @@ def open_subject(model_dir: Path) -> Subject:
     check_reads_text(model_dir)
     stored = open_stored(model_dir)
     groups = stored.layout.groups
-    fit = [group for group in groups if stored.holds(group)]
+    # experts are split as the recipe's defaults say: to study each would take weeks
+    studied = [group for group in groups if group.expert is None]
+    fit = [group for group in studied if stored.holds(group)]
     if not fit:
         raise UnsplittableError(f"{model_dir} has no linear layer that can be split")
     kinds = kinds_of([group.name for group in fit])
     parts = tuple(Part(group, kind, _layer(group.name)) for group, kind in zip(fit, kinds, strict=True))
     whole = [name for name in stored.layout.unsplittable]
-    whole += [group.name for group in groups if group not in fit]
+    whole += [group.name for group in studied if group not in fit]
     return Subject(stored, parts, tuple(whole))
 
 

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sliplm.engines.transformers.layout import architecture, read_config
 from sliplm.errors import ShareError
+from sliplm.shares.manifest import ExpertOf
 from sliplm.shares.share import open_worker, read_vault_manifest
 
 
@@ -50,6 +51,9 @@ def thief(model_dir: Path | str, out_dir: Path | str, *, model_class: Any = None
     tied = getattr(model.get_input_embeddings(), "weight", None)
     modules = dict(model.named_modules())
     for group in groups:
+        if group.expert is not None:
+            _replace_expert(modules.get(group.expert.module), group.expert, worker.matrices[group.name])
+            continue
         first = 0
         for member in group.members:
             rows = worker.matrices[group.name][first : first + member.rows]
@@ -62,6 +66,17 @@ def thief(model_dir: Path | str, out_dir: Path | str, *, model_class: Any = None
             if module.weight is not tied:
                 _replace(module, rows, member.module)
     return model.requires_grad_(False)
+
+
+def _replace_expert(module: nn.Module | None, expert: ExpertOf, rows: np.ndarray[Any, Any]) -> None:
+    fused = None if module is None else dict(module.named_parameters(recurse=False)).get(expert.weight)
+    if module is None or fused is None or expert.number >= len(fused):
+        raise ShareError(
+            f"the model has no expert {expert.number} in {expert.module}: give the one that was split"
+        )
+    true = fused.data[expert.number]
+    true = true.T if module.is_transposed else true
+    true.copy_(_with_norms(torch.from_numpy(rows.astype(np.float32)), true.clone()))
 
 
 def _replace(module: nn.Linear | Conv1D, rows: np.ndarray[Any, Any], name: str) -> None:
