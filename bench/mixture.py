@@ -8,6 +8,7 @@ Prints one JSON document.  Experts count by their expected use, 8 of 128 a token
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from sliplm.planning.counts import counts_for_shapes
 from sliplm.shares.recipe import Recipe
@@ -34,12 +35,21 @@ def shapes() -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
 def main() -> None:
     found, uses = shapes()
     kept = 2 * (WORDS * WIDTH + LAYERS * EXPERTS * WIDTH)  # embedding and routers, bfloat16
-    shown = ["vault_bytes", "worker_bytes", "vault_bytes_share", "plain_macs", "vault_macs", "vault_macs_share"]
+    shown = [
+        "vault_bytes",
+        "worker_bytes",
+        "vault_bytes_share",
+        "plain_macs",
+        "vault_macs",
+        "vault_macs_share",
+    ]
     shown += ["exchanges", "bytes_to_worker", "bytes_from_worker", "mask_bytes"]
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, hidden in (("chosen experts", uses), ("hide_routing", dict.fromkeys(uses, 1.0))):
         report = counts_for_shapes(found, Recipe(), kept_bytes=kept, uses=hidden)
         result[name] = {"groups": len(report.groups), **report.model_dump(include=set(shown))}
+    result["hide_routing"]["plain_macs"] = plain = result["chosen experts"]["plain_macs"]  # the model's own
+    result["hide_routing"]["vault_macs_share"] = report.vault_macs.total / plain
     print(json.dumps(result, indent=1))
 
 
