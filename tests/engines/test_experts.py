@@ -213,6 +213,31 @@ def test_a_thief_of_the_worker_share_has_no_model(mixture: Path) -> None:
     assert abs(functional.cosine_similarity(mine.flatten(), true.flatten(), dim=0)) < 0.1
 
 
+def test_a_trained_mixture_keeps_its_perplexity(tmp_path: Path) -> None:
+    """Trained for seconds on a text with a rule (each token follows from the one before)."""
+    folder = families.make("mixtral", tmp_path / "model", **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    words = torch.Generator().manual_seed(3)
+    following = torch.randperm(290, generator=words)
+    steps = [torch.randint(290, (8, 1), generator=words)]
+    for _ in range(23):
+        steps.append(following[steps[-1]])
+    text = torch.cat(steps, dim=1) + 3
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        optimiser.zero_grad()
+        model(text, labels=text).loss.backward()
+        optimiser.step()
+    model.eval().save_pretrained(tmp_path / "trained")
+    split(tmp_path / "trained", tmp_path / "out", RECIPE)
+    with torch.no_grad():
+        one, two = (m(text, labels=text) for m in (model, reference(tmp_path / "out")))
+    logs = [x.logits.log_softmax(-1) for x in (two, one)]
+    assert one.loss < 1.0, "it has learnt something (untrained: 5.7)"
+    assert abs(one.loss - two.loss) < 1e-3
+    assert functional.kl_div(*logs, log_target=True, reduction="none").sum(-1).mean() < 1e-4
+
+
 def test_generation_goes_on(mixture: Path) -> None:
     with served(mixture / "out", dtype=torch.bfloat16) as (model, _), torch.no_grad():
         one = model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)
