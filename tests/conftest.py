@@ -20,10 +20,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from sliplm.examples import cache_dir
+from sliplm.shares.keysource import find
 
 # the tests' own key file, never the user's; it stays, for the split models in the cache.  Not in a fixture:
 # test modules copy the environment when they are imported
 os.environ["SLIPLM_KEY_FILE"] = str(cache_dir() / "tests" / "key")
+find(None, new=True)  # here, so that no test is warned of a new one
 
 # the ledger of splits is on, and each test and each module's fixture begins with an empty one: they split the
 # same few models under one key.  Whoever splits one twice says `i_know`, as a user would

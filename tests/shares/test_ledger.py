@@ -26,7 +26,7 @@ import sliplm
 from sliplm import durable
 from sliplm.cli import main
 from sliplm.engines import source, writing
-from sliplm.engines.transformers.origin import named_base
+from sliplm.engines.transformers.origin import named_base, warn_of_named_base
 from sliplm.errors import CheckpointError, CredentialError, LedgerError, SealError, ShareError, SlipWarning
 from sliplm.shares import sealing
 from sliplm.shares.keysource import Key, find
@@ -591,7 +591,9 @@ def test_a_named_base_is_a_hint(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         split(mine, tmp_path / "out", public=tmp_path / "none")
     (mine / "adapter_config.json").write_text('{"base_model_name_or_path": "meta/llama-7b"}')
-    with pytest.warns(SlipWarning, match=r"adapter_config\.json says .* made from meta/llama-7b.*--public"):
+    with pytest.warns(
+        SlipWarning, match=r"adapter_config\.json says .* from meta/llama-7b.*--base.*--public"
+    ):
         split(mine, tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -599,6 +601,47 @@ def test_a_named_base_is_a_hint(model: Path, tmp_path: Path) -> None:
     for junk in (b"[]", b"{", b"\xff", b'{"base_model_name_or_path": 3}'):
         (mine / "adapter_config.json").write_bytes(junk)
         assert named_base(mine) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [
+        ({"_name_or_path": "meta/llama-7b"}, "meta/llama-7b"),
+        ({"_name_or_path": "../models/llama-7b"}, "../models/llama-7b"),
+        ({"_name_or_path": "/models/llama-7b/"}, None),
+        ({"base_model_name_or_path": "meta/llama-7b", "_name_or_path": "me/mine"}, "meta/llama-7b"),
+        ({"_name_or_path": "me/Mine"}, None),
+        ({"_name_or_path": "/old/place/mine"}, None),
+        ({"_name_or_path": ""}, None),
+        ({"_name_or_path": "a\nb"}, None),
+        ({"_name_or_path": ["a"]}, None),
+    ],
+)
+def test_the_base_that_a_configuration_names(config: object, base: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    assert named_base(folder) == (None if base is None else ("config.json", base))
+
+
+def test_a_model_in_the_hubs_cache_is_not_its_own_base(tmp_path: Path) -> None:
+    folder = tmp_path / "models--meta--llama-7b" / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"_name_or_path": "meta/llama-7b"}')
+    assert named_base(folder) is None
+
+
+@pytest.mark.parametrize("name", ["my-finetune", "llama_FT", "x-sft-2", "fine-tuned", "qlora-merged"])
+def test_a_name_that_says_fine_tune_is_a_hint(name: str, tmp_path: Path) -> None:
+    with pytest.warns(SlipWarning, match="by its name .* is a fine-tune.*--base"):
+        warn_of_named_base(tmp_path / name, level=1)
+
+
+@pytest.mark.parametrize("name", ["model", "soft", "left", "tuner", "emerged", "Llama-3-8B-Instruct"])
+def test_other_names_are_none(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_named_base(tmp_path / name, level=1)
 
 
 # --- the command -------------------------------------------------------------------------------------------

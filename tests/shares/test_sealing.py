@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import json
 import logging
 import os
+import pty
 import resource
 import shutil
 import subprocess
@@ -432,6 +434,32 @@ def slip(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL, start_new_session=True, capture_output=True, text=True, check=False,
         timeout=120,
     )  # fmt: skip
+
+
+def test_in_python_a_new_key_is_told_of_and_a_terminal_shows_progress(tmp_path: Path) -> None:
+    model = families.make("llama", tmp_path / "model", num_hidden_layers=1)
+    program = "import sys, sliplm; sliplm.split(sys.argv[1], sys.argv[2], sliplm.Recipe(rank=2), i_know=True)"
+    env = {**os.environ, "SLIPLM_KEY_FILE": str(tmp_path / "key"), "COLUMNS": "200", "TERM": "xterm"}
+    for tried, wanted in (("a", 1), ("b", 0)):
+        master, terminal = pty.openpty()
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, model, tmp_path / tried],
+            env=env, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal,
+        )  # fmt: skip
+        os.close(terminal)
+        text = b""
+        with contextlib.suppress(OSError):  # EIO: the child has closed it
+            while piece := os.read(master, 1 << 16):
+                text += piece
+        os.close(master)
+        assert child.wait(60) == 0, text.decode()
+        assert text.decode().count(f"{tmp_path / 'key'} was made just now. Keep a copy of it") == wanted
+        assert b"splitting" in text and b"groups" in text
+    done = subprocess.run(
+        [sys.executable, "-c", program, model, tmp_path / "c"], env=env, capture_output=True, timeout=120,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout + done.stderr == b""
 
 
 def test_slip_split_says_which_key_it_used_and_that_a_new_one_needs_a_copy(tmp_path: Path) -> None:

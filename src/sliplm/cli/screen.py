@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from sliplm.engines.progress import SplitBar
 from sliplm.errors import SlipWarning
-from sliplm.shares.keysource import default_path, described
-from sliplm.shares.tensorfile import read_header
+from sliplm.shares.keysource import described, new_key_file
 
 if TYPE_CHECKING:
     from sliplm.planning.counts import SplitReport
@@ -50,7 +49,7 @@ def quiet() -> None:
 
 def warn_of_new_key() -> None:
     """Say that the user's key file was made just now."""
-    text = f"{default_path()} was made just now. Keep a copy of it: without it the vault share is lost."
+    text = new_key_file()
     Console(stderr=True, highlight=False).print(Text(text, style="bold yellow"), soft_wrap=True)
 
 
@@ -73,21 +72,8 @@ def split_with_progress(
     """
     import sliplm
 
-    missing = key is None and not default_path().exists()
-    with _SplitBar(out) as bar, showing_warnings(bar.say, warned):
-
-        def progress(done: int, total: int, name: str) -> None:
-            nonlocal missing
-            if missing:  # the first call comes when the vault's seal is on the disk
-                warn_of_new_key()
-            missing = False
-            bar.update(done, total, name)
-
-        try:
-            report = sliplm.split(model, out, recipe, key=key, progress=progress, **options)
-        finally:
-            if missing and default_path().exists():  # made, but the split failed before its first group
-                warn_of_new_key()
+    with SplitBar(out) as bar, showing_warnings(bar.say, warned):
+        report = sliplm.split(model, out, recipe, key=key, progress=bar.update, **options)
     used = Text(f"the vault share is sealed with {described(key)}", style="dim")
     Console(stderr=True, highlight=False).print(used, soft_wrap=True)
     return report
@@ -176,63 +162,3 @@ def showing_warnings(
 
         warnings.showwarning = show  # type: ignore[assignment]  # put back by catch_warnings
         yield
-
-
-class _SplitBar(contextlib.AbstractContextManager["_SplitBar"]):
-    """Groups and bytes of the worker's share that are written, and the time left.
-
-    The sizes come from the header of the worker's unfinished file, which is there before its first group.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._partial = out / ".partial"
-        self._console = Console(stderr=True, highlight=False)
-        self._sizes: dict[str, int] | None = None
-        self._groups = self._bytes = 0
-        self._name = ""
-        self._bar = Progress(
-            TextColumn("splitting"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[counts]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[name]}", style="dim"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-            expand=True,
-        )
-        self._task = self._bar.add_task("", total=None, counts="", name="")
-
-    def __enter__(self) -> _SplitBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def say(self, text: str, style: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(Text(text, style=style), soft_wrap=True)
-
-    def update(self, done: int, total: int, name: str) -> None:
-        """As `sliplm.split` calls it: before each group, and at the end with no name."""
-        sizes = self._sizes = self._first() if self._sizes is None else self._sizes
-        if self._name:
-            self._groups += 1
-            self._bytes += sizes.get(self._name, 0)
-        self._name = name
-        counts = f"{self._groups} of {len(sizes)} groups, {size(self._bytes)} of {size(sum(sizes.values()))}"
-        self._bar.update(self._task, completed=done, total=total, counts=counts, name=name)
-
-    def _first(self) -> dict[str, int]:
-        """Bytes of each group in the worker's share."""
-        try:
-            header = read_header(self._partial / "worker" / "share.safetensors")
-            journal = (self._partial / "journal").read_bytes().split(b"\n")[1:-1]
-        except (OSError, ValueError):  # a bar without sizes is better than no split
-            return {}
-        kept = sum(b'"group"' in line for line in journal)
-        if kept:
-            self._console.print(f"continuing an earlier run: {kept} of {len(header)} groups are done")
-        return {name: entry.nbytes for name, entry in header.items()}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from sliplm.engines.journal import PARTIAL, Journal
+from sliplm.engines.progress import Update, shown
 from sliplm.engines.source import Source, stack
-from sliplm.errors import LedgerError, SealError, ShareError
+from sliplm.errors import LedgerError, SealError, ShareError, SlipWarning
 from sliplm.planning.counts import SplitReport, report_for
-from sliplm.shares.keysource import Key, KeySpec, checked, find
+from sliplm.shares.keysource import Key, KeySpec, checked, find, new_key_file
 from sliplm.shares.ledger import VAULT_FILE, Ledger, Registration, register
 from sliplm.shares.manifest import (
     FileRecord,
@@ -36,9 +38,6 @@ from sliplm.shares.share import (
 )
 from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
 
-Progress = Callable[[int, int, str], None]
-"""Called with the weights done, the weights in all, and the name of the group that comes next."""
-
 
 def refuse_existing(out: Path) -> None:
     """Refuse a folder that holds a split already; one that is unfinished is continued.
@@ -54,7 +53,7 @@ def write_split(
     plan: Source,
     out: Path,
     key: KeySpec,
-    progress: Progress | None,
+    progress: Update | None,
     *,
     i_know: bool = False,
     ledger: Path | str | None = None,
@@ -72,17 +71,14 @@ def write_split(
         if not journal.done:
             _refuse(out)
             owner = find(key, new=not _sealed(journal))
+            if owner.made:
+                warnings.warn(new_key_file(), SlipWarning, stacklevel=3)
             data_key = _data_key(plan, journal, owner)
             # two shares of a public base show nothing together
             hides = bool(plan.split) and not plan.public
             entry = _registered(plan, journal, owner, ledger, i_know) if hides else None
-            _write_shares(
-                plan.shuffled(data_key),
-                journal,
-                data_key,
-                entry,
-                progress or (lambda done, total, name: None),
-            )
+            with shown(progress, out) as update:
+                _write_shares(plan.shuffled(data_key), journal, data_key, entry, update)
             if entry is not None:
                 entry.record()  # before anything is published: a crash in between costs nothing
             journal.finish()
@@ -157,7 +153,7 @@ def _continued(journal: Journal, key: KeySpec) -> bytes:
 
 
 def _write_shares(
-    plan: Source, journal: Journal, data_key: bytes, entry: Registration | None, progress: Progress
+    plan: Source, journal: Journal, data_key: bytes, entry: Registration | None, progress: Update
 ) -> None:
     vault, worker = journal.folder / "vault", journal.folder / "worker"
     resume = journal.resumed
@@ -210,7 +206,7 @@ def _split_groups(
     data_key: bytes,
     secret: SafetensorsWriter,
     public: SafetensorsWriter,
-    progress: Progress,
+    progress: Update,
 ) -> None:
     total = sum(group.rows * group.columns for group, _ in plan.split)
     done = 0

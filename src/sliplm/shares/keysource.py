@@ -142,6 +142,11 @@ def described(key: KeySpec) -> str:
     return f"the key from {_program(rest) if kind == 'command' else key}"
 
 
+def new_key_file() -> str:
+    """What its owner is told of a key file that was made just now."""
+    return f"{default_path()} was made just now. Keep a copy of it: without it the vault share is lost."
+
+
 def default_path() -> Path:
     """The user's own key file; it may not exist yet.  Raises: PlaceError."""
     return places.key_file()

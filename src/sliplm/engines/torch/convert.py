@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sliplm.engines.groups import Group
+from sliplm.engines.progress import Update
 from sliplm.engines.source import Errors, plain_part
 from sliplm.engines.torch.trace import Inputs, Traced, arguments, trace
 from sliplm.engines.transformers.plan import check_group, members, vault_group
-from sliplm.engines.writing import Progress, refuse_existing, write_split
+from sliplm.engines.writing import refuse_existing, write_split
 from sliplm.errors import CheckpointError, InputError, RecipeError, UnsplittableError
 from sliplm.planning.counts import SplitReport
 from sliplm.shares.keysource import KeySpec, checked
@@ -44,7 +45,7 @@ def split_module(
     key: KeySpec = None,
     i_know: bool = False,
     ledger: Path | str | None = None,
-    progress: Progress | None = None,
+    progress: Update | None = None,
 ) -> SplitReport:
     """Split a PyTorch module into `out_dir/vault` (secret, sealed) and `out_dir/worker` (may be public).
 

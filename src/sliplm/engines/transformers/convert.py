@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sliplm.engines.groups import Group
+from sliplm.engines.progress import Update
 from sliplm.engines.source import stack
 from sliplm.engines.transformers.finetune import plan_against, refuse_without_base
 from sliplm.engines.transformers.origin import compare, warn_of_named_base, warn_of_relatives
 from sliplm.engines.transformers.plan import Plan, make_plan
-from sliplm.engines.writing import Progress, refuse_existing, write_split
+from sliplm.engines.writing import refuse_existing, write_split
 from sliplm.planning.counts import SplitReport
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.recipe import Recipe
@@ -29,7 +30,7 @@ def split(
     public: Path | str | Iterable[Path | str] = (),
     i_know: bool = False,
     ledger: Path | str | None = None,
-    progress: Progress | None = None,
+    progress: Update | None = None,
     base: Path | str | None = None,
     adapters: Mapping[str, Path | str] | None = None,
 ) -> SplitReport:
@@ -49,7 +50,7 @@ def split(
         i_know: split a model again of which the ledger has a share, or a close relative's.  The two shares
             together show what they differ by, which is what each of them hides.
         ledger: the folder that remembers splits; None for the owner's, see `ledger`.
-        progress: called before each group and at the end.
+        progress: called before each group and at the end; None shows a bar where stderr is a terminal.
         base: the folder of the public model that this one was trained from, or this one itself.  The worker's
             share is then the base alone, whatever was trained, and the vault holds the difference.
         adapters: by name the folders of LoRA adapters to the model, as peft saves them; only with a base.

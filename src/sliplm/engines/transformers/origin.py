@@ -19,7 +19,10 @@ Weights = Iterable[tuple[str, Floats]]
 """Name and stacked weight of each group, one in memory at a time."""
 
 MAX_CARD_BYTES = 64 << 10
-_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?", re.ASCII)
+_NAME = re.compile(r"(\.{0,2}/)?[\w][\w.-]*(/[\w.-]+)*", re.ASCII)
+_TUNED = re.compile(
+    r"(?<![a-z])(fine[-_.]?tun(e|ed|ing)|ft|sft|dpo|rlhf|q?lora|merged)(?![a-z])", re.IGNORECASE
+)
 
 
 def compare(weights: Weights, public: Mapping[str, Weights]) -> dict[str, Likeness]:
@@ -48,30 +51,46 @@ def warn_of_relatives(found: Mapping[str, Likeness], *, proven: bool, level: int
 
 
 def warn_of_named_base(folder: Path, *, level: int) -> None:
-    """Hint at the base that a checkpoint's own files name, if they name one."""
+    """Hint at the base that a checkpoint's own files name, or that its name says there is."""
     named = named_base(folder)
     if named is not None:
         file, base = named
-        warnings.warn(
-            f"{file} says that this model was made from {base}. If others can have {base}, name its folder "
-            "with public=[...] (slip split --public DIR) to measure how close they are: a fast rotation is "
-            "not claimed to hide a model from someone who has a close relative",
-            SlipWarning,
-            stacklevel=level + 1,
-        )
+        said, whose = f"{file} says that this model comes from {base}", base
+    elif _TUNED.search(folder.resolve().name):
+        said, whose = f"by its name {folder.resolve().name} is a fine-tune", "its base"
+    else:
+        return
+    warnings.warn(
+        f"{said}. If others can have {whose}, split against it, base=FOLDER (slip split --base FOLDER): the "
+        "worker's share is then the base alone. To measure only how close they are: public=[FOLDER] "
+        "(--public FOLDER). A fast rotation is not claimed to hide a model from who has a close relative",
+        SlipWarning,
+        stacklevel=level + 1,
+    )
 
 
 def named_base(folder: Path) -> tuple[str, str] | None:
-    """(File, the one base model that it names): README.md's front matter, or adapter_config.json."""
-    for file, read in (("README.md", _front_matter), ("adapter_config.json", _adapter)):
+    """(File, the one base that it names): README.md's front matter, adapter_config.json, or config.json."""
+    cards = (("README.md", _front_matter), ("adapter_config.json", _adapter), ("config.json", _config))
+    for file, read in cards:
         try:
             with (folder / file).open("rb") as card:
                 base = read(card.read(MAX_CARD_BYTES).decode())
         except (OSError, ValueError, RecursionError):  # no such file, or nothing that can be used: no hint
             continue
-        if base is not None and len(base) <= 200 and _NAME.fullmatch(base):
+        if base is None or len(base) > 200 or not _NAME.fullmatch(base):
+            continue
+        if file != "config.json" or not _itself(folder, base):
             return file, base
     return None
+
+
+def _itself(folder: Path, name: str) -> bool:
+    """Whether a name is that of the folder: transformers once wrote where a model was loaded from."""
+    place = folder.resolve()
+    cached = [part.rpartition("--")[2] for part in place.parts if part.startswith("models--")]
+    last = name.rstrip("/").rpartition("/")[2]
+    return last.lower() in {one.lower() for one in (place.name, *cached)}
 
 
 def _front_matter(text: str) -> str | None:
@@ -89,3 +108,11 @@ def _adapter(text: str) -> str | None:
     config = json.loads(text)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return base if isinstance(base, str) else None
+
+
+def _config(text: str) -> str | None:
+    config = json.loads(text)
+    if not isinstance(config, dict):
+        return None
+    named = (config.get(name) for name in ("base_model_name_or_path", "_name_or_path"))
+    return next((name for name in named if isinstance(name, str) and name), None)
