@@ -123,6 +123,8 @@ def test_a_model_is_compiled_and_not_recorded(model: Any) -> None:
     for record in (torch.jit.trace, torch.export.export):
         with pytest.raises(InputError, match="cannot be traced or exported"):
             record(model, (tokens(9),), strict=False)
+    with pytest.raises(InputError, match="cannot be scripted"):
+        torch.jit.script(model)
 
 
 # --- plain modules ----------------------------------------------------------------------------------------
@@ -165,11 +167,14 @@ def test_a_module_is_compiled(two: tuple[nn.Module, nn.Module]) -> None:
     ("use", "word"),
     [
         (lambda module, x: torch.jit.trace(module, x), "cannot be traced"),
+        (lambda module, x: torch.jit.script(module), "cannot be scripted"),
+        (lambda module, x: torch.jit.script(module.b), "cannot be scripted"),
+        (lambda module, x: torch.jit.script(nn.Sequential(module, nn.ReLU())), "cannot be scripted"),
         (lambda module, x: torch.export.export(module, (x,)), "cannot be traced or exported"),
         (lambda module, x: torch.func.vmap(module)(x), "a batch in the place of vmap"),
         (lambda module, x: torch.func.grad(lambda x: module(x).sum())(x), "torch.func"),
     ],
-    ids=["jit", "export", "vmap", "grad"],
+    ids=["trace", "script", "script-layer", "script-around", "export", "vmap", "grad"],
 )
 def test_what_has_no_values_is_refused(
     two: tuple[nn.Module, nn.Module], use: Callable[[Any, Tensor], Any], word: str

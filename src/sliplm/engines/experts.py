@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sliplm.engines.modules import Floats, Products, check_input
+from sliplm.engines.modules import Floats, Products, check_input, refuse_script
 from sliplm.errors import InputError, ShareError
 from sliplm.shares.manifest import VaultGroup
 
@@ -35,6 +35,8 @@ class SlipExperts(nn.Module):
         split: parameter -> the groups of its experts, by their number.
         source: who multiplies.  It may be set later, before the first call.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self, old: nn.Module, split: Mapping[str, Sequence[str]], source: ManyProducts | None

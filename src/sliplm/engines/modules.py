@@ -50,6 +50,14 @@ def refuse_in_children(model: nn.Module) -> None:
     model.register_forward_pre_hook(check)
 
 
+def refuse_script(*_: object) -> NoReturn:
+    """What torch.jit.script asks a module for first: its `__prepare_scriptable__`."""
+    raise InputError(
+        "a model with split layers cannot be scripted: TorchScript cannot ask a worker for products. Call the "
+        "the model itself"
+    )
+
+
 class GroupProduct:
     """One group's product, computed once per input and handed out once to each member.
 
@@ -121,6 +129,7 @@ class SlipLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self, in_features: int, out_features: int, bias: nn.Parameter | None, group: GroupProduct, index: int

@@ -1,7 +1,7 @@
 """Reports as one HTML file with pictures: `page` for the file, `figures` for the pictures.
 
 May import `examples` and what is below it.  Begin with `page`.
-They need the extra `report` (jinja2 and matplotlib); `need` says so before hours of work are spent.
+They need jinja2, and matplotlib of the extra `report`; `need` says so before hours of work are spent.
 """
 
 from __future__ import annotations

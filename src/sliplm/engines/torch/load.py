@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sliplm.engines.modules import GroupProduct, Products, refuse_in_children
+from sliplm.engines.modules import GroupProduct, Products, refuse_in_children, refuse_script
 from sliplm.engines.torch.convert import TYPES
 from sliplm.engines.torch.trace import named_parameters, persistent_buffers
 from sliplm.engines.torch.weights import SplitWeight
@@ -169,6 +169,7 @@ def _fill(
             owner, leaf = _owner(module, name)
             delattr(owner, leaf)
             setattr(owner, leaf, weight)
+            owner.__prepare_scriptable__ = refuse_script  # type: ignore[assignment]
     for name, tensor in tensors.items():
         new = nn.Parameter(tensor, requires_grad=False) if name in names else tensor
         for other in names.get(name, [name]):
