@@ -53,7 +53,7 @@ def refuse_in_children(model: nn.Module) -> None:
 def refuse_script(*_: object) -> NoReturn:
     """What torch.jit.script asks a module for first: its `__prepare_scriptable__`."""
     raise InputError(
-        "a model with split layers cannot be scripted: TorchScript cannot ask a worker for products. Call the "
+        "a model with split layers cannot be scripted: TorchScript cannot ask a worker for products. Call "
         "the model itself"
     )
 
