@@ -17,7 +17,9 @@ CHANNELS = 4  # of each kind
 
 def with_outliers(source: Path, out: Path, factor: float, seed: int = 0) -> LlamaForCausalLM:
     """Write the Llama-like model `source` with channels times `factor` to `out`; returns it in float32."""
-    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, trust_remote_code=False
+    )
     config = model.config
     generator = torch.Generator().manual_seed(seed)
     group = config.num_attention_heads // config.num_key_value_heads

@@ -187,8 +187,8 @@ def of_efficientnet(crops: int) -> Subject:
 def of_minilm(paragraphs: int) -> Subject:
     """Cosine to the true embedding; and how often a paragraph's first sentence finds the rest of it."""
     folder = minilm()
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     queries, answers = _sentences(paragraphs)
     true = embed(model, tokenizer, queries)
 
@@ -273,8 +273,8 @@ def split_efficientnet(size: int) -> dict[str, Any]:
 def split_minilm() -> dict[str, Any]:
     """One sentence of 12 tokens at a time; costs are counted for a token."""
     folder = minilm()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    original: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    original: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     sentence = ["Someone is eating a piece of bread in the kitchen."]
     tokens = len(tokenizer(sentence[0]).input_ids)
     with _folder() as out:

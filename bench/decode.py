@@ -148,8 +148,8 @@ def main() -> None:
     args = parser.parse_args()
     document: dict[str, Any] = {"bench": "decode", "machine": machine(), "results": []}
     source = smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     ids = tokenizer(wikipedia()[:20_000], return_tensors="pt").input_ids[:, : args.prompt]
     table = Table(
         "bits",

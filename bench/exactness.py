@@ -116,7 +116,11 @@ def outliers(source: Path, ids: torch.Tensor) -> dict[str, dict[str, float]]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             plain = with_outliers(source, folder / "model", factor)
-            models = {"bf16": AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)}
+            models = {
+                "bf16": AutoModelForCausalLM.from_pretrained(
+                    folder / "model", dtype=torch.bfloat16, trust_remote_code=False
+                )
+            }
             for precision in (12, 8):
                 for name, base in (("p", None), ("base p", folder / "model")):
                     out = folder / f"{name}{precision}"
@@ -169,13 +173,13 @@ def main() -> None:
     parser.add_argument("--outlier-windows", type=int, default=2, help="windows for models with outliers")
     args = parser.parse_args()
     source = smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     ids = tokenizer(wikipedia()[: 4000 * args.windows], return_tensors="pt").input_ids[
         :, : WINDOW * args.windows
     ]
     models = {
-        "bf16": AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16),
+        "bf16": AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, trust_remote_code=False),
         "p12": reference(split_smollm2(12)),
         "p8": reference(split_smollm2(8)),
     }

@@ -63,10 +63,12 @@ def fine_tunes(base: Path, folder: Path, tokens: torch.Tensor, steps: int) -> tu
     """An adapter and a full fine-tune of the base."""
     torch.manual_seed(0)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False), config
+    )
     train(tuned, tokens, steps, 1e-3)
     tuned.save_pretrained(str(folder / "adapter"))
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     train(model, tokens, steps, 5e-5)
     model.save_pretrained(folder / "full")
     return folder / "adapter", folder / "full"
@@ -88,7 +90,7 @@ def digest(out: Path) -> str:
 def adapter_figures(out: Path, base: Path, adapter: Path, tokens: torch.Tensor, count: int) -> dict[str, Any]:
     """Closeness to peft's merged model, and decoding with and without the adapter: the best of five."""
     merged = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False), adapter
     ).merge_and_unload()
     hybrid = reference(out, adapter="tuned")
     found: dict[str, Any] = {
@@ -99,7 +101,7 @@ def adapter_figures(out: Path, base: Path, adapter: Path, tokens: torch.Tensor, 
         },
         "kl": {"split": divergence(hybrid, merged, tokens, WINDOW)},
     }
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     rough = half(PeftModel.from_pretrained(plain, adapter).merge_and_unload())
     found["kl"]["bf16"] = divergence(rough, merged, tokens, WINDOW)
     found["kl_bf16_over_split"] = found["kl"]["bf16"] / found["kl"]["split"]
@@ -118,11 +120,14 @@ def adapter_figures(out: Path, base: Path, adapter: Path, tokens: torch.Tensor, 
 
 def full_figures(folder: Path, base: Path, full: Path, tokens: torch.Tensor, share: str) -> dict[str, Any]:
     """What each cut of the full fine-tune loses and costs."""
-    truth = AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32)
-    rough = AutoModelForCausalLM.from_pretrained(full, dtype=torch.bfloat16)
+    truth = AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32, trust_remote_code=False)
+    rough = AutoModelForCausalLM.from_pretrained(full, dtype=torch.bfloat16, trust_remote_code=False)
     found: dict[str, Any] = {"kl_bf16": divergence(rough, truth, tokens, WINDOW)}
     found["kl_base"] = divergence(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), truth, tokens, WINDOW
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False),
+        truth,
+        tokens,
+        WINDOW,
     )
     for name, recipe in CUTS.items():
         report = sliplm.split(full, folder / name, recipe, base=base)
@@ -142,7 +147,10 @@ def full_figures(folder: Path, base: Path, full: Path, tokens: torch.Tensor, sha
 
 def from_rounded(base: Path, full: Path, rank: int = 16) -> dict[str, float]:
     """Error of three matrices with D = W - W_base, over that with D = W - s w."""
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (full, base)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        for path in (full, base)
+    ]
     found = {}
     for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         weight, public = (
@@ -169,7 +177,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="tokens to decode, five times each way")
     args = parser.parse_args()
     base = smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     ids = tokenizer(wikipedia()[:200_000], return_tensors="pt").input_ids[0]
     training, held_out = ids[: args.steps * WINDOW], ids[-args.windows * WINDOW :]
     with tempfile.TemporaryDirectory() as name:

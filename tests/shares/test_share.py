@@ -268,7 +268,8 @@ def test_written_tensors_are_read_by_the_library_and_by_us(
         for name in order:
             file.write(name, arrays[name])
     theirs, entries = load_file(path), read_header(path)
-    ours = map_file(path, entries)
+    with path.open("rb") as file:
+        ours = map_file(file, entries)
     assert set(theirs) == set(ours) == set(arrays)
     for name, array in arrays.items():
         assert np.array_equal(theirs[name], array)

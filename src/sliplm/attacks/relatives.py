@@ -61,14 +61,14 @@ def distance(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 def read_model(folder: Path) -> PreTrainedModel:
     """A causal language model in float32, for inference."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     return model.eval()
 
 
 def _source_code(model_dir: Path, count: int) -> Tensor:
     """Tokens of Python's standard library, `count` at most: int64 [tokens]."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     found: list[int] = []
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         found += tokenizer(file.read_text(encoding="utf-8", errors="replace"))["input_ids"]

@@ -353,7 +353,7 @@ def _tokens(model: Path, file: Path | None) -> Tensor:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as a text in UTF-8 ({error})") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{model} has no tokenizer that can be used: give a complete checkpoint") from error
     return tokenise(tokenizer, text)

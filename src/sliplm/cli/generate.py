@@ -98,7 +98,7 @@ def command(
             "sliplm.open or sliplm.load (a plain PyTorch module: sliplm.open_module)"
         )
     with showing_warnings(), _model(out, vault, worker or [], options) as model:
-        tokenizer = load_tokenizer(vault)
+        tokenizer = load_tokenizer(model.slip.files)
         inputs = encode(tokenizer, prompt, chat)
         printer = _Printer(sys.stderr if json else sys.stdout)
         found = answer(

@@ -168,7 +168,7 @@ def trio(prepared: Prepared) -> Iterator[Trio]:
     from sliplm.engines.transformers.thief import thief
 
     original = AutoModelForCausalLM.from_pretrained(
-        prepared.model, dtype=torch.float32, local_files_only=True
+        prepared.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     stolen = thief(prepared.model, prepared.out)
     # no background dealing: masks are dealt between the measurements, and counted apart

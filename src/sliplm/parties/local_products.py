@@ -28,6 +28,7 @@ class LocalProducts:
 
     def __init__(self, share: VaultShare, worker: WorkerShare, adapter: str | None = None) -> None:
         check_pair(share, worker)
+        self.files = share.files
         self.adapter = Adapters(share.manifest.adapters, adapter)
         self._codecs = {name: GroupCodec(secrets) for name, secrets in share.groups.items()}
         self._matrices = {name: kernels.prepare(worker.matrices[name]) for name in share.groups}

@@ -36,6 +36,7 @@ class Vault(Closing):
 
     Attributes:
         adapter: what it has, and how to choose for a block: `with vault.adapter("fr"): ...`
+        files: verified bytes of the small files beside the shares: the configuration, the tokenizer.
         counters: what it has done.
         audit: who lied, stalled, vanished or came back.
 
@@ -48,6 +49,7 @@ class Vault(Closing):
         self.adapter = Adapters(share.manifest.adapters, terms.adapter)
         if terms.dealing_share is not None:
             check_pair(share, terms.dealing_share)
+        self.files = share.files
         self.counters, self.audit = Counters(), AuditLog(terms.audit)
         self._index = {name: i for i, name in enumerate(share.groups)}
         self._codecs = [GroupCodec(secrets) for secrets in share.groups.values()]

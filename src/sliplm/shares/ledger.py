@@ -34,14 +34,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sliplm import durable, places
 from sliplm.arithmetic.field import derive_key, new_key
 from sliplm.errors import LedgerError, SealError
+from sliplm.reading import read_bounded
 from sliplm.shares.keysource import Key, KeySpec, find
 from sliplm.shares.manifest import Hex, Name, Several, Size, SplitId
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.sealing import Argon2Numbers, default_numbers, open_bytes, seal_blob, stretch
-from sliplm.shares.share import open_sealed_file
+from sliplm.shares.share import LEDGER, open_sealed_file
 from sliplm.shares.sketch import Floats, Likeness, Sketch, likeness, of_weights
 
-VAULT_FILE: Final = "ledger.sealed"
+VAULT_FILE: Final = LEDGER
 """The entry of a split, in its vault's folder."""
 
 MAX_ENTRY_BYTES: Final = 64 << 20
@@ -408,8 +409,7 @@ def _now() -> str:
 
 def _bounded(path: Path, limit: int) -> bytes:
     """All bytes of a file.  Raises: OSError; it is longer."""
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
+    data = read_bounded(path, limit)
     if len(data) > limit:
         raise OSError(None, f"longer than {limit} bytes")
     return data

@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sliplm import durable
 from sliplm.arithmetic.field import derive_key, new_key
 from sliplm.errors import CredentialError, SealError, ShareError
+from sliplm.reading import read_bounded
 from sliplm.shares.keysource import Key, KeySpec, find
 
 SEAL = "seal.json"
@@ -148,8 +149,7 @@ def read_seal(folder: Path) -> Seal:
     """
     path = folder / SEAL
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_SEAL_BYTES + 1)
+        data = read_bounded(path, MAX_SEAL_BYTES)
     except OSError as error:
         raise SealError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
     if len(data) > MAX_SEAL_BYTES:

@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,9 @@ from pydantic import BaseModel, ValidationError
 
 from sliplm.arithmetic.field import derive_key
 from sliplm.errors import MismatchError, RecipeError, ShareError
+from sliplm.reading import open_regular, read_bounded
 from sliplm.shares.keysource import KeySpec
+from sliplm.shares.listed import AGAIN, ListedFiles
 from sliplm.shares.manifest import (
     FileRecord,
     GroupAdapter,
@@ -42,28 +45,42 @@ from sliplm.shares.manifest import (
     WorkerManifest,
 )
 from sliplm.shares.recipe import problems
-from sliplm.shares.sealing import check_manifest, open_blob, open_bytes, open_seal, read_seal, sealed_bytes
+from sliplm.shares.sealing import (
+    SEAL,
+    check_manifest,
+    open_blob,
+    open_bytes,
+    open_seal,
+    read_seal,
+    sealed_bytes,
+)
 from sliplm.shares.splitting import CHALLENGE_SETS, CHALLENGES, GroupSecrets, LowRank
 from sliplm.shares.tensorfile import NUMPY, TensorEntry, TensorSpec, map_file, read_header
 
 MANIFEST = "manifest.json"
 SHARE = "share.safetensors"
 MODEL = "model.safetensors"
+CONFIG = "config.json"
+LEDGER = "ledger.sealed"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_MANIFEST_ITEMS = 1 << 20
 MAX_OBJECT_ITEMS = 100
-AGAIN = "copy the share again, or split again"
 
 
 @dataclass(frozen=True, repr=False)
 class VaultShare:
-    """The vault's share, in memory; a group's index is its place in `manifest.groups`."""
+    """The vault's share, in memory; a group's index is its place in `manifest.groups`.
+
+    Attributes:
+        files: verified bytes of the small files that lie beside the sealed ones, `config.json` among them.
+    """
 
     path: Path
     manifest: VaultManifest
     groups: dict[str, GroupSecrets]
     members: dict[str, tuple[Member, ...]]
     data_key: bytes
+    files: Mapping[str, bytes]
 
     def pool_key(self, label: str) -> bytes:
         """A 32-byte secret of this split for masks on disk, one for each label."""
@@ -123,17 +140,21 @@ def open_vault(path: Path | str, key: KeySpec = None) -> VaultShare:
     seal = read_seal(path)
     data_key = open_seal(path, key, seal)
     check_manifest(path, seal, data_key, data)
-    _verify(path, manifest.files, (SHARE, MODEL, "config.json"))
     specs = {spec.name: spec for group in manifest.groups for spec in secret_specs(group)}
-    tensors = {spec.name: np.empty(spec.shape, NUMPY[spec.dtype]) for spec in specs.values()}
-    open_tensors(path / SHARE, data_key, specs, {name: array.data for name, array in tensors.items()})
-    return VaultShare(
-        path=path,
-        manifest=manifest,
-        groups={group.name: _secrets(group, tensors) for group in manifest.groups},
-        members={group.name: group.members for group in manifest.groups},
-        data_key=data_key,
-    )
+    with ListedFiles(
+        path, manifest.files, required=(SHARE, MODEL, CONFIG), large=(SHARE, MODEL, LEDGER),
+        besides=(MANIFEST, SEAL),
+    ) as files:  # fmt: skip
+        tensors = {spec.name: np.empty(spec.shape, NUMPY[spec.dtype]) for spec in specs.values()}
+        open_tensors(path / SHARE, data_key, specs, {name: array.data for name, array in tensors.items()})
+        return VaultShare(
+            path=path,
+            manifest=manifest,
+            groups={group.name: _secrets(group, tensors) for group in manifest.groups},
+            members={group.name: group.members for group in manifest.groups},
+            data_key=data_key,
+            files=files.small,
+        )
 
 
 def open_sealed_file(path: Path | str, name: str, key: KeySpec, limit: int) -> bytes:
@@ -157,11 +178,8 @@ def open_sealed_file(path: Path | str, name: str, key: KeySpec, limit: int) -> b
     expected = manifest.files.get(name)
     if expected is None or expected.bytes > limit:
         raise ShareError(f"{path} has no {name}: it was made by a release of sliplm that wrote none")
-    _verify(path, {name: expected}, ())
-    try:
-        return open_bytes(data_key, name, (path / name).read_bytes())
-    except OSError as error:
-        raise ShareError(f"{path / name} cannot be read ({error.strerror}); {AGAIN}") from error
+    with ListedFiles(path, {name: expected}, required=(), large=(), besides=None) as files:
+        return open_bytes(data_key, name, files.small[name])
 
 
 def open_worker(path: Path | str) -> WorkerShare:
@@ -172,9 +190,11 @@ def open_worker(path: Path | str) -> WorkerShare:
     """
     path = Path(path)
     data, manifest = _read_manifest(path / MANIFEST, WorkerManifest)
-    _verify(path, manifest.files, (SHARE,))
     specs = {group.name: worker_spec(group) for group in manifest.groups}
-    matrices = map_file(path / SHARE, _header(path / SHARE, specs))
+    with ListedFiles(
+        path, manifest.files, required=(SHARE,), large=(SHARE,), besides=(MANIFEST,)
+    ) as files:  # the map stays when the file is closed
+        matrices = map_file(files.file(SHARE), _header(path / SHARE, files.file(SHARE), specs))
     own = FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     return WorkerShare(
         path=path,
@@ -217,7 +237,7 @@ def record(path: Path) -> FileRecord:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(bytes=file.tell(), sha256=digest)
 
@@ -264,6 +284,8 @@ def open_tensors(
 ) -> None:
     """Decrypt the tensors `specs` of a file of the vault, each into its place.
 
+    The file is opened once, and each tensor is authenticated as it is decrypted.
+
     Args:
         specs: what the manifest says of all tensors of this file.
         out: writable bytes for each of them, of its length.
@@ -272,9 +294,9 @@ def open_tensors(
         SealError: sealed bytes were altered, or are not those of this tensor.
         ShareError: the file cannot be read, or does not hold exactly these tensors.
     """
-    entries = _header(path, {name: sealed_spec(spec) for name, spec in specs.items()})
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
+            entries = _header(path, file, {name: sealed_spec(spec) for name, spec in specs.items()})
             for name, entry in entries.items():
                 file.seek(entry.start)
                 open_blob(data_key, f"{path.name}/{name}", file, entry.nbytes, out[name])
@@ -346,8 +368,7 @@ M = TypeVar("M", VaultManifest, WorkerManifest)
 
 def _read_manifest(path: Path, kind: type[M], *, old: bool = False) -> tuple[bytes, M]:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
+        data = read_bounded(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         side = "vault" if kind is VaultManifest else "worker"
         raise ShareError(
@@ -395,25 +416,9 @@ def _small(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _verify(path: Path, files: Mapping[str, FileRecord], required: Iterable[str]) -> None:
-    for name in required:
-        if name not in files:
-            raise ShareError(f"{path / MANIFEST} has no digest of {name}; {AGAIN}")
-    for name, expected in files.items():
-        try:
-            size = (path / name).stat().st_size
-            if size != expected.bytes:
-                raise ShareError(f"{path / name} has {size} bytes instead of {expected.bytes}; {AGAIN}")
-            found = record(path / name)
-        except OSError as error:
-            raise ShareError(f"{path / name} cannot be read ({error.strerror}); {AGAIN}") from error
-        if found != expected:
-            raise ShareError(f"{path / name} was altered or damaged; {AGAIN}")
-
-
-def _header(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, TensorEntry]:
+def _header(path: Path, file: BufferedReader, specs: Mapping[str, TensorSpec]) -> dict[str, TensorEntry]:
     try:
-        entries = read_header(path)
+        entries = read_header(path, file)
     except (OSError, ValueError) as error:
         raise ShareError(f"{path} cannot be used: {error}; {AGAIN}") from error
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from sliplm.closing import Closing
 from sliplm.errors import ShareError
+from sliplm.reading import open_regular
 
 MAX_HEADER_BYTES = 16 << 20
 
@@ -61,31 +63,39 @@ class TensorEntry:
     nbytes: int
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path, opened: BufferedReader | None = None) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file, in file order.
+
+    Args:
+        opened: the file that is read, where `path` is only what it is called.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no complete safetensors file: truncated, damaged, or with a header of more than
             16 MiB or of unknown dtypes.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = os.fstat(file.fileno()).st_size
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError("its header is cut off or too long")
-        header = file.read(length)
+    if opened is None:
+        with open_regular(path) as file:
+            return read_header(path, file)
+    opened.seek(0)
+    length = int.from_bytes(opened.read(8), "little")
+    size = os.fstat(opened.fileno()).st_size
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise ValueError("its header is cut off or too long")
+    header = opened.read(length)
     try:
-        with safe_open(path, framework="np"):  # checks names, shapes, offsets and the file's length
+        # checks names, shapes, offsets and the file's length, of the very file that is open
+        with safe_open(f"/proc/self/fd/{opened.fileno()}", framework="np"):
             pass
     except SafetensorError as error:
         raise ValueError(f"not a complete safetensors file ({error})") from error
     return _entries(json.loads(header), 8 + length, size)
 
 
-def map_file(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, npt.NDArray[Any]]:
+def map_file(file: BufferedReader, entries: Mapping[str, TensorEntry]) -> dict[str, npt.NDArray[Any]]:
     """Read-only views of the tensors of a file through one memory map; nothing is read yet."""
-    whole = np.memmap(path, dtype=np.uint8, mode="r")
+    file.seek(0)
+    whole = np.memmap(file, dtype=np.uint8, mode="r")
     return {
         name: whole[e.start : e.start + e.nbytes].view(NUMPY[e.dtype]).reshape(e.shape)
         for name, e in entries.items()

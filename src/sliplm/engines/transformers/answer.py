@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from sliplm.engines.transformers.opened import private_folder
 from sliplm.errors import InputError, ShareError
 
 
@@ -41,17 +42,22 @@ class Answer:
         return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's or a vault's folder.
+def load_tokenizer(source: Path | str | Mapping[str, bytes]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder, or among the verified files of a vault (`model.slip.files`).
+
+    Code that came with it is never run.
 
     Raises:
         ShareError: there is none.
     """
+    if isinstance(source, Mapping):
+        with private_folder(source) as folder:
+            return load_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise ShareError(
-            f"{folder} has no tokenizer that can be used: put its files into the checkpoint and split again"
+            f"{source} has no tokenizer that can be used: put its files into the checkpoint and split again"
         ) from error
 
 

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import json
-import re
+import warnings
+from pathlib import Path
 from typing import Any
 
-from sliplm.engines.transformers.checkpoint import Checkpoint
+import transformers
 
-# how to generate, how to make tokens, how to prepare images and sound
-_COMPANIONS = re.compile(
-    r"(generation_config\.json|tokenizer[\w.-]*|[\w-]*\.model|vocab\.(json|txt)|merges\.txt|"
-    r"added_tokens\.json|special_tokens_map\.json|chat_template\.(json|jinja)|"
-    r"(pre)?processor_config\.json)"
-)
+from sliplm.engines.transformers.checkpoint import Checkpoint
+from sliplm.errors import CheckpointError, SlipWarning
+from sliplm.reading import read_bounded
+
+MAX_FILE_BYTES = 256 << 20
+
+
+GENERATION = ("generation_config.json",)
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "spiece.model",
+    "sentencepiece.bpe.model", "spm.model", "spm_char.model", "bpe.codes", "source.spm", "target.spm",
+    "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "entity_vocab.json", "emoji.json",
+    "normalizer.json", "word_shape.json", "word_pronunciation.json", "tiktoken.model", "tekken.json",
+)  # fmt: skip
+PROCESSOR = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)  # fmt: skip
+COPIED = (*GENERATION, *TOKENIZER, *PROCESSOR)
+"""The files of a checkpoint that are copied into the vault's folder, if they are there; nothing else is."""
+
+# what in them names code that came with the checkpoint
+_CODE = ("auto_map", "custom_pipelines", "custom_generate")
 
 
 def companions(checkpoint: Checkpoint, *, untied: bool) -> dict[str, bytes]:
@@ -23,17 +43,94 @@ def companions(checkpoint: Checkpoint, *, untied: bool) -> dict[str, bytes]:
         untied: a tied weight was split off.
     """
     source = checkpoint.path
-    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = _json_of(source / "config.json")
+    for name in _CODE:
+        config.pop(name, None)  # `layout.read_config` has seen that transformers' own classes serve
     config["quantization_config"] = {"quant_method": "slip"}
     if untied:
         config["tie_word_embeddings"] = False
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = _dtype(checkpoint)  # transformers would look for it in the sealed weights
     files = {"config.json": json.dumps(config, indent=2).encode()}
-    for file in sorted(source.iterdir()):
-        if _COMPANIONS.fullmatch(file.name) and file.is_file():
-            files[file.name] = file.read_bytes()
+    for name in COPIED:
+        path = source / name
+        if path.exists():
+            try:
+                data = read_bounded(path, MAX_FILE_BYTES)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read ({error.strerror}); copy it again") from error
+            if len(data) > MAX_FILE_BYTES:
+                raise CheckpointError(f"{path} is longer than {MAX_FILE_BYTES} bytes: this is no {name}")
+            files[name] = _without_code(path, data) if name.endswith("_config.json") else data
     return files
+
+
+def check_code(source: Path) -> None:
+    """Refuse a checkpoint whose tokenizer or processor is code of its own, which is never run.
+
+    Where a class of transformers has the name that is asked for, it is taken instead, with a warning.
+
+    Raises:
+        CheckpointError: there is such a file; the message names it.
+    """
+    for name in COPIED:
+        path = source / name
+        if name.endswith("_config.json") and path.exists():
+            found = _json_of(path)
+            code = _named_code(found)
+            if not code:
+                continue
+            wanted = [str(found[key]) for key in _CLASSES if found.get(key)]
+            if not wanted or not all(_built_in(one) for one in wanted):
+                raise CheckpointError(
+                    f"{path} names code that came with the checkpoint ({', '.join(code)}), never run, "
+                    f"and transformers has no {' or '.join(wanted) or 'class'} of its own for it: save the "
+                    "tokenizer in the form of tokenizer.json, or move the file away and split without it"
+                )
+            warnings.warn(
+                f"{path} names code of its own ({', '.join(code)}): it is not run and not copied; "
+                f"transformers' own {', '.join(wanted)} serves",
+                SlipWarning,
+                stacklevel=2,
+            )
+
+
+_CLASSES = ("tokenizer_class", "processor_class", "image_processor_type", "feature_extractor_type")
+
+
+def _named_code(config: dict[str, Any]) -> list[str]:
+    """Where the code lies that a configuration names: "modeling_x.Y" and the like; empty for none."""
+    found: list[str] = []
+    for key in _CODE:
+        value = config.get(key)
+        values = value.values() if isinstance(value, dict) else [value]
+        for item in values:
+            found += [str(one) for one in (item if isinstance(item, list) else [item]) if one]
+    return list(dict.fromkeys(found))
+
+
+def _built_in(name: str) -> bool:
+    """Whether transformers has a class of this name, by itself or as its fast or slow kin."""
+    plain = name.removesuffix("Fast")
+    return any(hasattr(transformers, one) for one in (name, plain, f"{plain}Fast"))
+
+
+def _without_code(path: Path, data: bytes) -> bytes:
+    """A configuration file as it is, but for the code that it names."""
+    config = _json_of(path, data)
+    if not any(key in config for key in _CODE):
+        return data
+    return json.dumps({k: v for k, v in config.items() if k not in _CODE}, indent=2).encode()
+
+
+def _json_of(path: Path, data: bytes | None = None) -> dict[str, Any]:
+    try:
+        found = json.loads(read_bounded(path, MAX_FILE_BYTES) if data is None else data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object; copy it again")
+    return found
 
 
 def _dtype(checkpoint: Checkpoint) -> str:

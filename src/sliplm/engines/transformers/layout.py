@@ -8,6 +8,7 @@ group.  Nothing is known about families: whatever follows the same rule is found
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -91,19 +92,40 @@ def read_config(model_dir: Path) -> PretrainedConfig:
         raise CheckpointError(f"{model_dir} is not a folder; give the folder of a Hugging Face checkpoint")
     if not (model_dir / "config.json").is_file():
         raise CheckpointError(f"{model_dir} has no config.json; give the folder of a Hugging Face checkpoint")
+    refused = f"{model_dir / 'config.json'}: transformers cannot use this configuration"
     try:
         with _quiet():
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 str(model_dir), local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # transformers raises many kinds for a bad file
+        code = own_code(model_dir)
+        why = (
+            f"it names {code}, code that came with the checkpoint, which is never run"
+            if code
+            else _line(error)
+        )
         raise CheckpointError(
-            f"{model_dir / 'config.json'}: transformers cannot use this configuration ({_line(error)}); "
-            "models that bring their own code are not supported"
+            f"{refused} ({why}); models that bring their own code are not supported"
         ) from error
+    code = own_code(model_dir)
+    if code and getattr(config, "architectures", None) and architecture(config) is None:
+        raise CheckpointError(
+            f"{refused}: it names {code}, which came with the checkpoint and is never run, and transformers "
+            f"has no {config.architectures[0]}; models that bring their own code are not supported"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{model_dir} is quantised or already split; split the original checkpoint")
     return config
+
+
+def own_code(model_dir: Path) -> str:
+    """The code that config.json names as its own, such as "configuration_x.Y, modeling_x.Z", if any."""
+    try:
+        found = json.loads((model_dir / "config.json").read_bytes()).get("auto_map")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    return ", ".join(sorted({str(name) for name in found.values()})) if isinstance(found, dict) else ""
 
 
 def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:

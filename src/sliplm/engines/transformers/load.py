@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sliplm.engines.transformers.layout import architecture
-from sliplm.engines.transformers.quantizer import METHOD, REFERENCE, Folder, checked_workers
+from sliplm.engines.transformers.opened import OpenedModel
+from sliplm.engines.transformers.provenance import read_config
+from sliplm.engines.transformers.quantizer import (
+    METHOD,
+    REFERENCE,
+    Folder,
+    Shares,
+    SlipConfig,
+    checked_workers,
+    hand_over,
+    open_shares,
+)
 from sliplm.errors import InputError, ShareError
 from sliplm.network.attestation import Attester, Verifier
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.terms import Fallback
+from sliplm.reading import read_bounded
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.manifest import PLAIN_MODULE
-from sliplm.shares.share import MODEL, read_vault_manifest
+from sliplm.shares.share import CONFIG, MODEL, read_vault_manifest
+
+MAX_CONFIG_BYTES = 16 << 20
 
 
 class Running(TypedDict, total=False):
@@ -127,13 +142,25 @@ def reference(
 def _from_pretrained(
     vault_dir: Path, settings: dict[str, Any], dtype: torch.dtype, model_class: Any
 ) -> PreTrainedModel:
-    config = _config(vault_dir)
-    model_class = model_class or architecture(config) or AutoModelForCausalLM
-    # The settings go into the stored entry: as an argument they would make transformers warn.
-    config.quantization_config = settings
-    model = model_class.from_pretrained(
-        vault_dir, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    """Open the vault, and let transformers make the model from verified bytes alone."""
+    _check_kind(vault_dir)
+    slip = SlipConfig(**settings)
+    vault, worker = open_shares(vault_dir, slip)
+    with hand_over(Shares(vault, worker, OpenedModel(vault), slip)) as folder:
+        config = read_config(folder, vault_dir)
+        _check_method(config, vault_dir)
+        model_class = model_class or architecture(config) or AutoModelForCausalLM
+        # it goes into the stored entry: as an argument it would make transformers warn
+        config.quantization_config = {"quant_method": slip.quant_method}
+        model = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    model.config._name_or_path = model.name_or_path = str(vault_dir)
     return cast(PreTrainedModel, model)
 
 
@@ -148,19 +175,24 @@ def is_module(vault_dir: Path) -> bool:
 def can_generate(vault_dir: Folder) -> bool:
     """Whether the model of a vault folder generates text: causal language models do, encoders do not.
 
-    True where it cannot be told: whoever opens the folder says what is wrong.
+    True where it cannot be told: whoever opens the folder says what is wrong.  A hint from a file that is not
+    verified yet: only the names of the classes in it count, and no file is handed on.
     """
-    if is_module(Path(vault_dir)):
+    vault_dir = Path(vault_dir)
+    if is_module(vault_dir):
         return False
     try:
-        found = architecture(_config(Path(vault_dir)))
-    except ShareError:
+        stored = json.loads(read_bounded(vault_dir / CONFIG, MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
         return True
+    named = stored.get("architectures") if isinstance(stored, dict) else None
+    found = architecture(PretrainedConfig(architectures=named)) if isinstance(named, list) else None
     return found is None or bool(found.can_generate())
 
 
-def _config(vault_dir: Path) -> Any:
-    for name in ("config.json", MODEL):
+def _check_kind(vault_dir: Path) -> None:
+    """Say in plain words what a folder is not, before a key is asked for.  Raises: ShareError."""
+    for name in (CONFIG, MODEL):
         if not (vault_dir / name).is_file():
             raise ShareError(f"{vault_dir} has no {name}: give the folder `vault` that `split` wrote")
     if is_module(vault_dir):
@@ -168,11 +200,9 @@ def _config(vault_dir: Path) -> Any:
             f"{vault_dir} is the vault of a plain PyTorch module: load it with sliplm.load_module, which "
             "takes a module of the class that was split"
         )
-    try:
-        config = AutoConfig.from_pretrained(vault_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ShareError(f"{vault_dir / 'config.json'} cannot be read: split the model again") from error
+
+
+def _check_method(config: PretrainedConfig, vault_dir: Path) -> None:
     stored = getattr(config, "quantization_config", None) or {}
     if stored.get("quant_method") != METHOD:
         raise ShareError(f"{vault_dir} is no vault folder: give the folder `vault` that `split` wrote")
-    return config

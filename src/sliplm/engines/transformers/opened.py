@@ -1,11 +1,18 @@
-"""What the vault keeps whole, decrypted for transformers: in memory, never on a disk."""
+"""What transformers is given of a vault: a private folder of verified bytes, and its weights in memory.
+
+transformers, and peft with it, load what they find in a folder, by its name.  So they are never given the
+vault's folder, but a fresh one of mode 0700 in which there is nothing that was not verified: a file added to
+the vault, or exchanged after the check, is not there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shutil
 import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sliplm import places
@@ -14,24 +21,42 @@ from sliplm.shares.share import MODEL, VaultShare, open_tensors
 from sliplm.shares.tensorfile import lay_out
 
 
-class OpenedModel:
-    """`model.safetensors` of a vault in clear, as an anonymous file in memory.
+@contextlib.contextmanager
+def private_folder(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Small files in a folder of mode 0700 that is removed at the end of the block.
 
-    transformers reads a checkpoint by its path, and the path must end in `.safetensors`: `path` is a symbolic
-    link in a private folder to this process's own descriptor, so that only this process can follow it.
+    Raises:
+        ShareError: there is no room for them.
+    """
+    folder = _folder_of(files)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class OpenedModel:
+    """The verified small files of a vault, and `model.safetensors` in clear as an anonymous file in memory.
+
+    transformers reads a checkpoint by its path, and the path must end in `.safetensors`: there is a symbolic
+    link to this process's own descriptor, so that only this process can follow it.
+
+    Attributes:
+        folder: where they lie until `close`.
+        path: of the weights.
 
     Raises:
         SealError, ShareError: as `share.open_tensors`; or there is no memory for it.
     """
 
     def __init__(self, vault: VaultShare) -> None:
-        folder = places.new_folder()
+        self.folder = _folder_of(vault.files)
         self._descriptor = os.memfd_create("sliplm-model", os.MFD_CLOEXEC)
         # also when loading fails halfway and nobody calls close
-        self.close = weakref.finalize(self, _forget, self._descriptor, folder)
+        self.close = weakref.finalize(self, _forget, self._descriptor, self.folder)
         try:
             _decrypt(vault, self._descriptor)
-            link = folder / MODEL
+            link = self.folder / MODEL
             link.symlink_to(f"/proc/self/fd/{self._descriptor}")
         except BaseException as error:
             self.close()
@@ -41,6 +66,19 @@ class OpenedModel:
                 ) from error
             raise
         self.path = str(link)
+
+
+def _folder_of(files: Mapping[str, bytes]) -> Path:
+    try:
+        folder = places.new_folder()  # 0700
+        for name, data in files.items():
+            (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise ShareError(
+            f"verified files cannot be put into a temporary folder ({error}); make room"
+        ) from error
+    return folder
 
 
 def _decrypt(vault: VaultShare, descriptor: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,11 @@ from sliplm.arithmetic.field import derive_key
 from sliplm.engines.groups import Group
 from sliplm.engines.source import Errors, plain_part
 from sliplm.engines.transformers.checkpoint import Checkpoint, locate
-from sliplm.engines.transformers.companions import companions
-from sliplm.engines.transformers.layout import Layout, discover, read_config
+from sliplm.engines.transformers.companions import check_code, companions
+from sliplm.engines.transformers.layout import Layout, discover, own_code, read_config
 from sliplm.engines.transformers.publicbase import PublicBase, Split
 from sliplm.engines.transformers.stored import StoredModel
-from sliplm.errors import RecipeError, UnsplittableError
+from sliplm.errors import RecipeError, SlipWarning, UnsplittableError
 from sliplm.shares.manifest import (
     FORMAT_VERSION,
     Attention,
@@ -162,7 +163,16 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
     Raises:
         CheckpointError, UnsplittableError, RecipeError: as `convert.split`.
     """
-    read_config(model_dir)
+    config = read_config(model_dir)
+    check_code(model_dir)
+    code = own_code(model_dir)
+    if code:
+        warnings.warn(
+            f"{model_dir / 'config.json'} names code of its own ({code}): it is not run and not copied; "
+            f"transformers' own {type(config).__name__} and its model serve",
+            SlipWarning,
+            stacklevel=2,
+        )
     checkpoint = Checkpoint(model_dir)
     layout = discover(model_dir)
     _check_rules(layout, recipe)

@@ -5,15 +5,21 @@
 
 transformers builds the model without memory, this quantizer replaces the split layers and decrypts what the
 vault keeps (`opened`), transformers loads that, and this quantizer connects the layers to the vault.
+
+`sliplm.load` opens the vault first and hands it over (`hand_over`), so that transformers never sees the
+vault's folder.  Where a user gives the folder to `from_pretrained`, transformers has read its `config.json`
+before this quantizer is asked: the folder is verified then, and what was read is held to it (`provenance`).
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +30,7 @@ from sliplm.engines.experts import ManyProducts, SlipExperts, replace_experts
 from sliplm.engines.modules import GroupProduct, SlipLinear, refuse_in_children, replace
 from sliplm.engines.transformers.hybrid import make_hybrid
 from sliplm.engines.transformers.opened import OpenedModel
+from sliplm.engines.transformers.provenance import check_config, verified_generation
 from sliplm.errors import InputError, ShareError
 from sliplm.masks.anchor import CommandAnchor, file_anchor
 from sliplm.masks.pool import DiskPool
@@ -106,6 +113,10 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What an argument of `from_pretrained` sets over the stored configuration."""
         return {name: value for name, value in vars(self).items() if name in _SAID_AT_LOADING}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlipConfig:
+        """transformers copies its configurations; what they hold of ours is not copied with them."""
+        return copy.copy(self)
+
     def to_dict(self) -> dict[str, Any]:
         """What is stored and shown: addresses and paths are of this machine only, the key of nobody else."""
         return {"quant_method": self.quant_method}
@@ -115,6 +126,30 @@ _SAID_AT_LOADING = frozenset(inspect.signature(SlipConfig).parameters) - {"quant
 
 # Without this, transformers drops the configuration that the user passed for the stored one.
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SlipConfig)
+
+
+class Shares(NamedTuple):
+    """An opened vault on its way through transformers."""
+
+    vault: VaultShare
+    worker: WorkerShare | None
+    opened: OpenedModel
+    config: SlipConfig
+
+
+_HANDED: dict[str, Shares] = {}  # by the private folder that transformers is given
+
+
+@contextmanager
+def hand_over(shares: Shares) -> Iterator[Path]:
+    """The folder to give to transformers, whose quantizer then finds these shares."""
+    folder = shares.opened.folder
+    _HANDED[str(folder)] = shares
+    try:
+        yield folder
+    finally:
+        _HANDED.pop(str(folder), None)
+        shares.opened.close()
 
 
 @register_quantizer(METHOD)
@@ -147,7 +182,14 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         files = [] if checkpoint_files is None else checkpoint_files
         folder = _vault_folder(files)
-        vault, worker = open_shares(folder, self.quantization_config)
+        handed = _HANDED.pop(str(folder), None)
+        if handed is None:
+            vault, worker = open_shares(folder, self.quantization_config)
+            self._opened = OpenedModel(vault)
+            check_config(model.config, self._opened.folder, vault)
+            verified_generation(model, self._opened.folder)
+        else:
+            vault, worker, self._opened, self.quantization_config = handed
         self._shares = vault, worker
         groups = vault.manifest.groups
         self._groups = replace(model, {g.name: g.members for g in groups if g.expert is None}, None)
@@ -156,7 +198,6 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
             model.all_tied_weights_keys.pop(f"{name}.weight", None)  # no longer there to be tied
         for module in _split_layers(model):
             module.weight = _initialised()  # GPT-2 and others initialise `c_proj.weight` by name
-        self._opened = OpenedModel(vault)
         files[:] = [self._opened.path]  # the very list that transformers reads next
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:

@@ -46,7 +46,7 @@ def thief(model_dir: Path | str, out_dir: Path | str, *, model_class: Any = None
     )
     model_class = model_class or architecture(read_config(Path(model_dir))) or AutoModelForCausalLM
     model: PreTrainedModel = model_class.from_pretrained(
-        model_dir, dtype=torch.float32, local_files_only=True
+        model_dir, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     tied = getattr(model.get_input_embeddings(), "weight", None)
     modules = dict(model.named_modules())
