@@ -23,6 +23,7 @@ from sliplm.shares.recipe import Recipe, Rule
 if TYPE_CHECKING:
     from sliplm.engines.torch.convert import split_module
     from sliplm.engines.torch.load import load_module, open_module
+    from sliplm.engines.transformers.answer import load_tokenizer
     from sliplm.engines.transformers.convert import split
     from sliplm.engines.transformers.load import load, open
     from sliplm.engines.transformers.quantizer import SlipConfig
@@ -36,6 +37,7 @@ __all__ = [
     "errors",
     "load",
     "load_module",
+    "load_tokenizer",
     "open",
     "open_module",
     "split",
@@ -50,6 +52,7 @@ _LAZY = {
     "load_module": "sliplm.engines.torch.load",
     "open_module": "sliplm.engines.torch.load",
     "SlipConfig": "sliplm.engines.transformers.quantizer",
+    "load_tokenizer": "sliplm.engines.transformers.answer",
     "LocalWorker": "sliplm.parties.local_worker",
 }
 

@@ -2,7 +2,8 @@
 
     SlipError
     ├── InputError              a tensor, token or argument that cannot be used (NaN, wrong shape)
-    │   └── PrecisionError      an input of which rounding to integers leaves nothing
+    │   ├── PrecisionError      an input of which rounding to integers leaves nothing
+    │   └── SecretError         what holds secrets was to be copied or pickled
     ├── CheckpointError         the folder is not a checkpoint, or a shard is missing or damaged
     │   ├── UnsplittableError   modules that hold weights in a form that cannot be split, by name
     │   └── AdapterError        an adapter that is incomplete, of another model or of another kind
@@ -52,6 +53,10 @@ class InputError(SlipError, ValueError):
 
 class PrecisionError(InputError):
     """An input of which rounding to integers leaves nothing."""
+
+
+class SecretError(InputError, TypeError):
+    """An object that holds secrets was to be copied, pickled or sent to another process."""
 
 
 class CheckpointError(SlipError):

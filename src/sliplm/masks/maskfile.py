@@ -27,6 +27,7 @@ from sliplm import durable
 from sliplm.arithmetic.field import Elements, derive_key, uniform_rows
 from sliplm.errors import PoolError
 from sliplm.masks.masks import Masks, fresh_key
+from sliplm.secrecy import Secret
 
 NAME: Final = re.compile(r"(\d{1,9})-(\d{1,18})-([0-9a-f]{32})\.masks")
 TAG_BYTES: Final = 16
@@ -42,7 +43,7 @@ Product = Callable[[int, bytes, Elements], Elements]
 
 
 @dataclass(frozen=True)
-class Owner:
+class Owner(Secret):
     """What a batch belongs to; ids are 32 hexadecimal digits, the secret 32 bytes."""
 
     split_id: str
@@ -54,7 +55,7 @@ class Owner:
 
 
 @dataclass(frozen=True, repr=False)
-class MaskFile:
+class MaskFile(Secret):
     """A batch of `rows` masks for one group; `number` orders the batches of a group."""
 
     path: Path

@@ -20,6 +20,7 @@ import numpy as np
 from sliplm import forks
 from sliplm.arithmetic.field import Elements, derive_key, new_key, uniform_rows
 from sliplm.errors import MaskError
+from sliplm.secrecy import Secret
 
 _JUMP = 1_000_000_000  # nanoseconds
 _PAUSES = 0.5, 30.0  # seconds between two tries in the background while nobody deals: first, at most
@@ -27,7 +28,7 @@ _ROWS_AT_ONCE = 16  # rows of r made from the key together: opening a key stream
 
 
 @dataclass(frozen=True, repr=False)
-class Masks:
+class Masks(Secret):
     """Masks for one message, burnt already.  r: uint32 [rows, n]; u = w r: uint32 [rows, m]."""
 
     r: Elements
@@ -38,7 +39,7 @@ class Masks:
 
 
 @dataclass(repr=False)
-class Batch:
+class Batch(Secret):
     """Masks dealt under one key; rows from `used` on have not been handed out."""
 
     key: bytes
@@ -114,7 +115,7 @@ def deal(
     return Batch(key, group, n, products(key, r))
 
 
-class MaskPool:
+class MaskPool(Secret):
     """Masks dealt ahead, in memory, filled by a background thread and by whoever needs more than it holds.
 
     Keys live in this process alone: after a crash every mask is gone, so none can be used twice.  A forked

@@ -53,6 +53,7 @@ from sliplm.masks.poolfolder import (
     burnt_rows,
     next_token,
 )
+from sliplm.secrecy import Secret
 
 RESERVE: Final = 64  # rows of each group that one reservation burns ahead
 _ROWS_AT_ONCE: Final = 16  # read together
@@ -114,7 +115,7 @@ class _Stock:
             yield batch, first, first + used
 
 
-class DiskPool(Closing):
+class DiskPool(Secret, Closing):
     """The masks of one split in a pool folder, for one vault.
 
     Args:

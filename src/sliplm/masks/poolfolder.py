@@ -27,6 +27,7 @@ from sliplm.errors import PoolError
 from sliplm.masks import maskfile
 from sliplm.masks.anchor import Anchor
 from sliplm.masks.maskfile import MaskFile, Owner, Product
+from sliplm.secrecy import Secret
 
 STATE: Final = "state.json"
 MAX_TOKENS: Final = 32
@@ -77,7 +78,7 @@ class State(BaseModel):
         return self.model_copy(update={"mac": hmac.digest(derive_key(secret, "state"), text, "sha256").hex()})
 
 
-class Folder:
+class Folder(Secret):
     """A pool's folder and what authenticates it."""
 
     def __init__(self, pool: Path, split_id: str, pool_key: PoolKey, shapes: Sequence[Shape]) -> None:
@@ -182,7 +183,7 @@ def next_token(secret: bytes, positions: Sequence[Position]) -> str:
     return hmac.digest(derive_key(secret, "token"), digest, "sha256")[:16].hex()
 
 
-class PoolWriter(Closing):
+class PoolWriter(Secret, Closing):
     """Adds batches to a pool, which is made if there is none; a vault may be using it meanwhile.
 
     Args: as `DiskPool`.

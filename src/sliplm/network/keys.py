@@ -34,6 +34,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from sliplm.errors import CredentialError
+from sliplm.network.trust import check_unwritable, only_grows
+from sliplm.reading import read_bounded
 
 Role = Literal["vault", "worker"]
 
@@ -41,6 +43,7 @@ CERTIFICATE: Final = "certificate.pem"
 KEY: Final = "key.pem"
 AUTHORITY: Final = "authority.pem"
 REVOKED: Final = "revoked.pem"
+MAX_FILE_BYTES: Final = 16 << 20
 POLL: Final = 0.25  # seconds between two looks at the list of the revoked
 
 ROLES: Final[tuple[Role, ...]] = ("vault", "worker")
@@ -241,7 +244,7 @@ def fingerprint(certificate: x509.Certificate) -> bytes:
 def load_certificate(path: Path) -> x509.Certificate:
     """A certificate from its PEM file.  Raises CredentialError."""
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return x509.load_pem_x509_certificate(read_bounded(path, MAX_FILE_BYTES))
     except (OSError, *_MALFORMED) as error:
         raise CredentialError(f"{path.parent} is not a key folder ({error}): {_INIT}") from error
 
@@ -259,6 +262,7 @@ def check_mode(path: Path) -> None:
 def _check_own(folder: Path, role: Role) -> Identity:
     """Say what is wrong with our own files in words better than OpenSSL's."""
     check_mode(folder / KEY)
+    check_unwritable(folder / CERTIFICATE)
     certificate = load_certificate(folder / CERTIFICATE)
     own = Identity.of(certificate)
     if own.role != role:
@@ -278,10 +282,12 @@ def _check_own(folder: Path, role: Role) -> Identity:
 
 def _read_revoked(folder: Path) -> frozenset[int]:
     """The serial numbers in the folder's list, if its own authority has signed it."""
-    authority = load_certificate(folder / AUTHORITY)
     path = folder / REVOKED
+    for trusted in (folder / AUTHORITY, path):
+        check_unwritable(trusted)
+    authority = load_certificate(folder / AUTHORITY)
     try:
-        listed = x509.load_pem_x509_crl(path.read_bytes())
+        listed = x509.load_pem_x509_crl(read_bounded(path, MAX_FILE_BYTES))
         signed = listed.issuer == authority.subject and listed.is_signature_valid(
             authority.public_key()  # type: ignore[arg-type]  # a key that signs nothing raises TypeError
         )
@@ -293,7 +299,10 @@ def _read_revoked(folder: Path) -> frozenset[int]:
         raise _unusable(path, "out of date, or this machine's clock is wrong")
     if listed.last_update_utc > now():
         raise _unusable(path, "not valid yet: set this machine's clock")
-    return frozenset(entry.serial_number for entry in listed)
+    serials = frozenset(entry.serial_number for entry in listed)
+    if not only_grows(fingerprint(authority), serials):
+        raise _unusable(path, "older than one that was in force here: what was revoked stays revoked")
+    return serials
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

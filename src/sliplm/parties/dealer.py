@@ -21,6 +21,7 @@ from sliplm.masks import masks
 from sliplm.network.link import Link
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.workforce import FAILURES, Workforce, work
+from sliplm.secrecy import Secret
 from sliplm.shares.share import WorkerShare
 
 _ROWS_A_THREAD: Final = 8
@@ -46,7 +47,7 @@ class ShareDealer:
         return y
 
 
-class Dealing:
+class Dealing(Secret):
     """Steps O1 to O3: batches of masks, checked.
 
     Args:

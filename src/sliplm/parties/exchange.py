@@ -26,6 +26,7 @@ from sliplm.parties.counters import Counters, Stopwatch
 from sliplm.parties.dealer import Dealing
 from sliplm.parties.supply import Supply
 from sliplm.parties.workforce import FAILURES, Workforce, work
+from sliplm.secrecy import Secret
 
 
 class Part(NamedTuple):
@@ -36,7 +37,7 @@ class Part(NamedTuple):
     out: Floats
 
 
-class Exchange:
+class Exchange(Secret):
     """The exchanges of one vault with its workers.  Several threads may run theirs at once.
 
     Args:

@@ -11,10 +11,11 @@ from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.errors import InputError
 from sliplm.parties.adapters import Adapters
 from sliplm.parties.codec import GroupCodec
+from sliplm.secrecy import Secret
 from sliplm.shares.share import VaultShare, WorkerShare, check_pair
 
 
-class LocalProducts:
+class LocalProducts(Secret):
     """The quantised model in one process: the same products without masks and without a worker.
 
     What every hybrid run is compared with, bit for bit; it needs both shares, so it protects nothing.

@@ -19,6 +19,16 @@ from sliplm.errors import WorkerUnavailable
 from sliplm.network import authority as authorities
 
 START_LIMIT: Final = 60.0  # seconds; the first start on a machine compiles its kernel
+_PASSED: Final = frozenset(
+    (
+        "PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV",
+        "PYTHONPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONHASHSEED",
+        "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONDEVMODE",
+        "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR",
+        "SLIPLM_HOME", "SLIPLM_CACHE", "SLIPLM_STATE",
+    )
+)  # fmt: skip
+_PASSED_PREFIXES: Final = ("LC_", "OMP_", "NUMBA_", "MKL_", "OPENBLAS_", "COVERAGE_", "COV_CORE_")
 _STOP_LIMIT: Final = 5.0
 _LINE: Final = 4096  # bytes of the ready line, at most
 _TAIL: Final = 2000  # bytes of the worker's last words in an error
@@ -129,7 +139,7 @@ class LocalWorker(Closing):
             command += ["--threads", str(self._threads)]
         with (folder / "stderr").open("wb") as log:
             process = self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=worker_environment()
             )
         line = _first_line(process, time.monotonic() + START_LIMIT)
         try:
@@ -146,6 +156,18 @@ class LocalWorker(Closing):
                 said = (self._folder / "stderr").read_bytes()[-_TAIL:].decode("utf-8", "replace").strip()
         said = said or line.decode("utf-8", "replace").strip() or "it said nothing"
         return WorkerUnavailable(f"the local worker for {self._share} did not start: {said}")
+
+
+def worker_environment() -> dict[str, str]:
+    """What of this process's environment a worker may see: what Python and its kernels need, no secret.
+
+    A list of what passes, not of what does not: keys and passphrases may stand in variables of any name.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED or name.startswith(_PASSED_PREFIXES)
+    }
 
 
 def _first_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:

@@ -10,9 +10,10 @@ from sliplm.masks.masks import Batch, MaskPool, Masks
 from sliplm.masks.pool import DiskPool
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
+from sliplm.secrecy import Secret
 
 
-class Supply:
+class Supply(Secret):
     """The masks of one vault.
 
     Args:

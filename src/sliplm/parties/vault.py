@@ -24,10 +24,11 @@ from sliplm.parties.supply import Supply
 from sliplm.parties.terms import Terms
 from sliplm.parties.workforce import Role, Status, Workforce
 from sliplm.protocol.vault_side import Welcome
+from sliplm.secrecy import Secret
 from sliplm.shares.share import VaultShare, check_pair
 
 
-class Vault(Closing):
+class Vault(Secret, Closing):
     """The trusted side of one split model.
 
     Args:

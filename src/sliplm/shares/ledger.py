@@ -35,6 +35,7 @@ from sliplm import durable, places
 from sliplm.arithmetic.field import derive_key, new_key
 from sliplm.errors import LedgerError, SealError
 from sliplm.reading import read_bounded
+from sliplm.secrecy import Secret
 from sliplm.shares.keysource import Key, KeySpec, find
 from sliplm.shares.manifest import Hex, Name, Several, Size, SplitId
 from sliplm.shares.recipe import Recipe
@@ -128,7 +129,7 @@ def default_folder() -> Path:
     return places.ledger()
 
 
-class Ledger:
+class Ledger(Secret):
     """The entries of one owner.
 
     Args:
@@ -269,6 +270,13 @@ class Ledger:
                 f"{path} is damaged: restore it from a backup; or remove it, and what was sealed with a "
                 "passphrase is forgotten"
             ) from error
+        least, given = default_numbers().model_dump(), found.argon2id.model_dump()
+        if any(given[name] < least[name] for name in ("memory_kib", "iterations")):
+            # the owner's folder is named by what comes out: guesses at the passphrase would be cheap
+            raise LedgerError(
+                f"{path} asks for less work than a passphrase needs ({given}): somebody changed it; restore "
+                "it from a backup, or remove it, and what was sealed with a passphrase is forgotten"
+            )
         return stretch(owner.secret, bytes.fromhex(found.salt), found.argon2id)
 
     def _new_salt(self, path: Path) -> bytes:
@@ -296,7 +304,7 @@ class Ledger:
 
 
 @dataclass(frozen=True, repr=False)
-class Registration:
+class Registration(Secret):
     """The entry of a split that is under way.
 
     Attributes:

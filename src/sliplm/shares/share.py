@@ -32,6 +32,7 @@ from pydantic import BaseModel, ValidationError
 from sliplm.arithmetic.field import derive_key
 from sliplm.errors import MismatchError, RecipeError, ShareError
 from sliplm.reading import open_regular, read_bounded
+from sliplm.secrecy import Secret
 from sliplm.shares.keysource import KeySpec
 from sliplm.shares.listed import AGAIN, ListedFiles
 from sliplm.shares.manifest import (
@@ -68,7 +69,7 @@ MAX_OBJECT_ITEMS = 100
 
 
 @dataclass(frozen=True, repr=False)
-class VaultShare:
+class VaultShare(Secret):
     """The vault's share, in memory; a group's index is its place in `manifest.groups`.
 
     Attributes:

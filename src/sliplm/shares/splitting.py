@@ -15,6 +15,7 @@ from sliplm.arithmetic.fixedpoint import Floats, norm_bound, quantise_rows, scal
 from sliplm.arithmetic.rotation import Rotation, gaussians
 from sliplm.arithmetic.rotation import make as make_rotation
 from sliplm.errors import CheckpointError, RecipeError
+from sliplm.secrecy import Secret
 
 CHALLENGES = 2  # t: a wrong product passes with probability p^-2 = 2^-64
 CHALLENGE_SETS = 4  # one in use, the others spare: a set is not used again after a failed check
@@ -24,7 +25,7 @@ _SLIGHT = 2.0**-20  # of the columns' root mean square
 
 
 @dataclass(frozen=True, repr=False)
-class LowRank:
+class LowRank(Secret):
     """A [m, k] times B [k, n], float32, added to the `m` rows of a group's product from row `first` on."""
 
     first: int
@@ -36,7 +37,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, repr=False)
-class GroupSecrets:
+class GroupSecrets(Secret):
     """The vault's part of one split group: all that is needed beside the worker's integers w.
 
     Attributes:
@@ -87,7 +88,7 @@ class GroupSecrets:
 
 
 @dataclass(frozen=True, repr=False)
-class GroupSplit:
+class GroupSplit(Secret):
     """Both parts of one group.
 
     Attributes:
