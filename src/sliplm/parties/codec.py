@@ -18,6 +18,7 @@ from sliplm.arithmetic.fixedpoint import Floats, rounding_losses, row_alpha, sca
 from sliplm.arithmetic.jit import fast_jit, jit
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
 from sliplm.errors import ExhaustedError, InputError, PrecisionError, SlipWarning
+from sliplm.secrecy import Secret
 from sliplm.shares.splitting import CHALLENGE_SETS, GroupSecrets, LowRank
 
 Scales = npt.NDArray[np.float64]
@@ -39,7 +40,7 @@ class _Challenges(NamedTuple):
     c: Elements
 
 
-class GroupCodec:
+class GroupCodec(Secret):
     """One group, its secrets laid out for use.  Many rows are shared out over the cores."""
 
     def __init__(self, secrets: GroupSecrets) -> None:
