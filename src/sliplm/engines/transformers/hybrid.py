@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sliplm.errors import InputError
+from sliplm.secrecy import Secret
 
 _UNSAID: Any = object()
 
@@ -40,7 +41,7 @@ def _choosing(method: Any) -> Any:
     return call
 
 
-class _Hybrid:
+class _Hybrid(Secret):
     """Before a model's own class."""
 
     slip: Any

@@ -31,7 +31,7 @@ from sliplm.parties.terms import Fallback
 from sliplm.reading import read_bounded
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.manifest import PLAIN_MODULE
-from sliplm.shares.share import CONFIG, MODEL, read_vault_manifest
+from sliplm.shares.share import CONFIG, MANIFEST, MODEL, read_vault_manifest
 
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -192,7 +192,7 @@ def can_generate(vault_dir: Folder) -> bool:
 
 def _check_kind(vault_dir: Path) -> None:
     """Say in plain words what a folder is not, before a key is asked for.  Raises: ShareError."""
-    for name in (CONFIG, MODEL):
+    for name in (CONFIG, MODEL, MANIFEST):
         if not (vault_dir / name).is_file():
             raise ShareError(f"{vault_dir} has no {name}: give the folder `vault` that `split` wrote")
     if is_module(vault_dir):
