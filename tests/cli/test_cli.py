@@ -93,6 +93,20 @@ def test_split_says_what_is_where(model: Path, tmp_path: Path) -> None:
     assert "whole, in the vault" in slip("inspect", tmp_path / "out").stdout
 
 
+def test_a_checkpoint_without_a_tokenizer_is_no_dead_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families.make("llama", tmp_path / "bare", vocab_size=len(byte_tokenizer()), num_hidden_layers=1)
+    done = slip("split", tmp_path / "bare", tmp_path / "out", "--rank", 2)
+    assert "--tokenizer FOLDER (the checkpoint has no tokenizer)" in " ".join(done.stdout.split())
+    assert run_here(monkeypatch, ["generate", tmp_path / "out", "--prompt", "a"]) == 2
+    assert "no tokenizer came with the checkpoint" in capsys.readouterr().err
+    words = ("generate", tmp_path / "out", "--prompt", "a", "--max-new-tokens", 2, "--json")
+    assert last_json(slip(*words, "--tokenizer", model))["tokens"] > 0
+    assert run_here(monkeypatch, [*words, "--tokenizer", tmp_path / "bare"]) == 2
+    assert "has no tokenizer that can be used" in capsys.readouterr().err
+
+
 def test_split_continues(model: Path, tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; import sliplm\n"

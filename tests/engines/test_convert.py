@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import families
+from sliplm.engines.transformers.answer import load_tokenizer
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import CheckpointError, RecipeError, SealError, ShareError
 from sliplm.planning.counts import counts_for_shapes, report_for
@@ -26,6 +27,7 @@ from sliplm.shares.keysource import find
 from sliplm.shares.manifest import Attention
 from sliplm.shares.recipe import Recipe, Rule
 from sliplm.shares.share import check_pair, open_vault, open_worker, read_vault_manifest, secret_tensors
+from test_generation import byte_tokenizer
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
 RECIPE = Recipe(rank=4)
@@ -102,6 +104,68 @@ def test_the_vault_is_a_model_folder(tmp_path: Path) -> None:
     kept = families.kept_tensors(vault)
     assert "model.embed_tokens.weight" in kept
     assert "lm_head.weight" not in kept
+
+
+@pytest.fixture(scope="module")
+def with_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with named chat templates and the steps of sentence-transformers."""
+    tmp_path = tmp_path_factory.mktemp("folders")
+    model, tokenizer = tmp_path / "model", byte_tokenizer()
+    families.make("llama", model, vocab_size=len(tokenizer), num_hidden_layers=1)
+    tokenizer.chat_template = {"default": "one", "tool_use": "two"}
+    tokenizer.save_pretrained(model)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    steps = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (model / "modules.json").write_text(json.dumps(steps))
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (model / "1_Pooling" / "other.txt").write_text("x")
+    (model / "additional_chat_templates" / "notes.py").write_text("x")
+    (model / "tekken.json").write_text("{}")
+    split(model, tmp_path / "out", RECIPE)
+    return tmp_path / "out" / "vault"
+
+
+def test_named_templates_and_steps_of_sentence_transformers_go_along(with_folders: Path) -> None:
+    files = open_vault(with_folders).files
+    inside = {name for name in files if "/" in name}
+    assert inside == {"additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"}
+    assert {"modules.json", "tekken.json"} <= set(files)
+    assert load_tokenizer(files).chat_template == {"default": "one", "tool_use": "two"}
+
+
+@pytest.mark.parametrize("name", ["1_Pooling/config.json", "additional_chat_templates/tool_use.jinja"])
+@pytest.mark.parametrize("change", ["alter", "remove", "add"])
+def test_what_lies_in_their_folders_is_checked(
+    with_folders: Path, name: str, change: str, tmp_path: Path
+) -> None:
+    file = shutil.copytree(with_folders, tmp_path / "vault") / name
+    if change == "alter":
+        file.write_bytes(file.read_bytes()[:-1] + b"X")
+    elif change == "remove":
+        file.unlink()
+    else:
+        (file.parent / "more.jinja").write_text("evil")
+    with pytest.raises(ShareError, match=r"altered|cannot be read|not one of the files"):
+        open_vault(tmp_path / "vault")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+        {"path": "1_Pooling", "type": "mine.Pooling"},
+        {"path": "../1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"path": "1_Pooling"},
+        7,
+    ],
+)
+def test_a_step_that_cannot_go_along_is_refused_before_the_split(step: object, tmp_path: Path) -> None:
+    model = families.make("llama", tmp_path / "model", num_hidden_layers=1)
+    (model / "modules.json").write_text(json.dumps([step]))
+    with pytest.raises(CheckpointError, match=r"modules\.json"):
+        split(model, tmp_path / "out", RECIPE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_in_the_vault_stays_tied(tmp_path: Path) -> None:

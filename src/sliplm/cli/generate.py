@@ -69,6 +69,10 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="The adapter to answer with; by default the base without any."),
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A folder with the tokenizer; by default the vault's own."),
+    ] = None,
     key: Annotated[
         str | None,
         typer.Option(metavar="SPEC", help="What the vault share is sealed with, as slip split takes it."),
@@ -85,6 +89,7 @@ def command(
     """
     quiet()
     from sliplm.engines.transformers.answer import answer, encode, load_tokenizer
+    from sliplm.engines.transformers.companions import has_tokenizer
     from sliplm.engines.transformers.load import can_generate
 
     vault = out / "vault" if (out / "vault").is_dir() else out
@@ -97,12 +102,18 @@ def command(
             f"{vault} holds a model that does not generate text, such as an encoder: call it in Python, by "
             "sliplm.open or sliplm.load (a plain PyTorch module: sliplm.open_module)"
         )
+    if tokenizer is None and (vault / "config.json").is_file() and not has_tokenizer(vault):
+        raise InputError(
+            f"no tokenizer came with the checkpoint that was split into {vault}: name a folder that has the "
+            "model's, with --tokenizer FOLDER; or call the model in Python, which takes token ids"
+        )
+    made = None if tokenizer is None else load_tokenizer(tokenizer)
     with showing_warnings(), _model(out, vault, worker or [], options) as model:
-        tokenizer = load_tokenizer(model.slip.files)
-        inputs = encode(tokenizer, prompt, chat)
+        made = made or load_tokenizer(model.slip.files)
+        inputs = encode(made, prompt, chat)
         printer = _Printer(sys.stderr if json else sys.stdout)
         found = answer(
-            model, tokenizer, inputs, new_tokens=max_new_tokens, temperature=temperature, show=printer.show
+            model, made, inputs, new_tokens=max_new_tokens, temperature=temperature, show=printer.show
         )
         printer.show(found.text)
         counters = model.slip.counters.as_dict()

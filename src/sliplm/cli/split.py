@@ -155,6 +155,7 @@ def _seen(report: SplitReport) -> str:
 
 
 def _show(screen: Console, out: Path, report: SplitReport) -> None:
+    from sliplm.engines.transformers.companions import has_tokenizer
     from sliplm.engines.transformers.load import can_generate
 
     screen.print(f"{report.exchanges} groups of linear layers were split.\n")
@@ -187,4 +188,6 @@ def _show(screen: Console, out: Path, report: SplitReport) -> None:
         if not how.close:
             screen.print(f"\nagainst {name}: {how}", style="dim", markup=False, soft_wrap=True)
     hint = f"slip generate {out} --prompt 'Hello'" if can_generate(out / "vault") else f'sliplm.open("{out}")'
+    if can_generate(out / "vault") and not has_tokenizer(out / "vault"):
+        hint += " --tokenizer FOLDER (the checkpoint has no tokenizer)"
     screen.print(f"\nTry it: {hint}", style="dim", markup=False, soft_wrap=True)

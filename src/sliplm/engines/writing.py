@@ -169,6 +169,8 @@ def _write_shares(
         kept_file.sync()
         _split_groups(plan, journal, data_key, secret_file, public_file, progress)
     for name, data in plan.companions().items():
+        if "/" in name:
+            (vault / name).parent.mkdir(mode=0o700, exist_ok=True)
         _write_file(vault / name, data, 0o600)
     if entry is not None:
         _write_file(vault / VAULT_FILE, entry.entry.sealed(data_key, VAULT_FILE), 0o600)
@@ -262,7 +264,8 @@ def _publish(partial: Path, out: Path) -> None:
     try:
         for name in ("worker", "vault"):
             if (partial / name).exists():
-                _sync_folder(partial / name)
+                for folder in (*filter(Path.is_dir, (partial / name).iterdir()), partial / name):
+                    _sync_folder(folder)
                 (partial / name).rename(out / name)
         _sync_folder(out)
     except OSError as error:
@@ -299,8 +302,11 @@ def _sync_folder(path: Path) -> None:
 
 
 def _records(folder: Path) -> dict[str, FileRecord]:
+    names = {
+        file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
+    }
     return {
-        file.name: record(file)
-        for file in sorted(folder.iterdir())
-        if file.name not in (MANIFEST, SEAL) and not file.name.startswith(".")
+        name: record(file)
+        for name, file in names.items()
+        if name not in (MANIFEST, SEAL) and not name.startswith(".")
     }

@@ -30,6 +30,9 @@ Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 AdapterName = Annotated[str, Field(pattern=f"^{ADAPTER_NAME}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=255)]
+FilePath = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", max_length=255)
+]  # in the folder, or in one of its folders
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], Field(fail_fast=True)]  # a million wrong ones are one error
 IntegerType = Literal["I8", "I16"]
@@ -206,7 +209,7 @@ class VaultManifest(_Model):
     kept_tensors: Several[KeptTensor]
     kept_bytes: int = Field(ge=0)
     attention: Several[Attention]
-    files: dict[FileName, FileRecord]
+    files: dict[FilePath, FileRecord]
     worker_files: dict[FileName, FileRecord]
 
     @model_validator(mode="after")

@@ -57,7 +57,8 @@ def load_tokenizer(source: Path | str | Mapping[str, bytes]) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise ShareError(
-            f"{source} has no tokenizer that can be used: put its files into the checkpoint and split again"
+            f"{source} has no tokenizer that can be used: name a folder that has the model's (slip generate "
+            "--tokenizer FOLDER; in Python transformers.AutoTokenizer)"
         ) from error
 
 

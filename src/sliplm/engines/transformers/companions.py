@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,24 @@ PROCESSOR = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
 )  # fmt: skip
-COPIED = (*GENERATION, *TOKENIZER, *PROCESSOR)
-"""The files of a checkpoint that are copied into the vault's folder, if they are there; nothing else is."""
+SENTENCE = (
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "sentence_xlm-roberta_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json",
+    "sentence_mpnet_config.json", "sentence_albert_config.json",
+)  # fmt: skip
+COPIED = (*GENERATION, *TOKENIZER, *PROCESSOR, *SENTENCE)
+"""The files of a checkpoint that are copied into the vault's folder, if they are there; beside them only chat
+templates that have a name, and the settings of what sentence-transformers does after the model.
+"""
+
+# each alone is a tokenizer to some class; tokenizer_config.json where bytes are the vocabulary
+_ALONE = frozenset(TOKENIZER) - {
+    "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja", "merges.txt",
+}  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
+_TEMPLATE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.jinja")
+_WEIGHTLESS = ("Pooling", "Normalize")
+_STEP = re.compile(r"[0-9]+_[A-Za-z0-9_]+")  # as sentence-transformers names the folder of a step: 1_Pooling
 
 # what in them names code that came with the checkpoint
 _CODE = ("auto_map", "custom_pipelines", "custom_generate")
@@ -52,17 +70,64 @@ def companions(checkpoint: Checkpoint, *, untied: bool) -> dict[str, bytes]:
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = _dtype(checkpoint)  # transformers would look for it in the sealed weights
     files = {"config.json": json.dumps(config, indent=2).encode()}
-    for name in COPIED:
+    for name in (*COPIED, *_templates(source), *_steps(source)):
         path = source / name
         if path.exists():
-            try:
-                data = read_bounded(path, MAX_FILE_BYTES)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); copy it again") from error
-            if len(data) > MAX_FILE_BYTES:
-                raise CheckpointError(f"{path} is longer than {MAX_FILE_BYTES} bytes: this is no {name}")
+            data = _read(path)
             files[name] = _without_code(path, data) if name.endswith("_config.json") else data
     return files
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint or a vault has one, by the names of its files."""
+    return any((folder / name).is_file() for name in _ALONE)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = read_bounded(path, MAX_FILE_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); copy it again") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} is longer than {MAX_FILE_BYTES} bytes: this is no {path.name}")
+    return data
+
+
+def _templates(source: Path) -> Iterable[str]:
+    """The chat templates that have a name; transformers looks for no others."""
+    folder = source / _TEMPLATES
+    found = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    return [f"{_TEMPLATES}/{name}" for name in found if _TEMPLATE.fullmatch(name)]
+
+
+def _steps(source: Path) -> Iterable[str]:
+    """Settings of sentence-transformers' steps after the model: how it pools, that it normalises.
+
+    Raises:
+        CheckpointError: a step may have weights or code of its own; without it the vectors would be others.
+    """
+    path = source / "modules.json"
+    if not path.exists():
+        return []
+    try:
+        steps = json.loads(_read(path))
+        named = [(str(step["path"]).strip("/"), str(step["type"])) for step in steps]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no list of sentence-transformers' modules; copy it again"
+        ) from error
+    found = []
+    for folder, kind in named:
+        if not folder and kind.rpartition(".")[2] == "Transformer":
+            continue
+        known = kind.startswith("sentence_transformers.") and kind.rpartition(".")[2] in _WEIGHTLESS
+        if not known or not _STEP.fullmatch(folder):
+            raise CheckpointError(
+                f"{path}: the step {folder} ({kind}) may have weights or code of its own and stays out; "
+                "move modules.json away, split, and do this step on the model's output yourself"
+            )
+        found.append(f"{folder}/config.json")
+    return found
 
 
 def check_code(source: Path) -> None:
@@ -71,8 +136,10 @@ def check_code(source: Path) -> None:
     Where a class of transformers has the name that is asked for, it is taken instead, with a warning.
 
     Raises:
-        CheckpointError: there is such a file; the message names it.
+        CheckpointError: there is such a file, or a step of sentence-transformers that cannot go along; the
+            message names it.
     """
+    _steps(source)
     for name in COPIED:
         path = source / name
         if name.endswith("_config.json") and path.exists():
