@@ -208,10 +208,10 @@ def draw_ground(top: float) -> tuple[list[str], float]:
     out, quarter = [], (RIGHT - LEFT) / 4
     bold = ' font-weight="700"'
     for x, name, what in (
-        (LEFT, "closing", "what a with block closes"),
-        (LEFT + quarter, "durable", "files that no crash halves"),
-        (LEFT + 2 * quarter, "forks", "whose process it is"),
-        (LEFT + 3 * quarter, "places", "where files go"),
+        (LEFT, "places", "where files go"),
+        (LEFT + quarter, "closing", "what is closed, and when"),
+        (LEFT + 2 * quarter, "durable", "files that no crash halves"),
+        (LEFT + 3 * quarter, "forks", "whose process it is"),
     ):
         out.append(box(x, top, quarter, 30, "#eceff3"))
         out.append(text(x + 10, top + 20, name, size=15, fill=INK, more=bold))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -158,3 +159,23 @@ def test_no_code_is_cached_where_others_can_write(bare: pytest.MonkeyPatch, tmp_
     assert places.code_cache() == tmp_path / "cache" / "numba"
     (tmp_path / "cache").chmod(0o777)
     assert places.code_cache() is None
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPLM_HOME", str(tmp_path))
+    monkeypatch.delenv("TMPDIR", raising=False)
+    script = (
+        "import os, signal\nfrom sliplm import places\nheld = places.NewFolder()\n"
+        "(held.path / 'key.pem').write_text('secret')\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
+    (killed,) = (tmp_path / "tmp").glob("sliplm-*")
+    (strange := tmp_path / "tmp" / "sliplm-strange").mkdir()
+    with places.NewFolder() as young:
+        assert (killed / "key.pem").exists()  # its process might not have locked it yet
+        for folder in (killed, young.path):
+            os.utime(folder / ".alive", (0, 0))
+        with places.NewFolder():
+            assert not killed.exists()
+            assert young.path.exists() and strange.exists()
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["sliplm-strange"]

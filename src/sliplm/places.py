@@ -17,13 +17,19 @@ this user's own, for numba runs what it finds there.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
+import shutil
 import stat
 import tempfile
+import time
+import weakref
 from pathlib import Path
 from typing import Final
 
+from sliplm import forks
+from sliplm.closing import Closing
 from sliplm.errors import PlaceError
 
 HOME: Final = "SLIPLM_HOME"
@@ -50,6 +56,8 @@ _LIBRARIES: Final = {
 }
 _MEMORY: Final = Path("/dev/shm")  # noqa: S108  # containers with a read-only root have it
 _NAME: Final = "sliplm"
+_ALIVE: Final = ".alive"
+_YOUNG: Final = 60.0  # seconds
 
 
 def home() -> Path | None:
@@ -134,16 +142,69 @@ def temporary() -> Path:
     raise PlaceError(f"no folder for temporary files can be written: name one in TMPDIR or {HOME}")
 
 
-def new_folder() -> Path:
-    """A fresh private folder for temporary files.  Raises: PlaceError."""
-    where = temporary()
+class NewFolder(Closing):
+    """A fresh private folder for temporary files, gone with `close`, with the object or with the process.
+
+    What killed processes left there, of this user's, is removed first: each folder has a file that its
+    process keeps locked.
+
+    Raises: PlaceError.
+    """
+
+    def __init__(self) -> None:
+        where = temporary()
+        _sweep(where)
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=f"{_NAME}-", dir=where))
+            lock = _alive(self.path)
+        except OSError as error:
+            raise PlaceError(
+                f"no temporary folder can be made in {where} ({error.strerror}): make room, or name another "
+                f"folder in TMPDIR or {HOME}"
+            ) from error
+        self._end = weakref.finalize(self, _remove, forks.Process(), self.path, lock)
+
+    def close(self) -> None:
+        """Remove it; nothing in a forked child."""
+        self._end()
+
+
+def _alive(folder: Path) -> int | None:
+    """Show that this process lives, for `_sweep`: a descriptor, or None where files cannot be locked."""
+    lock = os.open(folder / _ALIVE, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     try:
-        return Path(tempfile.mkdtemp(prefix=f"{_NAME}-", dir=where))
-    except OSError as error:
-        raise PlaceError(
-            f"no temporary folder can be made in {where} ({error.strerror}): make room, or name another "
-            f"folder in TMPDIR or {HOME}"
-        ) from error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        (folder / _ALIVE).unlink()
+        return None
+    return lock
+
+
+def _sweep(where: Path) -> None:
+    """Remove the folders of processes that were killed."""
+    for left in where.glob(f"{_NAME}-*/{_ALIVE}"):
+        with contextlib.suppress(OSError):
+            status = left.lstat()
+            folder = left.parent
+            if not (_ours(folder) and folder.lstat().st_uid == os.geteuid() and stat.S_ISREG(status.st_mode)):
+                continue
+            if time.time() - status.st_mtime < _YOUNG:
+                continue  # its process may not have locked it yet
+            lock = os.open(left, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _remove(process: forks.Process, folder: Path, lock: int | None) -> None:
+    if not process.here:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
 
 
 def writable(path: Path) -> bool:

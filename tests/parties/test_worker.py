@@ -400,8 +400,8 @@ def test_revoked_while_connected(share_dir: Path, share: WorkerShare, tmp_path: 
             with connect(stolen, LIMIT) as again, pytest.raises(CredentialError, match="revoked"):
                 again.receive_exactly(memoryview(bytearray(1)), soon())
             check_products(honest, other, share, 1)
-        assert worker._folder is not None
-        lines = (worker._folder / "stderr").read_text().splitlines()
+        assert worker._held.folder is not None
+        lines = (worker._held.folder.path / "stderr").read_text().splitlines()
     assert len(lines) == 2  # one for each
     assert "sliplm.parties.worker: cut off vault lost at 127.0.0.1: it is revoked" in lines[0]
     assert "sliplm.parties.worker: refused 127.0.0.1: the certificate of" in lines[1]
@@ -651,7 +651,7 @@ def test_local_worker_that_cannot_start(tmp_path: Path) -> None:
     worker = LocalWorker(tmp_path / "nothing")
     with pytest.raises(WorkerUnavailable, match=r"manifest\.json cannot be read"), worker:
         pass
-    assert worker._folder is None
+    assert worker._held.folder is None
 
 
 def test_local_worker_dies_with_its_parent(share_dir: Path, tmp_path: Path) -> None:
@@ -663,14 +663,17 @@ def test_local_worker_dies_with_its_parent(share_dir: Path, tmp_path: Path) -> N
         "    time.sleep(600)\n"
     )
     command = [sys.executable, "-c", script, str(share_dir)]
-    left_behind = os.environ | {"TMPDIR": str(tmp_path)}  # nobody is left to delete the keys
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=left_behind) as parent:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}
+    ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert not gone(pid)
+        assert list(tmp_path.glob("sliplm-*/keys/worker/key.pem"))
         parent.kill()
         parent.wait(LIMIT)
     wait_for_end(pid)
+    assert not list(tmp_path.glob("sliplm-*"))  # the worker saw to it
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -3,14 +3,19 @@
 May import everything; nothing imports it.  Begin with `split`; `screen` has what all commands print.
 
 An error of sliplm becomes one red line on stderr and exit status 2; with --json the last line on stdout
-is a JSON document {"error": CLASS, "message": TEXT}.  Ctrl-C ends with status 130.
+is a JSON document {"error": CLASS, "message": TEXT}.  Ctrl-C ends with status 130, SIGTERM with 143,
+SIGHUP with 129; what was open is closed by then.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import sys
+import threading
+import time
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +26,8 @@ from typer.core import TyperGroup
 from sliplm.cli import attack, deal, demo, generate, inspect, keys, ledger, plan, quarantine, split, worker
 from sliplm.errors import SlipError
 from sliplm.shares.share import sliplm_version
+
+CLOSING = 15.0  # seconds that a command has to close what it opened
 
 OWNER, RUN, TRY = "For the model's owner", "To run a split model", "To try it"
 
@@ -81,10 +88,31 @@ app.command("deal", rich_help_panel=RUN)(deal.command)
 app.command("generate", rich_help_panel=RUN)(generate.command)
 
 
+def _end_in_order() -> None:
+    """Have signals end a command as an error does: what it has open is closed, keys made for it are deleted.
+
+    `timeout` and others send a signal twice at once: the second must not cut the closing short.
+    """
+    last = -math.inf
+
+    def end(number: int, _: object) -> None:
+        nonlocal last
+        if time.monotonic() - last > CLOSING:
+            last = time.monotonic()
+            sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's wish stands
+            signal.signal(number, end)
+
+
 def main() -> None:
     """Run the command line."""
     # torch's idle threads would spin in the way of a worker on this machine; read when torch is loaded, later
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _end_in_order()
     try:
         app()
     except SlipError as error:

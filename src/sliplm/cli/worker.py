@@ -20,7 +20,7 @@ def command(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores that one product may use.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
-    until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
+    until_stdin_closes: Annotated[Path | None, typer.Option(metavar="FOLDER", hidden=True)] = None,
 ) -> None:
     """Serve masked products from a worker share until SIGTERM or Ctrl-C.
 

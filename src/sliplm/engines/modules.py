@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sliplm import forks
 from sliplm.errors import InputError, ShareError
 from sliplm.parties.adapters import Chosen, chosen
+from sliplm.secrecy import Secret
 from sliplm.shares.manifest import Member
 
 Floats = NDArray[np.float32]
@@ -35,6 +36,32 @@ class Products(Protocol):
 
     def product(self, group: str, x: Floats) -> Floats:
         """Return `W x` for each row: float32 [rows, n] -> float32 [rows, m], without bias."""
+
+
+class Closeable(Secret):
+    """Before a loaded model's own class: it closes its vault, at the end of a with block if it stands in one.
+
+    It is closed without a word too, when nothing refers to the vault any more.
+    """
+
+    slip: Any
+
+    def close(self) -> None:
+        """Let go of the workers, and of a worker process made for it; harmless when done already."""
+        self.slip.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def derive(model: nn.Module, base: type[Closeable], members: Mapping[str, Any]) -> None:
+    """Give a model a class of its own, of the same name, between `base` and its class."""
+    kind = type(model)
+    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    model.__class__ = type(kind.__name__, (base, kind), {**named, **members})
 
 
 def refuse_in_children(model: nn.Module) -> None:

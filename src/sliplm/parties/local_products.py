@@ -8,6 +8,7 @@ import numpy as np
 
 from sliplm.arithmetic import kernels
 from sliplm.arithmetic.fixedpoint import Floats
+from sliplm.closing import Closing
 from sliplm.errors import InputError
 from sliplm.parties.adapters import Adapters
 from sliplm.parties.codec import GroupCodec
@@ -15,7 +16,7 @@ from sliplm.secrecy import Secret
 from sliplm.shares.share import VaultShare, WorkerShare, check_pair
 
 
-class LocalProducts(Secret):
+class LocalProducts(Closing, Secret):
     """The quantised model in one process: the same products without masks and without a worker.
 
     What every hybrid run is compared with, bit for bit; it needs both shares, so it protects nothing.
@@ -33,6 +34,9 @@ class LocalProducts(Secret):
         self.adapter = Adapters(share.manifest.adapters, adapter)
         self._codecs = {name: GroupCodec(secrets) for name, secrets in share.groups.items()}
         self._matrices = {name: kernels.prepare(worker.matrices[name]) for name in share.groups}
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     @property
     def hides_routing(self) -> bool:

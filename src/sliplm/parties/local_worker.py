@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Final, Self
 
@@ -41,9 +41,9 @@ class LocalWorker(Closing):
             model = sliplm.load(out_dir / "vault", workers=[worker.address])
 
     Its keys are its own, in a private temporary folder until the end of the block, unless it is told whose to
-    use: several workers of one vault share an authority.  The process ends with the block, or with this
-    process, whichever comes first.  If this process is killed, the temporary folder stays, with keys that
-    open nothing any more.
+    use: several workers of one vault share an authority.  The process and the folder end with the block, with
+    the object, or with this process, whichever comes first; if this process is killed, the worker notices
+    and removes the folder.
 
     Args:
         share_dir: the worker share.
@@ -63,10 +63,10 @@ class LocalWorker(Closing):
         self._share = Path(share_dir)
         self._threads = threads
         self._authority, self._name = authority, name
-        self._folder: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
         self._address: str | None = None
         self._owner = forks.Process()
+        self._held = _Held()
+        self._dropped = weakref.finalize(self, _end, self._owner, self._held)
         forks.watch(self)
 
     def __repr__(self) -> str:
@@ -91,9 +91,9 @@ class LocalWorker(Closing):
     @property
     def pid(self) -> int:
         """The process's number.  Raises WorkerUnavailable outside the block."""
-        if self._process is None:
+        if self._held.process is None:
             raise WorkerUnavailable("the local worker is not running: use it in a with block")
-        return self._process.pid
+        return self._held.process.pid
 
     def close(self) -> None:
         """Stop the process and delete the keys made for it; harmless when done already.  Nothing in a forked
@@ -102,43 +102,27 @@ class LocalWorker(Closing):
         if not self._owner.here:
             return
         self._address = None
-        process, self._process = self._process, None
-        if process is not None:
-            process.terminate()
-            try:
-                process.wait(_STOP_LIMIT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    stream.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        _end(self._owner, self._held)
 
     def left_behind(self) -> None:
         """In a forked child: let the worker end with the parent."""
-        process = self._process
-        for stream in () if process is None else (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()
+        self._held.hang_up()
 
     def _start(self) -> None:
-        if self._process is not None:
+        if self._held.process is not None:
             raise WorkerUnavailable("the local worker runs already: make a second one")
-        folder = self._folder = places.new_folder()
-        keys = self._authority
+        self._held.folder = places.NewFolder()
+        folder, keys = self._held.folder.path, self._authority
         if keys is None:
             keys = folder / "keys"
             authorities.init(keys)
         command = [sys.executable, "-P", "-m", "sliplm", "worker", str(self._share)]
-        command += ["--listen", "127.0.0.1:0", "--keys", str(keys / self._name)]
-        command += ["--json", "--until-stdin-closes"]
+        command += ["--listen", "127.0.0.1:0", "--keys", str(keys / self._name), "--json"]
+        command += ["--until-stdin-closes", str(folder)]
         if self._threads is not None:
             command += ["--threads", str(self._threads)]
         with (folder / "stderr").open("wb") as log:
-            process = self._process = subprocess.Popen(
+            process = self._held.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=worker_environment()
             )
         line = _first_line(process, time.monotonic() + START_LIMIT)
@@ -151,9 +135,10 @@ class LocalWorker(Closing):
     def _failure(self, line: bytes) -> WorkerUnavailable:
         """Why the process did not come up, in its own words."""
         said = ""
-        if self._folder is not None:
+        if self._held.folder is not None:
             with contextlib.suppress(OSError):
-                said = (self._folder / "stderr").read_bytes()[-_TAIL:].decode("utf-8", "replace").strip()
+                log = (self._held.folder.path / "stderr").read_bytes()
+                said = log[-_TAIL:].decode("utf-8", "replace").strip()
         said = said or line.decode("utf-8", "replace").strip() or "it said nothing"
         return WorkerUnavailable(f"the local worker for {self._share} did not start: {said}")
 
@@ -168,6 +153,38 @@ def worker_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name in _PASSED or name.startswith(_PASSED_PREFIXES)
     }
+
+
+class _Held:
+    """What a running worker takes."""
+
+    folder: places.NewFolder | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    def hang_up(self) -> None:
+        """Close our ends of its streams."""
+        process = self.process
+        for stream in () if process is None else (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def _end(owner: forks.Process, held: _Held) -> None:
+    if not owner.here:
+        return
+    process = held.process
+    if process is not None:
+        process.terminate()
+        try:
+            process.wait(_STOP_LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        held.hang_up()
+        held.process = None
+    if held.folder is not None:
+        held.folder.close()
+        held.folder = None
 
 
 def _first_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from sliplm import forks
 from sliplm.arithmetic.fixedpoint import Floats
-from sliplm.closing import Closing
-from sliplm.errors import CredentialError, InputError
-from sliplm.network.link import Link
+from sliplm.closing import Closing, expect_drops, when_dropped
+from sliplm.errors import CredentialError, InputError, WorkerUnavailable
+from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.adapters import Adapters
 from sliplm.parties.audit import AuditLog
@@ -30,6 +32,9 @@ from sliplm.shares.share import VaultShare, check_pair
 
 class Vault(Secret, Closing):
     """The trusted side of one split model.
+
+    It closes by itself when nothing refers to it any more, or at the end of the process: its threads, its
+    connections and whoever calls back know its parts, or it weakly.
 
     Args:
         share: the vault's share.
@@ -60,17 +65,25 @@ class Vault(Secret, Closing):
         def workforce(addresses: Sequence[str], role: Role) -> Workforce:
             return Workforce.of(
                 addresses, role, share.split_id, shapes, terms.timeout, self.audit,
-                partial(self._greeted, role), terms.attester, terms.verifier, terms.quarantine,
+                _greeting(weakref.ref(self), role), terms.attester, terms.verifier, terms.quarantine,
             )  # fmt: skip
 
         self._workers = workforce(terms.workers, "worker")
-        self._dealers = workforce(terms.dealers, "dealer") if terms.dealers else None
+        try:
+            self._dealers = workforce(terms.dealers, "dealer") if terms.dealers else None
+        except BaseException:
+            self._workers.close()
+            raise
         share_here = None if terms.dealing_share is None else ShareDealer(terms.dealing_share)
         dealing = Dealing(self._codecs, share_here, self._dealers)
         uses = [1.0 if terms.hide_routing else group.use for group in share.manifest.groups]
         self._supply = Supply(uses, dealing, terms.pool, terms.ahead, self.counters)
         here = dealing if terms.fallback == "here" else None
         self._exchange = Exchange(self._codecs, self._supply, self._workers, here, self.counters, self.audit)
+        self._others: list[Closing] = []
+        held = (self._process, self._workers, self._dealers, self._supply, self._others)
+        expect_drops()
+        self._dropped = weakref.finalize(self, _end_aside, *held)
         try:
             self._workers.open_one()
             if self._dealers is not None:
@@ -168,10 +181,12 @@ class Vault(Secret, Closing):
         """Close the connections, stop dealing and forget all masks; nothing in a forked child."""
         if not self._process.here:
             return
-        self._workers.close()
-        if self._dealers is not None:
-            self._dealers.close()
-        self._supply.close()
+        _end(self._process, self._workers, self._dealers, self._supply, self._others)
+        self._dropped.detach()
+
+    def close_with_it(self, other: Closing) -> None:
+        """Have something closed after it, which lives as long: a worker of its own."""
+        self._others.append(other)
 
     def _padded(self, x: Floats) -> Floats:
         missing = -len(x) % self._pad_to if len(x) > 1 else 0
@@ -207,3 +222,38 @@ def _same_key(one: Connection, other: Connection) -> bool:
     return (
         one.identity is not None and other.identity is not None and one.identity.spki == other.identity.spki
     )
+
+
+def _greeting(vault: weakref.ref[Vault], role: Role) -> Greet:
+    """`_greeted` for a link, which must not keep the vault."""
+
+    def greet(link: Link, connection: Connection, welcome: Welcome) -> None:
+        found = vault()
+        if found is None:
+            raise WorkerUnavailable("the vault is closed; load the model again")
+        found._greeted(role, link, connection, welcome)
+
+    return greet
+
+
+def _end(
+    process: forks.Process,
+    workers: Workforce,
+    dealers: Workforce | None,
+    supply: Supply,
+    others: Sequence[Closing],
+) -> None:
+    if not process.here:
+        return
+    workers.close()
+    if dealers is not None:
+        dealers.close()
+    supply.close()
+    for other in others:
+        other.close()
+
+
+def _end_aside(process: forks.Process, *held: Any) -> None:
+    """`_end` for a vault that was dropped."""
+    if process.here:
+        when_dropped(partial(_end, process, *held))

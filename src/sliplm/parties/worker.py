@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -364,19 +365,21 @@ def run(
     *,
     json_ready: bool = False,
     threads: int | None = None,
-    until_stdin_closes: bool = False,
+    until_stdin_closes: Path | None = None,
 ) -> None:
     """The command `slip worker`: serve a share until SIGTERM or SIGINT.
 
     With `json_ready` the ready line on stdout is one JSON document {"listening": ADDRESS, "pid": PID}.
-    With `until_stdin_closes` the worker also ends with the process that holds the other end of its stdin.
+    With `until_stdin_closes` the worker also ends with the process that holds the other end of its stdin, and
+    removes that folder then: a process that was killed cannot.
     Raises ShareError, KernelError, and what `Worker.serve` raises.
     """
     worker = Worker(open_worker(share_dir), threads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
-    if until_stdin_closes:
-        threading.Thread(target=_wait_for_end_of_input, args=(worker.stop,), daemon=True).start()
+    if until_stdin_closes is not None:
+        orphan = (until_stdin_closes, worker.stop)
+        threading.Thread(target=_wait_for_end_of_input, args=orphan, daemon=True).start()
 
     def ready(address: str) -> None:
         line = json.dumps({"listening": address, "pid": os.getpid()})
@@ -386,7 +389,8 @@ def run(
     worker.serve(listen, keys, ready)
 
 
-def _wait_for_end_of_input(then: Callable[[], None]) -> None:
+def _wait_for_end_of_input(folder: Path, then: Callable[[], None]) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     then()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sliplm.engines.modules import GroupProduct, Products, refuse_in_children, refuse_script
+from sliplm.engines.modules import (
+    Closeable,
+    GroupProduct,
+    Products,
+    derive,
+    refuse_in_children,
+    refuse_script,
+)
 from sliplm.engines.torch.convert import TYPES
 from sliplm.engines.torch.trace import named_parameters, persistent_buffers
 from sliplm.engines.torch.weights import SplitWeight
@@ -34,8 +41,9 @@ def load_module(
 ) -> nn.Module:
     """Turn a module of the class that was split into the hybrid: its split layers ask the workers.
 
-    Its vault is `module.slip` (`counters`, `deal`, `close`): close it when done.  The module is in evaluation
-    mode, without gradients.  It is changed only when everything has been opened and fits.
+    Its vault is `module.slip` (`counters`, `deal`); `module.close()`, the end of a `with` block, or the last
+    reference to the module closes it.  The module is in evaluation mode, without gradients.  It is changed
+    only when everything has been opened and fits.
 
     Args:
         skeleton: built as the original was; its values do not matter, and it may lie on the meta device.
@@ -62,20 +70,23 @@ def load_module(
     return skeleton
 
 
-@contextmanager
-def open_module(skeleton: nn.Module, out_dir: Folder, **options: Any) -> Iterator[nn.Module]:
+def open_module(skeleton: nn.Module, out_dir: Folder, **options: Any) -> Any:
     """Run a split module on this machine: `out_dir/worker` in a worker process, `out_dir/vault` here.
+
+    It closes as the model of `sliplm.open` does.
+
+    Returns: `skeleton`, which has `close` now and can stand in a with block.
 
     Raises:
         what `load_module` and `LocalWorker` raise.
     """
     out_dir = Path(out_dir)
-    with LocalWorker(out_dir / "worker") as worker:
+    with ExitStack() as stack:
+        worker = stack.enter_context(LocalWorker(out_dir / "worker"))
         module: Any = load_module(skeleton, out_dir / "vault", [worker.address], **options)
-        try:
-            yield module
-        finally:
-            module.slip.close()
+        module.slip.close_with_it(worker)
+        stack.pop_all()
+    return skeleton
 
 
 def reference_module(skeleton: nn.Module, out_dir: Folder, *, key: KeySpec = None) -> nn.Module:
@@ -179,6 +190,7 @@ def _fill(
     module.train(False)
     module.slip = source  # type: ignore[assignment]
     refuse_in_children(module)
+    derive(module, Closeable, {})
 
 
 def _weights(

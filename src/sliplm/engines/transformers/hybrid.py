@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sliplm.engines.modules import Closeable, derive
 from sliplm.errors import InputError
-from sliplm.secrecy import Secret
 
 _UNSAID: Any = object()
 
@@ -23,11 +23,10 @@ _UNSAID: Any = object()
 def make_hybrid(model: PreTrainedModel) -> None:
     """Give a model that has its `slip` a class of its own, of the same name."""
     kind: Any = type(model)
-    members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    members["forward"] = _choosing(kind.forward)
+    members = {"forward": _choosing(kind.forward)}
     if kind.can_generate():
         members["generate"] = _choosing(kind.generate)
-    model.__class__ = type(kind.__name__, (_Hybrid, kind), members)
+    derive(model, _Hybrid, members)
 
 
 def _choosing(method: Any) -> Any:
@@ -41,10 +40,8 @@ def _choosing(method: Any) -> Any:
     return call
 
 
-class _Hybrid(Secret):
+class _Hybrid(Closeable):
     """Before a model's own class."""
-
-    slip: Any
 
     def _adapter(self, name: str | None) -> AbstractContextManager[None]:
         return nullcontext() if name is _UNSAID else self.slip.adapter(name)

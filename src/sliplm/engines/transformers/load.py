@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
@@ -66,7 +66,8 @@ def load(
     """Load a vault folder; the split layers ask the workers for their products.
 
     The result is a `PreTrainedModel` like any other, in evaluation mode, on the CPU, without gradients.
-    Its vault is `model.slip` (`counters`, `deal`, `adapter`, `close`): close it when done.
+    Its vault is `model.slip` (`counters`, `deal`, `adapter`); `model.close()` or the end of a block
+    `with load(...) as model` closes it, and so does the last reference to the model.
 
     Args:
         vault_dir: the folder `vault` that `split` wrote.
@@ -99,9 +100,11 @@ def load(
     return _from_pretrained(Path(vault_dir), settings, dtype, model_class)
 
 
-@contextmanager
-def open(out_dir: Folder, **options: Any) -> Iterator[PreTrainedModel]:
+def open(out_dir: Folder, **options: Any) -> PreTrainedModel:
     """Run a split on this machine: `out_dir/worker` in a worker process, `out_dir/vault` here.
+
+    The worker process and its keys end with `model.close()`, at the end of a block `with open(...) as model`,
+    when nothing refers to the model any more, or with this process.
 
     Both share the cores: set OMP_WAIT_POLICY=passive before torch is imported, as the command `slip` does, or
     torch's idle threads spin in the worker's way (long prompts take half as long again).
@@ -114,10 +117,12 @@ def open(out_dir: Folder, **options: Any) -> Iterator[PreTrainedModel]:
         what `load` and `LocalWorker` raise.
     """
     out_dir = Path(out_dir)
-    with LocalWorker(out_dir / "worker") as worker:
+    with ExitStack() as stack:
+        worker = stack.enter_context(LocalWorker(out_dir / "worker"))
         model = load(out_dir / "vault", [worker.address], **options)
-        with closing(cast(Any, model).slip):
-            yield model
+        cast(Any, model).slip.close_with_it(worker)
+        stack.pop_all()
+    return model
 
 
 def reference(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import shutil
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,10 +28,8 @@ def private_folder(files: Mapping[str, bytes]) -> Iterator[Path]:
         ShareError: there is no room for them.
     """
     folder = _folder_of(files)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with folder:
+        yield folder.path
 
 
 class OpenedModel:
@@ -50,10 +47,11 @@ class OpenedModel:
     """
 
     def __init__(self, vault: VaultShare) -> None:
-        self.folder = _folder_of(vault.files)
+        own = _folder_of(vault.files)
+        self.folder = own.path
         self._descriptor = os.memfd_create("sliplm-model", os.MFD_CLOEXEC)
         # also when loading fails halfway and nobody calls close
-        self.close = weakref.finalize(self, _forget, self._descriptor, self.folder)
+        self.close = weakref.finalize(self, _forget, self._descriptor, own)
         try:
             _decrypt(vault, self._descriptor)
             link = self.folder / MODEL
@@ -68,12 +66,12 @@ class OpenedModel:
         self.path = str(link)
 
 
-def _folder_of(files: Mapping[str, bytes]) -> Path:
+def _folder_of(files: Mapping[str, bytes]) -> places.NewFolder:
     try:
-        folder = places.new_folder()  # 0700
+        folder = places.NewFolder()  # 0700
         for name, data in files.items():
-            (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
+            (folder.path / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder.path / name).write_bytes(data)
     except OSError as error:
         raise ShareError(
             f"verified files cannot be put into a temporary folder ({error}); make room"
@@ -91,6 +89,6 @@ def _decrypt(vault: VaultShare, descriptor: int) -> None:
     open_tensors(vault.path / MODEL, vault.data_key, specs, places)
 
 
-def _forget(descriptor: int, folder: Path) -> None:
+def _forget(descriptor: int, folder: places.NewFolder) -> None:
     os.close(descriptor)
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.close()
