@@ -39,7 +39,7 @@ from sliplm.network import authority, keys
 from sliplm.network.attestation import SoftwareAttester, SoftwareVerifier, binding
 from sliplm.network.transport import Connection, TcpAddress, connect, handshake, pair, parse_address
 from sliplm.parties.local_worker import LocalWorker
-from sliplm.parties.worker import MAX_CONNECTIONS, MAX_EACH, MAX_STRANGERS, Worker
+from sliplm.parties.worker import MAX_CONNECTIONS, MAX_STRANGERS, Worker
 from sliplm.protocol.frames import Header, Kind, pack_header
 from sliplm.protocol.side import FRAME_BYTES
 from sliplm.protocol.vault_side import Accept, Product, VaultSide, Welcome
@@ -289,27 +289,6 @@ def test_too_many_connections(share: WorkerShare, folder: Path, tmp_path: Path) 
                 check_products(*first, share, 1)
             for connection, theirs in held:
                 check_products(connection, theirs, share, 2)
-
-
-def test_one_certificate_takes_half_the_seats_at_most(share: WorkerShare, tmp_path: Path) -> None:
-    """Vaults that vanished hold no seat from another owner, nor from their own next one."""
-    keys = tmp_path / "keys"
-    authority.init(keys)
-    authority.issue(keys, "vault", "vault-2")
-    with serving(Worker(share, threads=1), "127.0.0.1:0", keys) as address, ExitStack() as stack:
-        host = address.partition("?")[0]
-        other, theirs = stack.enter_context(connect(f"{host}?keys={keys / 'vault-2'}", LIMIT)), side_of(share)
-        greet(other, theirs)
-        held = []
-        for _ in range(MAX_EACH + 4):
-            connection, side = stack.enter_context(connect(address, LIMIT)), side_of(share)
-            greet(connection, side)
-            held.append((connection, side))
-        for connection, side in held[:4]:
-            with pytest.raises(WorkerUnavailable):
-                check_products(connection, side, share, 3)
-        for connection, side in (held[4], held[-1], (other, theirs)):
-            check_products(connection, side, share, 4)
 
 
 # dealing
