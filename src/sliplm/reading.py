@@ -9,8 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import warnings
 from io import BufferedReader
 from pathlib import Path
+
+from sliplm.errors import SlipWarning
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -28,3 +31,23 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """All bytes of a regular file, but not more than `limit` + 1.  Raises: OSError."""
     with open_regular(path) as file:
         return file.read(limit + 1)
+
+
+def is_private(path: Path, status: os.stat_result) -> bool:
+    """Whether a secret's file, found to be as `status`, is its owner's alone.
+
+    Containers mount secrets with mode 0440.  That its group may read it is accepted with a SlipWarning where
+    nobody else can reach its real folder, or where root put it there (or the mount is read-only) and nobody
+    else can write to that folder.  Raises: OSError.
+    """
+    if status.st_mode & 0o037:
+        return False
+    if not status.st_mode & 0o040:
+        return True
+    home = path.resolve(strict=True).parent  # behind the links of a mounted secret
+    folder = home.stat().st_mode
+    given = status.st_uid == 0 or bool(os.statvfs(home).f_flag & os.ST_RDONLY)
+    if folder & 0o077 and (folder & 0o022 or not given):
+        return False
+    warnings.warn(f"{path} is readable by its group: let nobody else be in it", SlipWarning, stacklevel=3)
+    return True

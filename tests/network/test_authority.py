@@ -257,7 +257,7 @@ def test_damaged_register(folder: Path, damage: bytes | None) -> None:
 
 def test_authority_that_cannot_sign(folder: Path, tmp_path: Path) -> None:
     key = folder / "authority" / "key.pem"
-    key.chmod(0o640)
+    key.chmod(0o644)
     with pytest.raises(CredentialError, match="readable by others"):
         authority.revoke(folder, "worker")
     key.chmod(0o600)

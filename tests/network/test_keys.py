@@ -74,7 +74,7 @@ def test_context(folder: Path, role: keys.Role) -> None:
     assert (made.own.name, made.own.role) == (role, role)
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o610, 0o666])
+@pytest.mark.parametrize("mode", [0o660, 0o604, 0o610, 0o666])
 def test_key_that_others_can_use(folder: Path, mode: int) -> None:
     (folder / "vault" / "key.pem").chmod(mode)
     with pytest.raises(CredentialError, match="readable by others"):

@@ -148,7 +148,7 @@ def test_a_key_hides_itself() -> None:
 # --- files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [0o604, 0o640, 0o620, 0o601, 0o777])
+@pytest.mark.parametrize("mode", [0o604, 0o644, 0o620, 0o601, 0o777])
 def test_a_file_that_others_can_touch_is_refused(mode: int, tmp_path: Path) -> None:
     path = key_file(tmp_path / "a key", mode=mode)
     with pytest.raises(CredentialError, match=re.escape(f"chmod 600 '{path}'")):

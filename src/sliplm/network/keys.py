@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from sliplm.errors import CredentialError
 from sliplm.network.trust import check_unwritable, only_grows
-from sliplm.reading import read_bounded
+from sliplm.reading import is_private, read_bounded
 
 Role = Literal["vault", "worker"]
 
@@ -252,10 +252,10 @@ def load_certificate(path: Path) -> x509.Certificate:
 def check_mode(path: Path) -> None:
     """Raise CredentialError if a private key's file is missing or others can use it."""
     try:
-        mode = path.stat().st_mode
+        private = is_private(path, path.stat())
     except OSError as error:
         raise CredentialError(f"{path.parent} is not a key folder ({error}): {_INIT}") from error
-    if mode & 0o077:
+    if not private:
         raise CredentialError(f"{path} is readable by others: chmod 600 it, or make new keys")
 
 

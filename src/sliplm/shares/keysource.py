@@ -30,6 +30,7 @@ from typing import Any, Literal, Self
 
 from sliplm import durable, places
 from sliplm.errors import CredentialError
+from sliplm.reading import is_private
 
 KEY_BYTES = 32
 COMMAND_SECONDS = 60.0
@@ -209,9 +210,9 @@ def _read_private(path: Path) -> bytes:
 def _check_private(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise CredentialError(f"{path} is no regular file; {_HOW}")
-    if status.st_uid != os.geteuid():
+    if status.st_uid not in (0, os.geteuid()):
         raise CredentialError(f"{path} belongs to another user; make a copy of your own, with mode 0600")
-    if status.st_mode & 0o077:
+    if not is_private(path, status):
         raise CredentialError(f"{path} is open to group or others: chmod 600 {shlex.quote(str(path))}")
 
 
