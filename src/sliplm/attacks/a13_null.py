@@ -92,7 +92,7 @@ def need_flint() -> None:
     if find_spec("flint") is None:
         raise ReportError(
             "attack 13 reduces lattices with python-flint, which is not installed; "
-            "pip install 'sliplm[attacks]'"
+            "in the clone: pip install -e '.[attacks]'"
         )
 
 

@@ -23,5 +23,5 @@ def need(*modules: str) -> None:
     if missing:
         raise ReportError(
             f"a report needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            "installed; pip install 'sliplm[report]'"
+            "installed; in the clone: pip install -e '.[report]'"
         )
