@@ -579,7 +579,7 @@ def test_two_processes_do_not_split_into_one_folder(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 from sliplm.engines.transformers.convert import split
-from sliplm.errors import ShareError
+from sliplm.errors import ShareError, SlipWarning
 from sliplm.shares.recipe import Recipe
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:

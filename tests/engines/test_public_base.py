@@ -248,6 +248,7 @@ def test_one_folder_holds_the_pools_of_vaults_that_share_a_worker(
 # --- chosen per request -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:this thread answers with")
 def test_threads_with_different_adapters_do_not_disturb_each_other(scene: Scene) -> None:
     names = ["fr", "de", "base", "fr", "de"]
     expected = {name: logits(reference(scene.two, adapter=name)) for name in set(names)}

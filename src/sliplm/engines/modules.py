@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn, Protocol, Self, cast
 
 import numpy as np
@@ -68,13 +69,12 @@ def refuse_in_children(model: nn.Module) -> None:
     """Have a forked child's first forward raise ForkError: before any product torch would wait for threads of
     its own, which no child has.
     """
-    process = forks.Process()
+    model.register_forward_pre_hook(partial(_at_home, forks.Process()))
 
-    def check(*_: object) -> None:
-        if not torch.compiler.is_compiling():  # each product asks too
-            process.check()
 
-    model.register_forward_pre_hook(check)
+def _at_home(process: forks.Process, *_: object) -> None:
+    if not torch.compiler.is_compiling():  # each product asks too
+        process.check()
 
 
 def refuse_script(*_: object) -> NoReturn:
@@ -170,7 +170,8 @@ class SlipLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `W x + bias` [..., out_features] in x's dtype, computed in float32 (SPEC steps 1 to 5).
+        """Return `W x + bias` [..., out_features] in x's dtype (under autocast in autocast's), computed in
+        float32 (SPEC steps 1 to 5).
 
         Args:
             x: floating point [..., in_features] on the CPU.
@@ -184,16 +185,16 @@ class SlipLinear(nn.Module):
         ):  # not to be traced; the decorator would cost every call 3 us
             return cast(Tensor, torch.compiler.disable(self.forward, reason=NOT_TRACED)(x))  # type: ignore[no-untyped-call]
         check_input(self.group.name, x, x.shape[-1:] == (self.in_features,), self._wanted)
-        shape = (*x.shape[:-1], self.out_features)
+        shape, dtype = (*x.shape[:-1], self.out_features), result_type(x)
         if not x.numel():
-            return x.new_zeros(shape)
+            return x.new_zeros(shape, dtype=dtype)
         rows = self.group.rows_of(self.index, x)
         # numpy slices and reshapes several times faster than torch: this runs hundreds of times a token
         y = torch.from_numpy(np.ascontiguousarray(rows).reshape(shape))
         bias = self._parameters["bias"]
         if bias is not None:
             y = y + bias
-        return y if x.dtype is torch.float32 else y.to(x.dtype)
+        return y if dtype is torch.float32 else y.to(dtype)
 
     def extra_repr(self) -> str:
         """Sizes and the group's name: nothing secret."""
@@ -205,6 +206,13 @@ class SlipLinear(nn.Module):
         if name == "weight":
             raise AttributeError(f"the weight of a layer of {self.group.name} is split: no party has it")
         return super().__getattr__(name)
+
+
+def result_type(x: Tensor) -> torch.dtype:
+    """Of a product with x, as PyTorch's own products have it: x's, or autocast's."""
+    if torch.is_autocast_enabled("cpu") and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
 
 
 def check_input(group: str, x: Tensor, fits: bool, wanted: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 from sliplm.engines.journal import PARTIAL, Journal
 from sliplm.engines.progress import Update, shown
 from sliplm.engines.source import Source, stack
-from sliplm.errors import LedgerError, SealError, ShareError, SlipWarning
+from sliplm.errors import CheckpointError, LedgerError, SealError, ShareError, SlipWarning
 from sliplm.planning.counts import SplitReport, report_for
 from sliplm.shares.keysource import Key, KeySpec, checked, find, new_key_file
 from sliplm.shares.ledger import VAULT_FILE, Ledger, Registration, register
@@ -219,6 +220,11 @@ def _split_groups(
         if group.name in journal.errors:
             continue
         part, norms = plan.part(group, choice)
+        if not all(map(math.isfinite, (part.error, part.svd_error, part.localisation, *norms))):
+            raise CheckpointError(
+                f"{group.name} holds values so large that sums of their squares leave float32: scale them, "
+                f'or keep it whole by Rule(pattern="{group.name}", placement="vault")'
+            )
         public.write(group.name, part.w)
         arrays = {**secret_tensors(part.secrets), **plan.adapter_arrays(group, found[group.name])}
         for name, array in arrays.items():

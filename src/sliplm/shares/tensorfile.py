@@ -63,11 +63,14 @@ class TensorEntry:
     nbytes: int
 
 
-def read_header(path: Path, opened: BufferedReader | None = None) -> dict[str, TensorEntry]:
+def read_header(
+    path: Path, opened: BufferedReader | None = None, *, any_type: bool = False
+) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file, in file order.
 
     Args:
         opened: the file that is read, where `path` is only what it is called.
+        any_type: list tensors of types that are not in ITEM_BYTES too; whoever uses one checks its type.
 
     Raises:
         OSError: the file cannot be read.
@@ -76,7 +79,7 @@ def read_header(path: Path, opened: BufferedReader | None = None) -> dict[str, T
     """
     if opened is None:
         with open_regular(path) as file:
-            return read_header(path, file)
+            return read_header(path, file, any_type=any_type)
     opened.seek(0)
     length = int.from_bytes(opened.read(8), "little")
     size = os.fstat(opened.fileno()).st_size
@@ -89,7 +92,7 @@ def read_header(path: Path, opened: BufferedReader | None = None) -> dict[str, T
             pass
     except SafetensorError as error:
         raise ValueError(f"not a complete safetensors file ({error})") from error
-    return _entries(json.loads(header), 8 + length, size)
+    return _entries(json.loads(header), 8 + length, size, any_type)
 
 
 def map_file(file: BufferedReader, entries: Mapping[str, TensorEntry]) -> dict[str, npt.NDArray[Any]]:
@@ -240,14 +243,16 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _entries(header: dict[str, Any], base: int, size: int) -> dict[str, TensorEntry]:
+def _entries(header: dict[str, Any], base: int, size: int, any_type: bool) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     entries = {}
     for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][0]):
         start, end = item["data_offsets"]
-        if item["dtype"] not in ITEM_BYTES:
+        known = item["dtype"] in ITEM_BYTES
+        if not (known or any_type):
             raise ValueError(f"tensor {name} has the unknown dtype {item['dtype']}")
-        if end - start != math.prod(item["shape"]) * ITEM_BYTES[item["dtype"]] or base + end > size:
+        fits = not known or end - start == math.prod(item["shape"]) * ITEM_BYTES[item["dtype"]]
+        if not fits or base + end > size:
             raise ValueError(f"tensor {name} does not fill its place")
         entries[name] = TensorEntry(item["dtype"], tuple(item["shape"]), base + start, end - start)
     return entries

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from sliplm.engines.modules import NOT_TRACED, GroupProduct, check_input
+from sliplm.engines.modules import NOT_TRACED, GroupProduct, check_input, result_type
 from sliplm.engines.torch.patches import patches_of
 from sliplm.errors import InputError
 
@@ -125,9 +125,9 @@ def _linear(call: Call) -> Tensor:
     check_input(weight.group.name, x, x.shape[-1:] == (columns,), f"[..., {columns}]")
     shape = (*x.shape[:-1], rows)
     if not x.numel():
-        return x.new_zeros(shape)
+        return x.new_zeros(shape, dtype=result_type(x))
     y = _tensor(weight.group.rows_of(weight.member, x), shape)
-    return (y if call.bias is None else y + call.bias).to(x.dtype)
+    return (y if call.bias is None else y + call.bias).to(result_type(x))
 
 
 def _conv2d(call: Call) -> Tensor:
@@ -142,9 +142,9 @@ def _conv2d(call: Call) -> Tensor:
     check_input(weight.group.name, x, fits, f"[batch, {channels}, height, width]")
     batch, places = x.shape[:-3], patches.places(*x.shape[-2:])
     if not x.numel():
-        return x.new_zeros((*batch, rows, *places))
+        return x.new_zeros((*batch, rows, *places), dtype=result_type(x))
     y = _tensor(weight.group.rows_of(weight.member, x, patches), (*batch, *places, rows)).movedim(-1, -3)
-    return (y if call.bias is None else y + call.bias[:, None, None]).to(x.dtype).contiguous()
+    return (y if call.bias is None else y + call.bias[:, None, None]).to(result_type(x)).contiguous()
 
 
 def _tensor(rows: Any, shape: tuple[int, ...]) -> Tensor:

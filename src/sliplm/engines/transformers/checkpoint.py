@@ -20,8 +20,9 @@ from transformers.core_model_loading import (
 )
 
 from sliplm.engines.transformers.layout import Layout
+from sliplm.engines.transformers.opened import remade
 from sliplm.errors import CheckpointError
-from sliplm.shares.tensorfile import NUMPY, TensorEntry, read_header
+from sliplm.shares.tensorfile import ITEM_BYTES, NUMPY, TensorEntry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -109,7 +110,7 @@ class Checkpoint:
 
     def _add(self, path: Path, keys: set[str] | None) -> None:
         try:
-            entries = read_header(path)
+            entries = read_header(path, any_type=True)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing, but {INDEX} names it; copy it again") from error
         except (OSError, ValueError) as error:
@@ -158,12 +159,20 @@ def locate(checkpoint: Checkpoint, layout: Layout) -> Sources:
     for alias, name in layout.tied.items():
         if alias in keys:
             keys.setdefault(name, keys[alias])  # stored under the other name only
-    missing = sorted(set(layout.parameters) - set(keys) - covered)
+    missing = sorted(
+        name for name in set(layout.parameters) - set(keys) - covered if not remade(layout.model, name)
+    )
     if missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {_some(missing)}, which its config.json calls for; "
             "the checkpoint is incomplete, or the configuration is another model's"
         )
+    for key in (*keys.values(), *converted):
+        if checkpoint.entries[key].dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"{key} has the type {checkpoint.entries[key].dtype}, which is neither split nor kept; "
+                "convert it to float32, or split the model as it was before quantisation"
+            )
     for name, key in keys.items():
         if checkpoint.entries[key].shape != shapes[name]:
             raise CheckpointError(
@@ -202,6 +211,8 @@ def _renamed(
                 break
         else:
             name = _prefixed(name, layout, shapes)
+            if name not in shapes:  # a renaming of an older form that hits a name of today's
+                name = _prefixed(key, layout, shapes)
             if name in shapes:
                 keys.setdefault(name, key)
     return keys, converted, covered & set(shapes), stacks

@@ -13,7 +13,7 @@ from sliplm.engines.progress import Update
 from sliplm.engines.source import stack
 from sliplm.engines.transformers.finetune import plan_against, refuse_without_base
 from sliplm.engines.transformers.origin import compare, warn_of_named_base, warn_of_relatives
-from sliplm.engines.transformers.plan import Plan, make_plan
+from sliplm.engines.transformers.plan import Plan, make_plan, warn_of_whole
 from sliplm.engines.writing import refuse_existing, write_split
 from sliplm.planning.counts import SplitReport
 from sliplm.shares.keysource import KeySpec, checked
@@ -71,6 +71,7 @@ def split(
     out, key = Path(out_dir), checked(key)
     refuse_existing(out)
     plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {})
+    warn_of_whole(plan, level=2)
     relatives = _relatives(plan, public)
     report = write_split(plan, out, key, progress, i_know=i_know, ledger=ledger)
     return report.model_copy(update={"public": relatives})

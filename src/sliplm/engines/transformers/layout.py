@@ -1,21 +1,19 @@
 """Which linear layers of a model read one input, and so share one exchange.
 
-The model is built from its configuration on the meta device (shapes without memory) and run once on three
-tokens; hooks note which tensor object every linear layer reads.  Layers that read the same object are one
-group.  Nothing is known about families: whatever follows the same rule is found.
+The model is built from its configuration without memory and run once as a split would leave it (`trial`).
+Layers that read the same tensor object are one group.  Nothing is known about families: whatever follows the
+same rule is found, and what cannot be split is found too, with why.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -26,10 +24,9 @@ from transformers.utils import logging as transformers_logging  # its verbosity 
 
 from sliplm.engines.groups import Group, Linear, group_name
 from sliplm.engines.transformers.experts import expert_groups, experts_of, router_groups, routers_of
+from sliplm.engines.transformers.trial import Trial, line, raw, run_trial
 from sliplm.errors import CheckpointError
 from sliplm.shares.manifest import Attention
-
-TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Layout:
     Attributes:
         groups: in the order in which a forward pass reaches them.
         routers: those that choose among experts; they stay whole.
-        unsplittable: module -> why: its weights are used in products but cannot be split.
+        unsplittable: module -> why: its weights are used in products but cannot be split; they stay whole.
         parameters: name -> shape of every parameter, once for tied ones.
         tied: other name -> name in `parameters`.
         buffers: name -> shape of every persistent buffer; a checkpoint may lack them.
@@ -62,20 +59,24 @@ def discover(model_dir: Path | str) -> Layout:
 
     Raises:
         CheckpointError: the configuration is missing, of an unknown kind or needs code from the folder, or
-            the model cannot be run on shapes alone.
+            the model cannot be run without its weights.
     """
     config = read_config(Path(model_dir))
     model = meta_model(config)
-    calls = _trace(model)
+    with _quiet():
+        trial = run_trial(meta_model(config))
     state = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter has several names
     first = {id(p): name for name, p in reversed(state.items())}
+    tied = {name: first[id(p)] for name, p in state.items() if first[id(p)] != name}
+    if getattr(config, "is_encoder_decoder", False):
+        _keep_tied(trial, tied)
     return Layout(
         config=config,
-        groups=_groups(model, calls),
+        groups=_groups(model, trial),
         routers=router_groups(model),
-        unsplittable=_unsplittable(model, calls),
+        unsplittable=_unsplittable(model, trial),
         parameters={name: tuple(p.shape) for name, p in state.items() if first[id(p)] == name},
-        tied={name: first[id(p)] for name, p in state.items() if first[id(p)] != name},
+        tied=tied,
         buffers=_buffers(model),
         attention=attention_of(config),
         model=model,
@@ -103,7 +104,7 @@ def read_config(model_dir: Path) -> PretrainedConfig:
         why = (
             f"it names {code}, code that came with the checkpoint, which is never run"
             if code
-            else _line(error)
+            else line(error)
         )
         raise CheckpointError(
             f"{refused} ({why}); models that bring their own code are not supported"
@@ -161,7 +162,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         CheckpointError: transformers has no such model, or it cannot be built.
     """
-    found, options = architecture(config), {"attn_implementation": "eager", "dtype": torch.float32}
+    found, options = architecture(config), {"dtype": torch.float32}
     try:
         with _quiet(), torch.device("meta"):
             model: PreTrainedModel = (
@@ -172,7 +173,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     except Exception as error:  # the model's own code runs here
         kind = "causal language model" if found is None else found.__name__
         raise CheckpointError(
-            f"no {kind} can be built from {type(config).__name__}: {_line(error)}"
+            f"no {kind} can be built from {type(config).__name__}: {line(error)}"
         ) from error
     model.train(False)
     return model
@@ -184,117 +185,37 @@ def attention_of(config: PretrainedConfig) -> tuple[Attention, ...]:
     layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
     if not isinstance(layers, int) or not isinstance(heads, int):
         return ()
-    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", heads) // heads
-    window = getattr(text, "sliding_window", None)
+    each = getattr(text, "per_layer_config", None) or [text] * layers  # Gemma 4's layers differ in width
     kinds = getattr(text, "layer_types", None)
-    kinds = kinds or ["sliding_attention" if window else "full_attention"] * layers
-    return tuple(
-        Attention(heads=heads, head_dim=width, window=window if kind == "sliding_attention" else None)
-        for kind in kinds
-    )
+    found = []
+    for i, layer in enumerate(each[j] for j in range(layers)):
+        width = getattr(layer, "head_dim", None) or getattr(layer, "hidden_size", heads) // heads
+        window = getattr(layer, "sliding_window", None)
+        kind = kinds[i] if kinds else "sliding_attention" if window else "full_attention"
+        limit = window if kind == "sliding_attention" else None
+        found.append(Attention(heads=heads, head_dim=width, window=limit))
+    return tuple(found)
 
 
-# --- the trace ----------------------------------------------------------------------------------------
+# --- what the trial showed ----------------------------------------------------------------------------
 
 
-# linear layer -> what it read: tensors (kept, so that no address is used twice) and how often each changed
-_Calls = dict[str, list[tuple[torch.Tensor, int]]]
+def _keep_tied(trial: Trial, tied: dict[str, str]) -> None:
+    """Encoder-decoder models scale their output by whether the head is tied, so that stays as it is."""
+    shared = {name for pair in tied.items() for name in pair}
+    for name in list(trial.calls):
+        if f"{name}.weight" in shared:
+            del trial.calls[name]
+            trial.whole[name] = "it shares its weight with an embedding, in an encoder-decoder model"
 
 
-def _trace(model: PreTrainedModel) -> _Calls:
-    """What every linear layer reads in one forward pass, in the order of first calls."""
-    calls: _Calls = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensor = args[0] if args else next(iter(kwargs.values()))
-            calls.setdefault(name, []).append((tensor, tensor._version))
-
-        return hook
-
-    noted = {name: module for name, module in linears(model) if name not in routers_of(model)}
-    noted |= experts_of(model)
-    handles = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in noted.items()]
-    stubbed = [module for module in model.modules() if _raw(module)]
-    for module in stubbed:
-        _stub(module)
-    try:
-        # tensors need their version counters, which inference mode, where the caller may be, takes away
-        with _quiet(), torch.inference_mode(False), torch.no_grad():
-            _run(model, calls.clear)
-    except Exception as error:  # the model's own code runs here
-        raise CheckpointError(
-            f"{type(model).__name__} cannot be run on shapes alone, its groups stay unknown: {_line(error)}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in stubbed:
-            del module.forward
-    return calls
-
-
-def _run(model: PreTrainedModel, clear: Callable[[], None]) -> None:
-    """One forward pass on shapes.
-
-    Models look at (absent) values of a mask in different ways: of two kinds of mask, one number a token and
-    one that is ready to be added, each of them can do with one.
-    """
-    tokens = torch.ones((1, TOKENS), dtype=torch.long, device="meta")
-    try:
-        model(**_inputs(model, tokens))
-    except (RuntimeError, NotImplementedError):
-        clear()
-        model(**_inputs(model, torch.zeros((1, 1, TOKENS, TOKENS), device="meta")))
-
-
-def _inputs(model: PreTrainedModel, mask: torch.Tensor) -> dict[str, Any]:
-    """Arguments that any model of its kind takes, without values: three tokens, an image, a spectrogram."""
-    takes = inspect.signature(model.forward).parameters
-    main, config = model.main_input_name, model.config
-    tokens = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
-    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
-    if main == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs = {main: torch.zeros((1, config.num_channels, height, width), device="meta")}
-    elif main == "input_features":  # of the length that the encoder reads
-        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
-        inputs = {main: torch.zeros(shape, device="meta")}
-    elif main != "input_ids":
-        raise CheckpointError(f"models that read {main} are not supported")
-    if config.is_encoder_decoder:
-        inputs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
-    return {name: value for name, value in (inputs | {"use_cache": False}).items() if name in takes}
-
-
-def _stub(module: nn.Module) -> None:
-    """Let a module with raw weights (fused experts) that looks at values stand for its own input."""
-    run = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return run(*args, **kwargs)
-        except (RuntimeError, NotImplementedError):
-            inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            return torch.empty_like(inputs[0])
-
-    module.forward = forward  # an instance attribute that hides the class's method
-
-
-def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """Every linear layer with its name, tied ones included."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            yield name, module
-
-
-def _groups(model: PreTrainedModel, calls: _Calls) -> tuple[Group, ...]:
-    experts = experts_of(model)
+def _groups(model: PreTrainedModel, trial: Trial) -> tuple[Group, ...]:
+    experts, routers = experts_of(model), routers_of(model)
     together: dict[object, list[str]] = {}
-    for name, inputs in calls.items():
-        read = tuple((id(tensor), changes) for tensor, changes in inputs)
-        together.setdefault(name if name in experts else read, []).append(name)
+    for name, inputs in trial.calls.items():
+        if name not in routers:
+            read = tuple((id(tensor), changes) for tensor, changes in inputs)
+            together.setdefault(name if name in experts else read, []).append(name)
     found: list[Group] = []
     for names in together.values():
         if names[0] in experts:
@@ -312,26 +233,15 @@ def _linear(name: str, module: nn.Module) -> Linear:
     return Linear(name, rows, columns, f"{name}.weight", transposed)
 
 
-def _unsplittable(model: PreTrainedModel, calls: _Calls) -> dict[str, str]:
-    found, routers, experts = {}, routers_of(model), experts_of(model)
-    for name, module in model.named_modules():
-        if name in routers or (name in experts and name in calls):
-            continue
-        if _raw(module):
-            found[name] = f"{type(module).__name__} is no linear layer but holds matrices"
-        elif isinstance(module, nn.Linear | Conv1D) and name not in calls:
-            found[name] = "this linear layer took no part in the forward pass"
-    return found
-
-
-def _raw(module: nn.Module) -> bool:
-    """Whether a module that is neither linear nor an embedding has matrices of its own.
-
-    What has a leading dimension of 1 is added to a batch: a table of positions, a class token.
-    """
-    if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-        return False
-    return any(p.ndim > 1 and p.shape[0] > 1 for p in module.parameters(recurse=False))
+def _unsplittable(model: PreTrainedModel, trial: Trial) -> dict[str, str]:
+    routers, experts = routers_of(model), experts_of(model)
+    found = trial.whole | {
+        name: f"{type(module).__name__} is no linear layer but holds matrices"
+        for name, module in model.named_modules()
+        if raw(module)
+    }
+    split = {name for name in experts if name in trial.calls}
+    return {name: why for name, why in found.items() if name not in routers and name not in split}
 
 
 def _buffers(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -353,8 +263,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import nn
 
 from sliplm import places
 from sliplm.errors import ShareError
@@ -77,6 +80,17 @@ def _folder_of(files: Mapping[str, bytes]) -> places.NewFolder:
             f"verified files cannot be put into a temporary folder ({error}); make room"
         ) from error
     return folder
+
+
+def remade(model: nn.Module, name: str) -> bool:
+    """Whether transformers itself makes a parameter that a checkpoint lacks: tables of sines, say."""
+    for prefix, part in model.named_modules():
+        patterns = getattr(part, "_keys_to_ignore_on_load_missing", None)
+        if patterns and name.startswith(prefix):
+            own = name.removeprefix(prefix).removeprefix(".")
+            if any(re.search(pattern, own) for pattern in patterns):
+                return True
+    return False
 
 
 def _decrypt(vault: VaultShare, descriptor: int) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from sliplm.arithmetic import rotation
 from sliplm.arithmetic.field import derive_key
-from sliplm.engines.groups import Group
+from sliplm.engines.groups import Group, Linear
 from sliplm.engines.source import Errors, plain_part
 from sliplm.engines.transformers.checkpoint import Checkpoint, locate
 from sliplm.engines.transformers.companions import check_code, companions
@@ -36,6 +38,11 @@ from sliplm.shares.share import integer_type, sliplm_version
 from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 
+CONVERTED = (
+    "the checkpoint stores it in a form that transformers converts; to split it, load the model with "
+    "transformers and save it with save_pretrained(folder, save_original_format=False)"
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,6 +55,17 @@ class Plan:
     kept: dict[str, str]  # tensor in the vault's model file -> tensor of the checkpoint
     untied: bool  # a tied weight is split off, so that its other user needs a copy of its own
     base: PublicBase | None = None
+    unsplit: tuple[tuple[Group, str], ...] = ()  # what cannot be split, with why
+    reasons: Mapping[str, str] = field(default_factory=dict)  # of groups in `whole` that no rule placed there
+
+    def by_itself(self) -> Iterator[tuple[Group, str]]:
+        """What stays whole although no rule says so, with why."""
+        for group in self.whole:
+            if group.name in self.reasons:
+                yield group, self.reasons[group.name]
+        for group, why in self.unsplit:
+            if self.recipe.for_group(group.name, group.modules).placement != "vault":
+                yield group, why
 
     @property
     def key(self) -> object:
@@ -66,9 +84,18 @@ class Plan:
 
     def kept_groups(self) -> tuple[KeptGroup, ...]:
         """The linear layers that stay whole, as the manifest has them."""
+        whole = ((group, self.reasons.get(group.name, "")) for group in self.whole)
         return tuple(
-            KeptGroup(name=g.name, rows=g.rows, columns=g.columns, members=members(g), expert=expert_of(g))
-            for g in self.whole
+            KeptGroup(
+                name=g.name,
+                rows=g.rows,
+                columns=g.columns,
+                members=members(g),
+                positions=g.positions,
+                reason=why,
+                expert=expert_of(g),
+            )
+            for g, why in (*whole, *self.unsplit)
         )
 
     def kept_specs(self) -> list[TensorSpec]:
@@ -176,24 +203,40 @@ def make_plan(model_dir: Path, recipe: Recipe) -> Plan:
     checkpoint = Checkpoint(model_dir)
     layout = discover(model_dir)
     _check_rules(layout, recipe)
+    stored = StoredModel(checkpoint, layout, locate(checkpoint, layout))
     choices = [(group, recipe.for_group(group.name, group.labels)) for group in layout.groups]
     _check_experts(choices)
-    chosen = tuple((group, choice) for group, choice in choices if choice.placement == "split")
+    reasons = _narrow(choices, recipe) | {
+        group.name: CONVERTED for group in layout.groups if not stored.holds(group)
+    }
+    wished = tuple((group, choice) for group, choice in choices if choice.placement == "split")
+    chosen = tuple((group, choice) for group, choice in wished if group.name not in reasons)
     for group, choice in chosen:
         check_group(group, choice)
-    stored = StoredModel(checkpoint, layout, locate(checkpoint, layout))
+    unsplit = _unsplit(stored)
+    if not chosen and recipe.placement == "split" and not (layout.groups and not wished):
+        _refuse(model_dir, reasons | layout.unsplittable)
     consumed = {name for group, _ in chosen for name in group.parameters}
-    _check_stored(consumed, stored)
     kept, untied = kept_tensors(stored, consumed)
-    if untied and getattr(layout.config, "is_encoder_decoder", False):
-        _refuse_untying(consumed, layout)
+    split = {group.name for group, _ in chosen}
     return Plan(
         stored=stored,
         recipe=recipe,
         split=chosen,
-        whole=(*(group for group, choice in choices if choice.placement == "vault"), *layout.routers),
+        whole=(*(group for group in layout.groups if group.name not in split), *layout.routers),
         kept=kept,
         untied=untied,
+        unsplit=unsplit,
+        reasons={group.name: reasons[group.name] for group, _ in wished if group.name in reasons},
+    )
+
+
+def _refuse(model_dir: Path, reasons: Mapping[str, str]) -> NoReturn:
+    said = "\n".join(f"  {name}: {why}" for name, why in list(reasons.items())[:20])
+    raise UnsplittableError(
+        f"{model_dir} has no linear layer that can be split:\n{said or '  (none at all)'}\n"
+        "(sliplm.split_module splits convolutions too)",
+        tuple(reasons),
     )
 
 
@@ -206,15 +249,51 @@ def _check_rules(layout: Layout, recipe: Recipe) -> None:
             f"no group or layer matches the recipe's pattern {', '.join(map(repr, unmatched))}; "
             f"names look like {names[0] if names else '(none)'}"
         )
-    loose = [name for name in layout.unsplittable if recipe.for_group(name).placement != "vault"]
-    if loose:
-        reasons = "\n".join(f"  {name}: {layout.unsplittable[name]}" for name in loose)
-        raise UnsplittableError(
-            f"these modules cannot be split:\n{reasons}\n"
-            'keep them whole in the vault by a rule such as Rule(pattern="'
-            f'{re.sub(r"[.][0-9]+[.]", ".*.", loose[0])}", placement="vault")',
-            tuple(loose),
-        )
+
+
+def _narrow(choices: Sequence[tuple[Group, GroupChoice]], recipe: Recipe) -> dict[str, str]:
+    """The groups that are too small for the recipe's rank, if that is not all of them: they stay whole."""
+    found = {
+        group.name: f"it has {min(group.rows, group.columns)} singular triplets, which rank {choice.rank} "
+        "would keep"
+        for group, choice in choices
+        if choice.placement == "split" and choice.rank > min(group.rows, group.columns)
+        if choice.rank == recipe.rank
+    }
+    fitting = any(g.name not in found and c.placement == "split" for g, c in choices)
+    return found if fitting or "rank" not in recipe.model_fields_set else {}
+
+
+def _unsplit(stored: StoredModel) -> tuple[tuple[Group, str], ...]:
+    """What cannot be split, its matrices as the manifest has them, with why."""
+    found = []
+    for module, why in stored.layout.unsplittable.items():
+        for name, shape in stored.layout.parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner == module and len(shape) > 1 and leaf != "bias":
+                label = module if leaf == "weight" else name
+                matrix = Linear(label, math.prod(shape[:-1]), shape[-1], name, transposed=False)
+                found.append((Group(label, (matrix,), 0), why))
+    return tuple(found)
+
+
+def warn_of_whole(plan: Plan, *, level: int) -> None:
+    """Say what stays whole by itself, and how much of the model that is."""
+    found: dict[tuple[str, str], list[Group]] = {}
+    for group, why in plan.by_itself():
+        found.setdefault((re.sub(r"(?<=[.])[0-9]+(?=[.]|$)", "*", group.name), why), []).append(group)
+    if not found:
+        return
+    weights = sum(g.rows * g.columns for groups in found.values() for g in groups)
+    share = weights / max(1, plan.model.parameters)
+    lines = [f"  {name} ({len(groups)}): {why}" for (name, why), groups in found.items()]
+    rest = [f"  and {len(lines) - 12} more kinds"] if len(lines) > 12 else []
+    warnings.warn(
+        f"{min(1.0, share):.1%} of the model's weights cannot be split and stay whole in the vault:\n"
+        + "\n".join(lines[:12] + rest),
+        SlipWarning,
+        stacklevel=level + 1,
+    )
 
 
 def _check_experts(choices: Sequence[tuple[Group, GroupChoice]]) -> None:
@@ -247,29 +326,6 @@ def check_group(group: Group, choice: GroupChoice) -> None:
             f"{group.name}: {group.rows} x {group.columns} is too wide for rotation 'haar' (at most "
             f"{rotation.MAX_HAAR}); give it rotation 'fast' or placement 'vault' by a rule"
         )
-
-
-def _check_stored(consumed: set[str], model: StoredModel) -> None:
-    stacks = model.sources.stacks
-    odd = tuple(sorted(name for name in consumed if model.stored_as(name) is None and name not in stacks))
-    if odd:
-        raise UnsplittableError(
-            f"the checkpoint stores {', '.join(odd[:5])} in a form that transformers converts while loading; "
-            "load it with transformers and save it by save_pretrained(folder, save_original_format=False), "
-            "or place these layers in the vault",
-            odd,
-        )
-
-
-def _refuse_untying(consumed: set[str], layout: Layout) -> None:
-    """Encoder-decoder models scale their output by whether the head is tied, so that stays as it is."""
-    tied = {name for pair in layout.tied.items() for name in pair} & consumed
-    modules = tuple(sorted(name.removesuffix(".weight") for name in tied))
-    raise UnsplittableError(
-        f"{', '.join(modules)} shares its weight with an embedding, which is not split in encoder-decoder "
-        f'models: keep it whole by Rule(pattern="{modules[0]}", placement="vault")',
-        modules,
-    )
 
 
 def kept_tensors(model: StoredModel, consumed: set[str]) -> tuple[dict[str, str], bool]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sliplm.engines.experts import ManyProducts, SlipExperts, replace_experts
 from sliplm.engines.modules import GroupProduct, SlipLinear, refuse_in_children, replace
 from sliplm.engines.transformers.hybrid import make_hybrid
-from sliplm.engines.transformers.opened import OpenedModel
+from sliplm.engines.transformers.opened import OpenedModel, remade
 from sliplm.engines.transformers.provenance import check_config, verified_generation
 from sliplm.errors import InputError, ShareError
 from sliplm.masks.anchor import CommandAnchor, file_anchor
@@ -201,9 +202,12 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         files[:] = [self._opened.path]  # the very list that transformers reads next
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        self._opened.close()
         tensors = model.state_dict(keep_vars=True)
-        missing = [name for name, tensor in tensors.items() if not _is_initialised(tensor)]
+        _fill(tensors, self._opened.path)
+        self._opened.close()
+        missing = [
+            name for name, tensor in tensors.items() if not (_is_initialised(tensor) or remade(model, name))
+        ]
         if missing:
             names = ", ".join(missing[:5])
             raise ShareError(f"{self._shares[0].path / MODEL} lacks {names}: split the model again")
@@ -331,6 +335,16 @@ def _initialised() -> torch.Tensor:
     tensor = torch.empty(0)
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     return tensor
+
+
+def _fill(tensors: Mapping[str, torch.Tensor], path: str) -> None:
+    """Read what transformers passed over because it takes a name of today's for one of an older form."""
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for name in set(file.keys()) & {
+            name for name, tensor in tensors.items() if not _is_initialised(tensor)
+        }:
+            tensors[name].copy_(file.get_tensor(name))
+            tensors[name]._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def _is_initialised(tensor: torch.Tensor) -> bool:
