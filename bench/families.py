@@ -188,8 +188,8 @@ def runnable(model: PreTrainedModel) -> dict[str, Any]:
 def divergence(found: Tensor, plain: Tensor) -> float:
     """Mean KL of the hybrid's next tokens to the plain model's."""
     p, q = (logits.double().log_softmax(-1) for logits in (plain, found))
-    mean: float = (p.exp() * (p - q)).sum(-1).mean().item()
-    return mean
+    each: Tensor = (p.exp() * (p - q)).sum(-1)
+    return float(each.mean())
 
 
 def judge(kind: str, name: str, causal: bool, only_plan: bool) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def judge(kind: str, name: str, causal: bool, only_plan: bool) -> dict[str, Any]
 def whole(plan: Any) -> float:
     """The part of the weights that no worker has a part of."""
     split: int = sum(group.rows * group.columns for group, _ in plan.split)
-    whole: float = 1 - split / max(1, plan.model.parameters)
-    return round(whole, 3)
+    part: float = 1 - split / max(1, plan.model.parameters)
+    return round(part, 3)
 
 
 def text(error: BaseException) -> str:
