@@ -85,7 +85,7 @@ def test_splits_with_the_defaults(name: str, tmp_path: Path) -> None:
     assert len(told) == bool(why)
     model = type(build()).from_pretrained(tmp_path / "model", dtype=torch.float32)
     found, expected = (_run(each)[0] for each in (reference(tmp_path), model))
-    assert (found - expected).norm() <= 5e-3 * expected.norm()
+    assert (found - expected).norm() <= 5e-3 * expected.norm() + 5e-3  # CLIP gives one small cosine
     if why:
         assert re.search(why, told[0])
 
