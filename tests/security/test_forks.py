@@ -99,8 +99,17 @@ def in_child(act: Callable[[], object], fork: Callable[[], int] = os.fork) -> st
 
 
 def bare_fork() -> int:
-    """fork without Python's hooks, as a C library does it; the GIL is held across it."""
-    return ctypes.PyDLL(None).fork()
+    """fork without Python's hooks, as a C library does it; the GIL is held across it.
+
+    No thread may have asked for the GIL by then: Python would wait for it in the child, where it is not.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e3)
+    time.sleep(0.05)  # whoever waits with the old interval is served
+    try:
+        return ctypes.PyDLL(None).fork()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def acts(vault: Vault, x: np.ndarray) -> dict[str, Callable[[], object]]:

@@ -20,7 +20,7 @@ def test_dropped_models_and_lost_keys(tmp_path: Path, ledger: Ledger) -> None:
     sliplm.split(make("llama", tmp_path / "model"), tmp_path / "out")
     with LocalWorker(tmp_path / "out" / "worker", threads=1) as worker:
         key = Path(worker.address.partition("?keys=")[2]) / keys.KEY
-        freed = healed = guilty = 0
+        freed = healed = guilty = refused = 0
         for _ in range(TRIES):
             model: Any = sliplm.load(tmp_path / "out" / "vault", [worker.address])
             force = model.slip._workers
@@ -31,6 +31,7 @@ def test_dropped_models_and_lost_keys(tmp_path: Path, ledger: Ledger) -> None:
                 link._drop()
                 link.open()
             except sliplm.errors.CredentialError as error:
+                refused += 1
                 force.failed(link, error)
             guilty += bool(model.slip.quarantined)
             key.with_suffix(".away").rename(key)
@@ -40,6 +41,8 @@ def test_dropped_models_and_lost_keys(tmp_path: Path, ledger: Ledger) -> None:
             del model
             gc.collect()
             freed += vault() is None and not warden.is_alive() and link.connection is None
-    ledger.record("healing: our key file is away", TRIES, healed, guilty, "lost counts a worker held guilty")
+    ledger.record(
+        "healing: our key file is away", refused, healed, guilty, "lost counts a worker held guilty"
+    )
     ledger.record("healing: a model is dropped", TRIES, freed, TRIES - freed, "threads and connections end")
-    assert (healed, guilty, freed) == (TRIES, 0, TRIES)
+    assert (refused, healed, guilty, freed) == (TRIES, TRIES, 0, TRIES)
