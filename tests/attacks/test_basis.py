@@ -119,7 +119,7 @@ def test_without_python_flint_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sliplm.attacks.a13_null.find_spec", lambda _: None)
-    with pytest.raises(ReportError, match=r"sliplm\[attacks\]"):
+    with pytest.raises(ReportError, match=r"\.\[attacks\]"):
         next(a13_null.study(a_matrix(), 4, 1))
     model = families.make("llama", tmp_path / "model")
     done = CliRunner().invoke(app, ["attack", str(model), str(tmp_path / "out"), "--basis"])

@@ -120,7 +120,7 @@ def expected(side: Side, source: Bytes, shapes: list[tuple[int, int]]) -> Header
             return Header(Kind.WELCOME, 0, 0, 0, 0, wire.WELCOME_BYTES + evidence)
         if source.number() % 8 == 0:
             return Header(Kind.FAULT, 0, 1 + source.number() % 4, 0, 0, source.number())
-        group, rows = side._asked
+        group, rows, _ = side._asked
         return Header(
             Kind.PRODUCT, side._sequence, group, rows, source.number(2), 4 * rows * shapes[group][0]
         )

@@ -120,7 +120,9 @@ def test_labels_are_moved_apart(places: list[float], gap: float) -> None:
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sliplm.report, "find_spec", lambda name: None if name == "matplotlib" else object())
-    with pytest.raises(ReportError, match=r"needs matplotlib, which is not installed; pip install 'sliplm"):
+    with pytest.raises(
+        ReportError, match=r"needs matplotlib, which is not installed; in the clone: pip install -e"
+    ):
         need()
     with pytest.raises(ReportError, match="pip install"):
         chart()

@@ -846,7 +846,9 @@ class Disguised(OtherTls):
 
 
 class Expired(OtherTls):
-    """Shows a certificate that has run out."""
+    """Shows a certificate that has run out: a clock may be wrong, so it is asked again some time."""
+
+    ends, error = "lost", errors.PassingCredentialError
 
     def folder(self) -> Path:
         """Last year's."""

@@ -98,6 +98,12 @@ def slow_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (60.0, 60.0))
 
 
+@pytest.fixture(autouse=True)
+def another_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a copy of one authority: what one of them revoked, the others have not."""
+    monkeypatch.setattr("sliplm.network.trust._revoked", {})
+
+
 @contextmanager
 def vault_of(scene: Scene, rogue: Rogue, workers: list[str], **options: Any) -> Iterator[Vault]:
     settings = {"dealing_share": scene.means.share, "ahead": 0, "timeout": rogue.timeout} | options
