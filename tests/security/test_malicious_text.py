@@ -79,6 +79,12 @@ def generate(model: PreTrainedModel, streamer: Collector | None = None) -> list[
     return found[0, PROMPT.shape[1] :].tolist()
 
 
+@pytest.fixture(autouse=True)
+def another_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a copy of one authority: what one of them revoked, the others have not."""
+    monkeypatch.setattr("sliplm.network.trust._revoked", {})
+
+
 @pytest.fixture(scope="module")
 def text(base: Path) -> Text:
     """Undisturbed."""
