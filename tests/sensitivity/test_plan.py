@@ -314,7 +314,8 @@ def test_costs_are_those_of_a_split(llama: Path, made: tuple[Path, Made], tmp_pa
     assert cost.kinds["o"] == pytest.approx(q.vault_macs_share)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt", "qwen3_moe"])
+# no mixture: a plan's account leaves experts out, see LIMITATIONS
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
 @pytest.mark.parametrize("exchanges", [None, 4])
 def test_a_split_by_the_recipe_costs_what_the_plan_says(
     family: str, exchanges: int | None, tmp_path: Path
