@@ -484,6 +484,7 @@ def test_slip_split_says_which_key_it_used_and_that_a_new_one_needs_a_copy(tmp_p
 
 def test_slip_takes_a_key(tmp_path: Path) -> None:
     model = families.make("llama", tmp_path / "model", num_hidden_layers=1)
+    (model / "tokenizer.json").write_text("{}")  # without one it would be told so before any key is read
     key = ("--key", "passphrase:env:GOOD")
     done = slip("split", model, tmp_path / "out", "--rank", 2, *key, GOOD="correct horse")
     assert done.returncode == 0, done.stderr
