@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sliplm.engines.transformers.convert import split
     from sliplm.engines.transformers.load import load, open
     from sliplm.engines.transformers.quantizer import SlipConfig
+    from sliplm.engines.transformers.resealing import reseal
     from sliplm.parties.local_worker import LocalWorker
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "open",
     "open_module",
+    "reseal",
     "split",
     "split_module",
 ]
@@ -53,6 +55,7 @@ _LAZY = {
     "open_module": "sliplm.engines.torch.load",
     "SlipConfig": "sliplm.engines.transformers.quantizer",
     "load_tokenizer": "sliplm.engines.transformers.answer",
+    "reseal": "sliplm.engines.transformers.resealing",
     "LocalWorker": "sliplm.parties.local_worker",
 }
 

@@ -18,6 +18,13 @@ from typing import Final
 PART: Final = ".part"
 """How the name of an unfinished file ends; it begins with a dot."""
 
+_FRESH: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def unfinished_name(path: Path) -> Path:
+    """Where a file lies until it is finished."""
+    return path.with_name(f".{path.name}{PART}")
+
 
 class Writing:
     """An unfinished file."""
@@ -38,10 +45,8 @@ def replacing(path: Path) -> Iterator[Writing]:
 
     Raises: OSError; the unfinished file is deleted then.
     """
-    unfinished = path.with_name(f".{path.name}{PART}")
-    descriptor = os.open(
-        unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-    )
+    unfinished = unfinished_name(path)
+    descriptor = os.open(unfinished, _FRESH, 0o600)
     try:
         try:
             os.fchmod(descriptor, 0o600)
@@ -61,6 +66,19 @@ def replace(path: Path, data: bytes) -> None:
     """Replace a small file.  Raises: OSError."""
     with replacing(path) as file:
         file.write(data)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file (mode 0600) and sync it; a crash may halve it, and leaves its name in doubt until
+    `sync_folder`.  Raises: OSError.
+    """
+    descriptor = os.open(path, _FRESH, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+        Writing(descriptor).write(data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -100,3 +118,18 @@ def lock(path: Path, *, wait: bool) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Keep out everybody else who asks so; where a folder cannot be locked, nobody is kept out.
+
+    Raises: OSError when there is no such folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -23,7 +23,20 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from sliplm.cli import attack, deal, demo, generate, inspect, keys, ledger, plan, quarantine, split, worker
+from sliplm.cli import (
+    attack,
+    deal,
+    demo,
+    generate,
+    inspect,
+    keys,
+    ledger,
+    plan,
+    quarantine,
+    reseal,
+    split,
+    worker,
+)
 from sliplm.errors import SlipError
 from sliplm.shares.share import sliplm_version
 
@@ -80,6 +93,7 @@ app.command("plan", rich_help_panel=OWNER)(plan.command)
 app.command("split", rich_help_panel=OWNER)(split.command)
 app.command("attack", rich_help_panel=OWNER)(attack.command)
 app.command("inspect", rich_help_panel=OWNER)(inspect.command)
+app.command("reseal", rich_help_panel=OWNER)(reseal.command)
 app.add_typer(ledger.app, name="ledger", rich_help_panel=OWNER)
 app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
 app.add_typer(quarantine.app, name="quarantine", rich_help_panel=RUN)

@@ -7,6 +7,7 @@ since other programs would pick it up by its name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -16,6 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Final
 
+from sliplm import durable
 from sliplm.closing import Closing
 from sliplm.errors import ShareError
 from sliplm.reading import open_regular
@@ -28,6 +30,11 @@ MAX_SMALL_BYTES: Final = 256 << 20
 _LITTER: Final = re.compile(
     r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.directory|\.nfs[0-9a-f]+|\.[\w.-]+\.part", re.IGNORECASE
 )
+
+
+def beside(path: Path, folder: Path) -> Path:
+    """Where a listed file may lie instead while `revision` changes the list; its digest says which it is."""
+    return durable.unfinished_name(folder / path.relative_to(folder).as_posix().replace("/", "-"))
 
 
 class ListedFiles(Closing):
@@ -85,6 +92,18 @@ class ListedFiles(Closing):
 
     def _take(self, name: str, expected: FileRecord, *, keep_open: bool) -> None:
         path = self.folder / name
+        try:
+            self._take_from(path, name, expected, keep_open)
+        except ShareError:
+            other = beside(path, self.folder)
+            if not os.path.lexists(other):
+                raise
+            with contextlib.suppress(ShareError):
+                self._take_from(other, name, expected, keep_open)
+                return
+            raise
+
+    def _take_from(self, path: Path, name: str, expected: FileRecord, keep_open: bool) -> None:
         try:
             file = open_regular(path)
             self._stack.callback(file.close)

@@ -197,10 +197,10 @@ def reseal(vault_dir: Path | str, key: KeySpec, new_key: KeySpec) -> Key:
         ShareError: the file cannot be written; the old seal is whole.
     """
     folder = Path(vault_dir)
-    seal = read_seal(folder)
-    data_key = open_seal(folder, key, seal)
+    data_key = open_seal(folder, key)
     found = find(new_key, new=True)
-    _write(folder, _wrap(data_key, found, seal.manifest))
+    with durable.locked_folder(folder):  # the manifest's MAC may be changed meanwhile
+        _write(folder, _wrap(data_key, found, read_seal(folder).manifest))
     return found
 
 

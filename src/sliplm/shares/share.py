@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,11 +31,11 @@ import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 
 from sliplm.arithmetic.field import derive_key
-from sliplm.errors import MismatchError, RecipeError, ShareError
+from sliplm.errors import MismatchError, RecipeError, SealError, ShareError
 from sliplm.reading import open_regular, read_bounded
 from sliplm.secrecy import Secret
 from sliplm.shares.keysource import KeySpec
-from sliplm.shares.listed import AGAIN, ListedFiles
+from sliplm.shares.listed import AGAIN, ListedFiles, beside
 from sliplm.shares.manifest import (
     FileRecord,
     GroupAdapter,
@@ -137,10 +138,7 @@ def open_vault(path: Path | str, key: KeySpec = None) -> VaultShare:
         ShareError: a file is missing, truncated, altered or not a share; the message names it.
     """
     path = Path(path)
-    data, manifest = _read_manifest(path / MANIFEST, VaultManifest)
-    seal = read_seal(path)
-    data_key = open_seal(path, key, seal)
-    check_manifest(path, seal, data_key, data)
+    _, manifest, data_key = verified_manifest(path, key)
     specs = {spec.name: spec for group in manifest.groups for spec in secret_specs(group)}
     with ListedFiles(
         path, manifest.files, required=(SHARE, MODEL, CONFIG), large=(SHARE, MODEL, LEDGER),
@@ -172,10 +170,7 @@ def open_sealed_file(path: Path | str, name: str, key: KeySpec, limit: int) -> b
         ShareError: the folder has no such file, or it cannot be read.
     """
     path = Path(path)
-    data, manifest = _read_manifest(path / MANIFEST, VaultManifest, old=True)
-    seal = read_seal(path)
-    data_key = open_seal(path, key, seal)
-    check_manifest(path, seal, data_key, data)
+    _, manifest, data_key = verified_manifest(path, key, old=True)
     expected = manifest.files.get(name)
     if expected is None or expected.bytes > limit:
         raise ShareError(f"{path} has no {name}: it was made by a release of sliplm that wrote none")
@@ -221,6 +216,34 @@ def check_pair(vault: VaultShare, worker: WorkerShare) -> None:
             raise MismatchError(
                 f"{worker.path / name} is not the file that was written with {vault.path}; copy it again"
             )
+
+
+def verified_manifest(path: Path, key: KeySpec, *, old: bool = False) -> tuple[bytes, VaultManifest, bytes]:
+    """The manifest of a vault folder that its seal authenticates, as bytes and as read, and the data key.
+
+    Args:
+        old: those of version 2 will do.
+
+    Raises:
+        CredentialError, SealError, ShareError: as `open_vault`.
+    """
+    data, manifest = _read_manifest(path / MANIFEST, VaultManifest, old=old)
+    seal = read_seal(path)
+    data_key = open_seal(path, key, seal)
+    try:
+        check_manifest(path, seal, data_key, data)
+    except SealError:
+        other = beside(path / MANIFEST, path)  # a revision was cut off after its last word
+        if not os.path.lexists(other):
+            raise
+        try:
+            data, manifest = _read_manifest(other, VaultManifest, old=old)
+            check_manifest(path, seal, data_key, data)
+        except ShareError:
+            data = b""
+        if not data:
+            raise
+    return data, manifest, data_key
 
 
 def read_vault_manifest(path: Path | str) -> VaultManifest:

@@ -14,6 +14,7 @@ import transformers
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.errors import CheckpointError, SlipWarning
 from sliplm.reading import read_bounded
+from sliplm.shares.share import CONFIG
 
 MAX_FILE_BYTES = 256 << 20
 
@@ -46,7 +47,7 @@ _ALONE = frozenset(TOKENIZER) - {
     "special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja", "merges.txt",
 }  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
-_TEMPLATE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.jinja")
+_TEMPLATE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.jinja")
 _WEIGHTLESS = ("Pooling", "Normalize")
 _STEP = re.compile(r"[0-9]+_[A-Za-z0-9_]+")  # as sentence-transformers names the folder of a step: 1_Pooling
 
@@ -69,7 +70,16 @@ def companions(checkpoint: Checkpoint, *, untied: bool) -> dict[str, bytes]:
         config["tie_word_embeddings"] = False
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = _dtype(checkpoint)  # transformers would look for it in the sealed weights
-    files = {"config.json": json.dumps(config, indent=2).encode()}
+    return {CONFIG: json.dumps(config, indent=2).encode(), **copied(source)}
+
+
+def copied(source: Path) -> dict[str, bytes]:
+    """The files of a folder that go along as they are, but for the code that they name; by name.
+
+    Raises:
+        CheckpointError: one cannot be read, or is not what its name says.
+    """
+    files = {}
     for name in (*COPIED, *_templates(source), *_steps(source)):
         path = source / name
         if path.exists():
@@ -78,9 +88,23 @@ def companions(checkpoint: Checkpoint, *, untied: bool) -> dict[str, bytes]:
     return files
 
 
+def may_change(name: str) -> bool:
+    """Whether a file of a vault is one of those that `copied` takes."""
+    folder, _, last = name.rpartition("/")
+    if folder:
+        step = _STEP.fullmatch(folder) and last == CONFIG
+        return bool(step or (folder == _TEMPLATES and _TEMPLATE.fullmatch(last)))
+    return name in COPIED
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint or a vault has one, by the names of its files."""
     return any((folder / name).is_file() for name in _ALONE)
+
+
+def names_tokenizer(names: Iterable[str]) -> bool:
+    """Whether files of these names hold a tokenizer."""
+    return not _ALONE.isdisjoint(names)
 
 
 def _read(path: Path) -> bytes:
