@@ -26,17 +26,26 @@ def multiply(r: np.ndarray) -> np.ndarray:
     )
 
 
+def dealt(fresh: masks.Fresh) -> masks.Dealt:
+    return masks.Dealt(product(*fresh()))
+
+
 def product(key: bytes, r: np.ndarray) -> np.ndarray:
     return multiply(r)
 
 
 def make(group: int, rows: int, background: bool, late: bool) -> masks.Batch:
-    return masks.deal(group, N, rows, product, b"")
+    return masks.deal(group, N, rows, dealt, b"")
 
 
 def test_a_dealt_batch_is_masks_with_their_products() -> None:
     seen = []
-    batch = masks.deal(3, N, 5, lambda key, r: seen.append((key, r)) or multiply(r), b"")
+
+    def noted(fresh: masks.Fresh) -> masks.Dealt:
+        seen.append(fresh())
+        return masks.Dealt(multiply(seen[0][1]))
+
+    batch = masks.deal(3, N, 5, noted, b"")
     taken, (key, r) = batch.burn(5), seen[0]
     assert key == batch.key
     assert np.array_equal(taken.r, r)
@@ -170,7 +179,7 @@ def test_a_forked_child_gets_no_mask() -> None:
 
 
 def test_no_secret_in_repr() -> None:
-    batch = masks.deal(0, N, 2, product, b"")
+    batch = masks.deal(0, N, 2, dealt, b"")
     key, r = batch.key, uniform_rows(batch.key, 0, 0, 2, N)
     pool = masks.MaskPool(1, make, ahead=0)
     for thing in (batch, batch.burn(1), pool):
@@ -181,7 +190,7 @@ def test_no_secret_in_repr() -> None:
 
 
 def test_a_batch_is_made_again_from_its_key() -> None:
-    batch = masks.deal(7, N, 3, product, b"")
+    batch = masks.deal(7, N, 3, dealt, b"")
     assert np.array_equal(uniform_rows(batch.key, 7, 0, 3, N), batch.burn(3).r)
 
 
@@ -249,4 +258,4 @@ def test_a_key_is_new_even_if_the_generator_is_not(monkeypatch: pytest.MonkeyPat
     assert masks.fresh_key() != masks.fresh_key()  # the time
     monkeypatch.setattr(time, "time_ns", lambda: 1)
     assert masks.fresh_key(b"a nonce") != masks.fresh_key(b"another")
-    assert masks.deal(0, N, 1, product, b"a nonce").key == masks.fresh_key(b"a nonce")
+    assert masks.deal(0, N, 1, dealt, b"a nonce").key == masks.fresh_key(b"a nonce")

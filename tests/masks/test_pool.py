@@ -31,7 +31,7 @@ from sliplm.arithmetic.field import P, derive_key
 from sliplm.errors import MaskError, PoolError
 from sliplm.masks import maskfile, pool
 from sliplm.masks.anchor import Anchor, CommandAnchor, FileAnchor, file_anchor
-from sliplm.masks.masks import Masks
+from sliplm.masks.masks import Dealt, Fresh, Masks
 from sliplm.masks.pool import DiskPool
 from sliplm.masks.poolfolder import PoolWriter, stock
 
@@ -51,6 +51,10 @@ def product(group: int, key: bytes, r: np.ndarray) -> np.ndarray:
     )
 
 
+def dealt(group: int, fresh: Fresh) -> Dealt:
+    return Dealt(product(group, *fresh()))
+
+
 def opened(folder: Path, anchor: Anchor, reserve: int = 3) -> DiskPool:
     return DiskPool(folder, SPLIT, pool_key, SHAPES, anchor, reserve=reserve)
 
@@ -58,7 +62,7 @@ def opened(folder: Path, anchor: Anchor, reserve: int = 3) -> DiskPool:
 def deal(folder: Path, anchor: Anchor, *batches: tuple[int, int]) -> None:
     with PoolWriter(folder, SPLIT, pool_key, SHAPES, anchor) as writer:
         for group, rows in batches:
-            writer.add(group, rows, product)
+            writer.add(group, rows, dealt)
 
 
 def right(group: int, masks: Masks) -> bool:

@@ -16,6 +16,7 @@ from sliplm.parties.supply import Supply
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
+from sliplm.shares.share import WorkerShare
 from test_vault import Logging, Rogue, Shares, add, folder, group, inputs, serving, shares  # noqa: F401
 
 
@@ -23,6 +24,10 @@ class Dealer(Logging):
     """An honest dealer that counts what it deals."""
 
     dealt = 0
+
+    def __init__(self, share: WorkerShare) -> None:
+        super().__init__(share)
+        self._wanted = "dealer"
 
     def _answer(self, connection: Connection, side: WorkerSide, asked: Multiply | Deal) -> None:
         assert isinstance(asked, Deal), "a dealer sees no message"

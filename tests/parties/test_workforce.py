@@ -20,6 +20,7 @@ from sliplm.errors import (
     AttestationError,
     CredentialError,
     InputError,
+    MismatchError,
     VerificationError,
     WorkerError,
     WorkerTimeout,
@@ -274,14 +275,39 @@ def test_a_revoked_worker_is_cut_off_within_a_second(shares: Shares, group: str,
                 vault.rejoin(first)
 
 
-def test_a_dealer_with_a_workers_key_is_refused(shares: Shares, group: str, tmp_path: Path) -> None:
-    """Two addresses, one key: whoever deals the masks would see the messages."""
+def test_a_workers_certificate_deals_nothing(shares: Shares, group: str, tmp_path: Path) -> None:
+    """Whoever redirects the dealer's address to a worker gets no key of a batch, and stands in the audit."""
     authority.init(tmp_path / "keys")
-    folder = tmp_path / "keys" / "worker"
+    authority.issue(tmp_path / "keys", "worker", "second")
     one, two = Logging(shares[1]), Logging(shares[1])
-    with serving_tls(one, folder, tmp_path) as first, serving_tls(two, folder, tmp_path) as second:
-        with pytest.raises(CredentialError, match="show the same key"):
-            Vault(shares[0], Terms([first], dealers=[second], ahead=0))
+    asked: list[object] = []
+    two._check_asked = asked.append  # type: ignore[method-assign]
+    keys, audit = tmp_path / "keys", tmp_path / "audit.jsonl"
+    with (
+        serving_tls(one, keys / "worker", tmp_path) as first,
+        serving_tls(two, keys / "second", tmp_path) as at,
+    ):
+        with pytest.raises(CredentialError, match="is not a dealer's"):
+            Vault(shares[0], Terms([first], dealers=[at], ahead=0, audit=audit))
+    assert asked == []
+    assert '"dealer"' in audit.read_text() and "worker second, serial" in audit.read_text()
+
+
+def test_a_dealer_multiplies_nothing(shares: Shares, tmp_path: Path) -> None:
+    """Its certificate is no worker's; on a Unix socket its own word counts, and the other way round."""
+    authority.init(tmp_path / "keys")
+    dealer = Logging(shares[1])
+    with serving_tls(dealer, tmp_path / "keys" / "dealer", tmp_path) as at:
+        with pytest.raises(CredentialError, match="is not a worker's"):
+            Vault(shares[0], Terms([at], shares[1], ahead=0))
+    dealer, worker = Logging(shares[1]), Logging(shares[1])
+    dealer._wanted = "dealer"
+    with serving(dealer, tmp_path / "d") as at, serving(worker, tmp_path / "w") as first:
+        with pytest.raises(MismatchError, match="this is a dealer"):
+            Vault(shares[0], Terms([at], shares[1], ahead=0))
+        with pytest.raises(MismatchError, match="this is a worker"):
+            Vault(shares[0], Terms([first], dealers=[f"unix:{tmp_path}/./w"], ahead=0))
+    assert dealer.messages == worker.messages == []
 
 
 @pytest.mark.parametrize("good", [True, False])

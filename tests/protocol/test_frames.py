@@ -80,7 +80,7 @@ def test_too_long_is_refused_by_both_sides() -> None:
 @given(st.binary(min_size=16, max_size=16), U32, U32)
 def test_welcome_round_trip(raw: bytes, groups: int, longest: int) -> None:
     nonce = raw * 2
-    assert wire.parse_hello(wire.pack_hello(raw.hex(), nonce)) == (raw.hex(), nonce)
+    assert wire.parse_hello(wire.pack_hello(raw.hex(), nonce)) == (raw.hex(), nonce, wire.Party.WORKER)
     fields = wire.WelcomeFields(raw.hex(), groups, longest, groups % 2 == 0, nonce, raw[: groups % 17])
     assert wire.parse_welcome(wire.pack_welcome(fields)) == fields
 

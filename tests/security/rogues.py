@@ -834,7 +834,7 @@ class Stranger(OtherTls):
 
     def folder(self) -> Path:
         """Another owner's."""
-        return self.means.strangers / "worker"
+        return self.means.strangers / self.role
 
 
 class Disguised(OtherTls):

@@ -359,7 +359,7 @@ def make_batch(group: int, rows: int, background: bool, late: bool) -> masks.Bat
     def product(key: bytes, r: Elements) -> Elements:
         return r
 
-    return masks.deal(group, 8, rows, product, b"")
+    return masks.deal(group, 8, rows, lambda fresh: masks.Dealt(product(*fresh())), b"")
 
 
 def test_no_mask_is_handed_out_twice_by_any_fork(ledger: Ledger) -> None:

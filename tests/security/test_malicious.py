@@ -70,20 +70,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make("llama", folder / "model")
     for out in ("out", "other"):
         sliplm.split(folder / "model", folder / out, i_know=True)
-    for keys in ("keys", "strangers"):
+    for keys in ("keys", "dealing", "strangers"):
         authority.init(folder / keys)
-    for party in ("rogue", "honest"):
-        authority.issue(folder / "keys", "worker", party)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sliplm.network.authority.now", lambda: now() - timedelta(days=30))
-        authority.issue(folder / "keys", "worker", "expired", days=20)
+    for keys, role in (("keys", "worker"), ("dealing", "dealer")):
+        for party in ("rogue", "honest"):
+            authority.issue(folder / keys, authority.role_of(role), party)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sliplm.network.authority.now", lambda: now() - timedelta(days=30))
+            authority.issue(folder / keys, authority.role_of(role), "expired", days=20)
     return folder
 
 
 @pytest.fixture
-def scene(base: Path, tmp_path: Path) -> Scene:
-    """With keys of its own: some rogues lose theirs."""
-    keys = Path(shutil.copytree(base / "keys", tmp_path / "keys"))
+def scene(base: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Scene:
+    """With keys of its own: some rogues lose theirs.  Where it says dealer, the rogue's are a dealer's."""
+    keys = Path(
+        shutil.copytree(
+            base / ("dealing" if "dealer" in request.node.name.split("[")[0] else "keys"), tmp_path / "keys"
+        )
+    )
     means = Means(
         open_worker(base / "out" / "worker"), open_worker(base / "other" / "worker"), keys, base / "strangers"
     )

@@ -32,20 +32,21 @@ def group() -> None:
 
 @app.command("init")
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where to make the folders authority, vault and worker.")],
+    folder: Annotated[Path, typer.Argument(help="Where to make authority, vault, worker and dealer.")],
     days: Annotated[int, typer.Option(help="Days until the certificates expire.")] = authority.DAYS,
     json: _Json = False,
 ) -> None:
-    """Make a private authority, and a certificate for the vault and one for the worker.
+    """Make a private authority, and a certificate each for a vault, a worker and a dealer.
 
     Example: slip keys init keys
     """
     authority.init(folder, days)
-    made = {name: str(folder / name) for name in ("authority", "vault", "worker")}
+    made = {name: str(folder / name) for name in ("authority", "vault", "worker", "dealer")}
     if json:
         print_json(made)
         return
-    typer.echo(f"{made['vault']} goes to the vault, {made['worker']} to the worker;")
+    typer.echo(f"{made['vault']} goes to the vault, {made['worker']} to the worker,")
+    typer.echo(f"{made['dealer']} to a dealer, if another machine deals masks;")
     typer.echo(f"keep {made['authority']} offline.")
 
 
@@ -53,11 +54,11 @@ def init(
 def issue(
     folder: _Folder,
     name: Annotated[str, typer.Argument(help="The party's name: 1 to 63 of a-z, 0-9 and -.")],
-    role: Annotated[str, typer.Option(help="vault or worker.")] = "worker",
+    role: Annotated[str, typer.Option(help="vault, worker or dealer.")] = "worker",
     days: _Days = authority.DAYS,
     json: _Json = False,
 ) -> None:
-    """Make the key folder of one more vault, worker or dealer (a dealer is a worker).
+    """Make the key folder of one more vault, worker or dealer.
 
     Example: slip keys issue keys worker-2
     """

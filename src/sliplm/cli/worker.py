@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Role(StrEnum):
+    """What a process on a Unix socket is."""
+
+    worker = "worker"
+    dealer = "dealer"
 
 
 def command(
@@ -16,7 +24,12 @@ def command(
         str, typer.Option(help="HOST:PORT (TLS with client certificates) or unix:/path (no TLS).")
     ] = "127.0.0.1:7400",
     keys: Annotated[
-        Path | None, typer.Option(help="The worker's key folder, from `slip keys init`; needed for TCP.")
+        Path | None,
+        typer.Option(help="A worker's or dealer's key folder; needed for TCP."),
+    ] = None,
+    role: Annotated[
+        Role | None,
+        typer.Option(help="On a Unix socket, where no key says it: worker or dealer."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores that one product may use.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
@@ -24,9 +37,19 @@ def command(
 ) -> None:
     """Serve masked products from a worker share until SIGTERM or Ctrl-C.
 
+    With a dealer's key folder, or `--role dealer`, it deals masks and nothing else.
+
     Example: slip worker out/worker --listen 0.0.0.0:7400 --keys keys/worker
     """
     from sliplm.parties.worker import run  # numba takes a moment, which --help need not
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run(share, listen, keys, json_ready=json, threads=threads, until_stdin_closes=until_stdin_closes)
+    run(
+        share,
+        listen,
+        keys,
+        json_ready=json,
+        threads=threads,
+        until_stdin_closes=until_stdin_closes,
+        role=None if role is None else role.value,
+    )

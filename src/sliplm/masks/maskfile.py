@@ -1,6 +1,7 @@
 """One batch of masks on disk: its products u sealed row by row; of r nothing, for it is made from a key.
 
-    header   magic, version, split id, pool id, batch id, group, m, n, rows, number; then its tag
+    header   magic, version, split id, pool id, batch id, group, m, n, rows, number, the
+             mark of its dealer (32 bytes, 0 for this machine); then its tag
     row i    u_i (m elements) and its tag: AES-256-GCM, nonce = i, the header authenticated with it
 
 Both keys of a batch are HKDF of the pool's secret with the batch id as label: `r/ID` makes r (SPEC O1),
@@ -26,20 +27,20 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sliplm import durable
 from sliplm.arithmetic.field import Elements, derive_key, uniform_rows
 from sliplm.errors import PoolError
-from sliplm.masks.masks import Masks, fresh_key
+from sliplm.masks.masks import Dealt, Fresh, Masks, fresh_key
 from sliplm.secrecy import Secret
 
 NAME: Final = re.compile(r"(\d{1,9})-(\d{1,18})-([0-9a-f]{32})\.masks")
 TAG_BYTES: Final = 16
 
-_HEADER = struct.Struct("<8sI16s16s16sIIIIQ")
-_MAGIC, _VERSION = b"SLIPMASK", 1
+_HEADER = struct.Struct("<8sI16s16s16sIIIIQ32s")
+_MAGIC, _VERSION = b"SLIPMASK", 2
 _ROWS_AT_ONCE = 16  # of a write
 _HEADER_NONCE = b"\xff" * 12  # no row has this number
 _BATCH_BYTES, _BATCH_ROWS = 32 << 20, 1024  # at most: a batch is dealt in memory
 
-Product = Callable[[int, bytes, Elements], Elements]
-"""(group, key, r uint32 [rows, n] made from the key) -> u = w r, uint32 [rows, m], checked (SPEC O2, O3)."""
+Product = Callable[[int, Fresh], Dealt]
+"""(group, draws keys and their r) -> u = w r of the last r, uint32 [rows, m], checked (SPEC O2, O3)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class MaskFile(Secret):
     rows: int
     m: int
     n: int
+    dealer: bytes
     _header: bytes
     _r_key: bytes
     _u_key: bytes
@@ -95,13 +97,16 @@ class MaskFile(Secret):
             AESGCM(u_key).decrypt(_HEADER_NONCE, data[_HEADER.size :], header)
         except InvalidTag:
             raise _unusable(path, "is of another pool, or was altered") from None
-        rows: int = _HEADER.unpack(header)[8]
-        if header != _pack(owner, name[3], int(name[1]), m, n, rows, int(name[2])):
+        fields = _HEADER.unpack(header)
+        rows: int = fields[8]
+        dealer: bytes = fields[10]
+        if header != _pack(owner, name[3], int(name[1]), m, n, rows, int(name[2]), dealer):
             raise _unusable(path, f"holds no masks for a matrix of {m} x {n} under this name")
         if size != file_bytes(m, rows):
             raise _unusable(path, f"has {size} bytes instead of {file_bytes(m, rows)}")
         r_key = derive_key(owner.secret, f"r/{name[3]}")
-        return cls(path, int(name[1]), int(name[2]), rows, m, n, header, r_key, u_key)
+        dealer = dealer if any(dealer) else b""
+        return cls(path, int(name[1]), int(name[2]), rows, m, n, dealer, header, r_key, u_key)
 
     def read(self, first: int, rows: int) -> Masks:
         """Rows `first` on, which the caller has burnt.  Raises: PoolError; then nothing of them is used."""
@@ -151,14 +156,18 @@ def write(
 
     Raises: OSError when the disk is full, and what `product` raises.
     """
-    (m, n), batch_id = shape, fresh_key()[:16].hex()
-    r_key, cipher = (
-        derive_key(owner.secret, f"r/{batch_id}"),
-        AESGCM(derive_key(owner.secret, f"u/{batch_id}")),
-    )
-    header = _pack(owner, batch_id, group, m, n, rows, number)
+    (m, n), ids = shape, [""]
+
+    def fresh() -> tuple[bytes, Elements]:
+        ids.append(fresh_key()[:16].hex())
+        r_key = derive_key(owner.secret, f"r/{ids[-1]}")
+        return r_key, uniform_rows(r_key, group, 0, rows, n)
+
+    dealt = product(group, fresh)
+    batch_id, u = ids[-1], np.ascontiguousarray(dealt.u, "<u4")
+    cipher = AESGCM(derive_key(owner.secret, f"u/{batch_id}"))
+    header = _pack(owner, batch_id, group, m, n, rows, number, dealt.dealer or bytes(32))
     path = folder / f"{group:04d}-{number:010d}-{batch_id}.masks"
-    u = np.ascontiguousarray(product(group, r_key, uniform_rows(r_key, group, 0, rows, n)), "<u4")
     if u.shape != (rows, m):
         raise PoolError(f"products {list(u.shape)} were dealt where {[rows, m]} were asked for")
     with durable.replacing(path) as file:
@@ -169,9 +178,11 @@ def write(
     return path
 
 
-def _pack(owner: Owner, batch_id: str, group: int, m: int, n: int, rows: int, number: int) -> bytes:
+def _pack(
+    owner: Owner, batch_id: str, group: int, m: int, n: int, rows: int, number: int, dealer: bytes
+) -> bytes:
     ids = [bytes.fromhex(text) for text in (owner.split_id, owner.pool_id, batch_id)]
-    return _HEADER.pack(_MAGIC, _VERSION, *ids, group, m, n, rows, number)
+    return _HEADER.pack(_MAGIC, _VERSION, *ids, group, m, n, rows, number, dealer)
 
 
 def _nonce(row: int) -> bytes:

@@ -12,8 +12,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,18 @@ class Masks(Secret):
         return f"Masks(rows={len(self.u)}, secrets hidden)"
 
 
+Fresh = Callable[[], tuple[bytes, Elements]]
+"""Draws a new key and makes its r, uint32 [rows, n]: once for each party that is asked, for a key that has
+gone to one is never shown to another.  The last one drawn is the batch's."""
+
+
+class Dealt(NamedTuple):
+    """u = w r, uint32 [rows, m], checked; and the mark of who dealt it, empty for this machine."""
+
+    u: Elements
+    dealer: bytes = b""
+
+
 @dataclass(repr=False)
 class Batch(Secret):
     """Masks dealt under one key; rows from `used` on have not been handed out."""
@@ -46,6 +59,7 @@ class Batch(Secret):
     stream: int
     n: int
     u: Elements
+    dealer: bytes = b""
     used: int = 0
     _r: Elements | None = None  # rows `_first` on, made from the key a few at a time
     _first: int = 0
@@ -101,18 +115,21 @@ def fresh_key(freshness: bytes = b"") -> bytes:
     return derive_key(new_key(), f"batch/{time.time_ns()}/{freshness.hex()}")
 
 
-def deal(
-    group: int, n: int, rows: int, products: Callable[[bytes, Elements], Elements], freshness: bytes
-) -> Batch:
+def deal(group: int, n: int, rows: int, products: Callable[[Fresh], Dealt], freshness: bytes) -> Batch:
     """A fresh batch for a group of n inputs (O1, O2).
 
     Args:
-        products: (key, r uint32 [rows, n]) -> w r mod p, uint32 [rows, m], checked (O3).
+        products: draws keys, and gives w r mod p of the last one's r, checked (O3).
         freshness: as for `fresh_key`.
     """
-    key = fresh_key(freshness)
-    r = np.ascontiguousarray(uniform_rows(key, group, 0, rows, n))
-    return Batch(key, group, n, products(key, r))
+    drawn: list[bytes] = []
+
+    def fresh() -> tuple[bytes, Elements]:
+        drawn.append(fresh_key(freshness))
+        return drawn[-1], np.ascontiguousarray(uniform_rows(drawn[-1], group, 0, rows, n))
+
+    u, dealer = products(fresh)
+    return Batch(drawn[-1], group, n, u, dealer)
 
 
 class MaskPool(Secret):
@@ -151,6 +168,7 @@ class MaskPool(Secret):
         self._change = threading.Condition()
         self._failure: Exception | None = None
         self._closed = False
+        self._fallen: set[bytes] = set()
         self.renewals = 0
         self._clocks = Clocks()
         self._process = forks.Process()
@@ -198,6 +216,17 @@ class MaskPool(Secret):
             self._discard()
             self.renewals += 1
             self._change.notify_all()
+
+    def drop(self, dealers: Collection[bytes]) -> int:
+        """Throw away, now and when they come, the masks that these have dealt; how many rows there were."""
+        with self._change:
+            self._fallen.update(dealers)
+            before = sum(self._count)
+            for group, ready in enumerate(self._ready):
+                self._ready[group] = deque(batch for batch in ready if batch.dealer not in self._fallen)
+                self._count[group] = sum(len(batch.u) - batch.used for batch in self._ready[group])
+            self._change.notify_all()
+            return before - sum(self._count)
 
     def _burn_ready(self, group: int, rows: int) -> list[Masks]:
         self._process.check()
@@ -253,7 +282,7 @@ class MaskPool(Secret):
 
     def _keep(self, group: int, batch: Batch, age: int) -> None:
         with self._change:
-            if not self._closed and age == self.renewals:
+            if not self._closed and age == self.renewals and batch.dealer not in self._fallen:
                 self._ready[group].append(batch)
                 self._count[group] += len(batch.u)
                 self._change.notify_all()

@@ -33,7 +33,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -152,6 +152,7 @@ class DiskPool(Secret, Closing):
         self._clocks = Clocks()
         self._over: str | None = None  # why nothing is handed out any more
         self.renewals = 0
+        self._shunned: set[bytes] = set()
         self._locked: int | None = self._folder.lock("vault.lock", "vault")
         try:
             state, self._owner = self._folder.state()
@@ -179,6 +180,36 @@ class DiskPool(Secret, Closing):
             if rows < self._reserve_rows and time.monotonic() - self._looked > _LOOK:
                 self._scan()
                 rows = stock.in_hand() + stock.unburnt()
+            return rows
+
+    def dealers(self) -> frozenset[bytes]:
+        """The marks of all who dealt what is here, but this machine."""
+        with self._guard:
+            self._scan()
+            return frozenset(batch.dealer for batch in self._known.values() if batch.dealer)
+
+    def shun(self, marks: Collection[bytes]) -> None:
+        """Use nothing that these have dealt, also if it is dealt later: they are asked online."""
+        with self._guard:
+            self._shunned.update(marks)
+
+    def drop(self, dealers: Collection[bytes]) -> int:
+        """Delete what these have dealt, and what is in hand with it; how many rows are lost so."""
+        with self._guard:
+            if self._over is not None:
+                return 0
+            self._scan()
+            theirs = [batch for batch in self._known.values() if batch.dealer in dealers]
+            self._shunned.update(dealers)
+            if not theirs:
+                return 0
+            self._drop()  # what is in hand is burnt, whoever dealt it
+            rows = 0
+            for batch in theirs:
+                rows += batch.rows - burnt_rows(self._stocks[batch.group].position, batch)
+                with contextlib.suppress(OSError):  # never used again, deleted or not
+                    durable.remove(batch.path)
+            self._scan()
             return rows
 
     def stored_bytes(self) -> int:
@@ -319,6 +350,8 @@ class DiskPool(Secret, Closing):
             stock.batches = []
         for batch in sorted(self._known.values(), key=lambda batch: (batch.number, batch.path)):
             stock = self._stocks[batch.group]
+            if batch.dealer in self._shunned:
+                continue
             if burnt_rows(stock.position, batch) < batch.rows:
                 stock.batches.append(batch)
             else:

@@ -66,7 +66,7 @@ class State(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     format: Literal["sliplm-pool"] = "sliplm-pool"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     split_id: Hex16
     pool_id: Hex16
     tokens: Annotated[list[Hex16], Field(min_length=1, max_length=MAX_TOKENS)]

@@ -39,7 +39,11 @@ ISSUED: Final = "issued.json"
 
 _SKEW: Final = datetime.timedelta(hours=1)  # clocks of two machines differ
 _HOME: Final = "authority"
-_USAGE: Final = {"vault": ExtendedKeyUsageOID.CLIENT_AUTH, "worker": ExtendedKeyUsageOID.SERVER_AUTH}
+_USAGE: Final = {
+    "vault": ExtendedKeyUsageOID.CLIENT_AUTH,
+    "worker": ExtendedKeyUsageOID.SERVER_AUTH,
+    "dealer": ExtendedKeyUsageOID.SERVER_AUTH,
+}
 
 _Hex = Annotated[str, StringConstraints(pattern="^[0-9a-f]+$", max_length=64)]
 
@@ -80,7 +84,7 @@ class _Signer(NamedTuple):
 
 
 def init(folder: Path, days: int = DAYS) -> None:
-    """Make a private authority under `folder`, a vault named "vault" and a worker named "worker".
+    """Make a private authority under `folder`, with a party "vault", a "worker" and a "dealer".
 
     Their certificates expire after `days`, the authority after AUTHORITY_DAYS or `days`, whichever is later.
     Directories have mode 0700 and files 0600 from their first moment.
@@ -126,7 +130,7 @@ def role_of(text: str) -> Role:
     for role in keys.ROLES:
         if role == text:
             return role
-    raise InputError(f"a party is a vault or a worker, not {text!r}")
+    raise InputError(f"a party is a vault, a worker or a dealer, not {text!r}")
 
 
 def issued(folder: Path) -> tuple[Issued, ...]:

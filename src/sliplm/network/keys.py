@@ -37,7 +37,9 @@ from sliplm.errors import CredentialError
 from sliplm.network.trust import check_unwritable, only_grows
 from sliplm.reading import is_private, read_bounded
 
-Role = Literal["vault", "worker"]
+Role = Literal["vault", "worker", "dealer"]
+Serving = Literal["worker", "dealer"]
+"""Who is asked: online for products, or ahead for masks, and never one party for both."""
 
 CERTIFICATE: Final = "certificate.pem"
 KEY: Final = "key.pem"
@@ -46,7 +48,7 @@ REVOKED: Final = "revoked.pem"
 MAX_FILE_BYTES: Final = 16 << 20
 POLL: Final = 0.25  # seconds between two looks at the list of the revoked
 
-ROLES: Final[tuple[Role, ...]] = ("vault", "worker")
+ROLES: Final[tuple[Role, ...]] = ("vault", "worker", "dealer")
 _NAME: Final = re.compile(r"[a-z0-9-]{1,63}")
 _INIT: Final = "make keys with `slip keys init FOLDER`"
 
@@ -114,12 +116,12 @@ def context(folder: Path, role: Role) -> Context:
     own = _check_own(folder, role)
     if own.serial in _read_revoked(folder):
         raise CredentialError(f"the certificate in {folder} is revoked: ask its owner for `slip keys rotate`")
-    made = Context(ssl.PROTOCOL_TLS_SERVER if role == "worker" else ssl.PROTOCOL_TLS_CLIENT)
+    made = Context(ssl.PROTOCOL_TLS_CLIENT if role == "vault" else ssl.PROTOCOL_TLS_SERVER)
     made.check_hostname = False  # workers move: the role in the certificate counts, see above
     made.verify_mode = ssl.CERT_REQUIRED
     made.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_CRL_CHECK_LEAF
     made.minimum_version = made.maximum_version = ssl.TLSVersion.TLSv1_3
-    if role == "worker":
+    if role != "vault":
         made.num_tickets = 0
     try:
         made.load_cert_chain(folder / CERTIFICATE, folder / KEY)
@@ -131,6 +133,16 @@ def context(folder: Path, role: Role) -> Context:
     return made
 
 
+def serving_role(folder: Path) -> Serving:
+    """Whether a key folder makes a worker or a dealer.  Raises CredentialError for a vault's."""
+    role = Identity.of(load_certificate(Path(folder) / CERTIFICATE)).role
+    if role == "vault":
+        raise CredentialError(
+            f"{folder} does not hold a worker's certificate: use the folder 'worker' or 'dealer'"
+        )
+    return role
+
+
 def check_role(peer: ssl.SSLSocket, role: Role) -> Identity:
     """Who the peer of a finished handshake is.  Raises CredentialError unless it has the role."""
     try:
@@ -138,7 +150,10 @@ def check_role(peer: ssl.SSLSocket, role: Role) -> Identity:
     except _MALFORMED as error:
         raise CredentialError(f"the peer's certificate cannot be read ({error})") from error
     if found.role != role:
-        raise CredentialError(f"the peer's certificate is not a {role}'s: give each party its own key folder")
+        raise CredentialError(
+            f"the peer's certificate ({found.role} {found.name}, serial {found.serial:x}, sha256 "
+            f"{found.fingerprint.hex()}) is not a {role}'s: give each party its own key folder"
+        )
     return found
 
 

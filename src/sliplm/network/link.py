@@ -15,8 +15,9 @@ from sliplm import forks
 from sliplm.arithmetic.field import Elements
 from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerUnavailable
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding
+from sliplm.network.keys import Serving
 from sliplm.network.transport import Connection, anchored, connect
-from sliplm.protocol.frames import NONCE_BYTES
+from sliplm.protocol.frames import NONCE_BYTES, Party
 from sliplm.protocol.side import Shape
 from sliplm.protocol.vault_side import Product, VaultSide, Welcome
 
@@ -48,6 +49,7 @@ class Link:
         timeout: limit in seconds of every wait.
         greet: called with each new connection and its WELCOME before anything is asked; may raise.
         attester: makes our evidence, where the peer wants it.  verifier: judges the peer's.
+        role: what the peer must be, by its certificate and by its own word.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Link:
         greet: Greet,
         attester: Attester,
         verifier: Verifier,
+        role: Serving = "worker",
     ) -> None:
         self.address = address
         self._where = anchored(address)  # this process may change its folder
@@ -68,9 +71,12 @@ class Link:
         self.took = 0.0  # seconds of the last exchange, without the wait for its turn
         self.spki: bytes | None = None  # of the certificate that it showed last
         self.greeted = False  # whether it ever greeted as it should
+        self.marks: set[bytes] = set()  # of whoever has greeted here, see `Connection.mark`
         self._peer: str | None = None
         self._split_id, self._shapes, self._timeout, self._greet = split_id, shapes, timeout, greet
         self._attester, self._verifier = attester, verifier
+        self._role: Serving = role
+        self._party = Party.DEALER if role == "dealer" else Party.WORKER
         self._broke: deque[float] = deque(maxlen=_BREAKS)  # when the connection was lost in use
         self._lock = threading.Lock()
         self._count = threading.Lock()
@@ -122,9 +128,9 @@ class Link:
                 first += len(x) * m
             yield claims, product.micros
 
-    def deal(self, group: int, key: bytes, first_row: int, rows: int, out: Elements) -> None:
+    def deal(self, group: int, key: bytes, first_row: int, rows: int, out: Elements) -> bytes:
         """Step O2 by the peer: u = w r for rows of the batch with this key into out, uint32 [rows, m];
-        unverified.
+        unverified.  Returns the mark of who dealt, see `Connection.mark`.
 
         Raises: as `exchange`.
         """
@@ -133,6 +139,7 @@ class Link:
                 lambda side: (side.deal(group, rows, key, first_row), None), [group], [rows]
             )
             out[:] = np.frombuffer(product.payload, np.uint32).reshape(out.shape)
+            return b"" if self.connection is None else self.connection.mark
 
     def bar(self, kind: type[WorkerError], why: str) -> None:
         """From any thread: ask it nothing more; whoever waits for it gets an error of this kind."""
@@ -218,17 +225,19 @@ class Link:
         connection = self.connection
         if connection is None:
             deadline = time.monotonic() + self._timeout
-            connection = connect(self._where, self._timeout)
+            connection = connect(self._where, self._timeout, self._role)
             if (shown := connection.identity) is not None:  # also of one that is refused: M17
                 self.spki = shown.spki
                 self._peer = f"{shown.name}, serial {shown.serial:x}, sha256 {shown.fingerprint.hex()}"
-            side = VaultSide(self._split_id, self._shapes)
+            side = VaultSide(self._split_id, self._shapes, self._party)
             try:
                 welcome = self._hello(connection, side, deadline)
                 self._greet(self, connection, welcome)
             except BaseException:
                 connection.close()
                 raise
+            if connection.mark:
+                self.marks.add(connection.mark)
             self.connection, self._side, self.greeted = connection, side, True
             self._check()  # another thread may have barred it, and seen no connection to end
         return connection
@@ -241,7 +250,7 @@ class Link:
         if not isinstance(welcome, Welcome):
             raise WireError(f"{self.address} did not greet")
         theirs = NO_SPKI if connection.identity is None else connection.identity.spki
-        self._verifier.verify(welcome.evidence, binding("worker", theirs, nonce))
+        self._verifier.verify(welcome.evidence, binding(self._role, theirs, nonce))
         if welcome.wants_evidence:
             ours = NO_SPKI if connection.own is None else connection.own.spki
             evidence = self._attester.evidence(binding("vault", ours, welcome.nonce))

@@ -83,7 +83,7 @@ class Listener(Closing):
             context = self.credentials.context()
         with contextlib.suppress(OSError):
             keep_alive(sock)
-        return handshake(sock, context, "worker", _name_of(sock), deadline)
+        return handshake(sock, context, "vault", _name_of(sock), deadline)
 
     def stop(self) -> None:
         """From any thread or signal handler: make `accept` return None."""
@@ -120,7 +120,7 @@ def listen(address: str, keys_dir: Path | None = None) -> Listener:
 def _listen_tcp(target: TcpAddress, folder: Path | None) -> Listener:
     if folder is None:
         raise CredentialError("listening on TCP needs keys: make them with `slip keys init FOLDER`")
-    credentials = keys.Credentials(folder, "worker")
+    credentials = keys.Credentials(folder, keys.serving_role(folder))
     found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     with contextlib.ExitStack() as opened:
         socks: list[socket.socket] = []

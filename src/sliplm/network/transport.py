@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import select
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ from sliplm.errors import (
 from sliplm.network import keys
 from sliplm.protocol.frames import HEADER_BYTES
 
+_PEER: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 _RECORD: Final = 16384  # bytes of the longest TLS record
 _UNIX_BUFFER: Final = 2**20
 _UNIX_PATH: Final = 107  # bytes
@@ -90,6 +93,9 @@ class Connection(Closing):
     Attributes:
         identity: who the peer is by its certificate; None on a Unix socket.
         own: who we are to the peer; None on a Unix socket.
+        mark: what tells the peer from others for good: the SHA-256 of its public key, or of its process on a
+            Unix socket; empty for a peer in this very process.
+        place: device and inode of the Unix socket that was connected to.
     """
 
     def __init__(
@@ -101,6 +107,8 @@ class Connection(Closing):
     ) -> None:
         self.identity = identity
         self.own = own
+        self.mark = _process_mark(sock) if identity is None else identity.spki
+        self.place: tuple[int, int] | None = None
         self._sock = sock
         self._peer = peer
         self._start = memoryview(bytearray(_RECORD))
@@ -239,8 +247,8 @@ class Connection(Closing):
         self._sock.close()
 
 
-def connect(address: str, timeout: float) -> Connection:
-    """Connect to a worker within `timeout` seconds.
+def connect(address: str, timeout: float, role: keys.Serving = "worker") -> Connection:
+    """Connect to a party of this role within `timeout` seconds.
 
     Raises InputError (the address), CredentialError (our keys, or the peer's), WorkerUnavailable,
     WorkerTimeout, WireError (whoever answers does not speak TLS 1.3).  A worker that refuses *our*
@@ -257,14 +265,35 @@ def connect(address: str, timeout: float) -> Connection:
                 sock.connect(str(target.path))
         except OSError as error:
             raise translate(error, str(target)) from error
-        return Connection(sock, str(target))
+        connection = Connection(sock, str(target))
+        with contextlib.suppress(OSError):  # unlinked meanwhile: then nobody else can connect to it
+            found = target.path.stat()
+            connection.place = found.st_dev, found.st_ino
+        return connection
     if target.keys is None:
         raise CredentialError(f"{target} is given without keys: write {target}?keys=FOLDER")
     try:
         context = keys.context(target.keys, "vault")
     except CredentialError as error:
         raise PassingCredentialError(str(error)) from error
-    return handshake(_dial(target, deadline), context, "vault", str(target), deadline)
+    return handshake(_dial(target, deadline), context, role, str(target), deadline)
+
+
+def _process_mark(sock: socket.socket) -> bytes:
+    """SHA-256 of the process that opened a Unix socket: its number and when it began; empty if that is us,
+    or not to be known.
+    """
+    if sock.family != socket.AF_UNIX:
+        return b""
+    try:
+        pid, _, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if pid in (0, os.getpid()):
+            return b""
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (OSError, IndexError):
+        return b""
+    return hashlib.sha256(f"process/{boot}/{pid}/{began}".encode()).digest()
 
 
 def pair() -> tuple[Connection, Connection]:
@@ -360,17 +389,17 @@ def _alerted(reason: str, peer: str) -> CredentialError:
 
 
 def handshake(
-    raw: socket.socket, context: keys.Context, role: keys.Role, peer: str, deadline: float
+    raw: socket.socket, context: keys.Context, theirs: keys.Role, peer: str, deadline: float
 ) -> Connection:
-    """TLS as `role`, then the check that the peer has the other one."""
+    """TLS, then the check that the peer has the role `theirs`."""
     secure: socket.socket = raw
     try:
         raw.settimeout(_remaining(deadline))
-        wrapped = context.wrap_socket(raw, server_side=role == "worker", do_handshake_on_connect=False)
+        wrapped = context.wrap_socket(raw, server_side=theirs == "vault", do_handshake_on_connect=False)
         secure = wrapped
         wrapped.settimeout(_remaining(deadline))
         wrapped.do_handshake()
-        identity = keys.check_role(wrapped, "vault" if role == "worker" else "worker")
+        identity = keys.check_role(wrapped, theirs)
     except (OSError, ValueError) as error:
         if isinstance(error, TimeoutError):
             secure.close()

@@ -25,6 +25,7 @@ Event = Literal[
     "rejoined",  # serves again
     "drained",  # taken out by the operator
     "computed here",  # no worker was left, and the vault did the product itself
+    "masks dropped",  # their dealer lied or was revoked
     "masks renewed",  # a connection was made anew, or a clock jumped: masks dealt before are thrown away
     "revoked",  # its certificate was revoked while it was connected
 ]

@@ -16,7 +16,14 @@ import numpy as np
 from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
-from sliplm.errors import DealerError, ExhaustedError, KernelError, SlipError, VerificationError
+from sliplm.errors import (
+    DealerError,
+    ExhaustedError,
+    KernelError,
+    SlipError,
+    VerificationError,
+    WorkerUnavailable,
+)
 from sliplm.masks import masks
 from sliplm.network.link import Link
 from sliplm.parties.codec import GroupCodec
@@ -76,13 +83,13 @@ class Dealing(Secret):
         Raises: DealerError when no dealer serves or the share here is damaged.
         """
 
-        def products(key: bytes, r: Elements) -> Elements:
-            return self.products(group, key, r, background=background)
+        def products(fresh: masks.Fresh) -> masks.Dealt:
+            return self.products(group, fresh, background=background)
 
         return masks.deal(group, self._codecs[group].n, rows, products, freshness)
 
-    def products(self, group: int, key: bytes, r: Elements, *, background: bool = False) -> Elements:
-        """u = w r for the rows r of the batch with this key, checked: uint32 [rows, n] -> uint32 [rows, m].
+    def products(self, group: int, fresh: masks.Fresh, *, background: bool = False) -> masks.Dealt:
+        """u = w r for the r of the last key that is drawn, checked; each who is asked gets a key of his own.
 
         Raises: DealerError; ExhaustedError when none could be checked.
         """
@@ -93,12 +100,17 @@ class Dealing(Secret):
             tried: set[Link] = set()
             while (link := self._dealers.pick(tried)) is not None:
                 tried.add(link)
+                key, r = fresh()
+                marks: set[bytes] = set()
                 u = np.empty((len(r), self._codecs[group].m), np.uint32)
                 step, start = link.max_rows(group), time.monotonic()
                 try:
                     for first in range(0, len(r), step):
-                        link.deal(group, key, first, min(step, len(r) - first), u[first : first + step])
+                        part = u[first : first + step]
+                        marks.add(link.deal(group, key, first, len(part), part))
                     self._check(group, r, u, link.address)
+                    if len(marks) != 1 or link.barred is not None:
+                        raise WorkerUnavailable(f"{link.address} changed while it dealt", link.address)
                 except ExhaustedError:
                     raise  # nobody's fault but theirs who used them up
                 except FAILURES as error:
@@ -106,7 +118,7 @@ class Dealing(Secret):
                     self._dealers.failed(link, error, self._codecs[group].name)
                     continue
                 self._dealers.served(link, time.monotonic() - start, work(codec.m, codec.n, len(r)))
-                return u
+                return masks.Dealt(u, marks.pop())
             failure = failure or self._dealers.nobody()
         if self._here is None:
             address = getattr(failure, "address", None)
@@ -115,6 +127,7 @@ class Dealing(Secret):
                 "give the vault the worker share or a pool of masks",
                 address,
             ) from failure
+        _, r = fresh()
         u = self._here.product(group, r, threads=1 if background else None)
         try:
             self._check(group, r, u, None)
@@ -125,7 +138,7 @@ class Dealing(Secret):
                 f"{self._codecs[group].name}: a dealt product is wrong; the worker share on this machine or "
                 "its kernel is damaged: copy the share again"
             ) from error
-        return u
+        return masks.Dealt(u)
 
     def compute(self, group: int, x: Elements) -> Elements:
         """The product of an online exchange, on this machine, for want of a worker: uint32 [rows, m],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sliplm.errors import MaskError
 from sliplm.masks.masks import Batch, MaskPool, Masks
@@ -63,6 +63,19 @@ class Supply(Secret):
         self.memory.renew()
         if self._disk is not None:
             self._disk.renew()
+
+    def dealers(self) -> frozenset[bytes]:
+        """The marks of those who dealt what lies on disk."""
+        return frozenset() if self._disk is None else self._disk.dealers()
+
+    def shun(self, marks: Collection[bytes]) -> None:
+        """Use nothing on disk that these have dealt: they are asked online."""
+        if self._disk is not None:
+            self._disk.shun(marks)
+
+    def drop(self, dealers: Collection[bytes]) -> int:
+        """Throw away what these have dealt, in memory and on disk; how many rows that were."""
+        return self.memory.drop(dealers) + (0 if self._disk is None else self._disk.drop(dealers))
 
     def close(self) -> None:
         """Stop dealing and forget all masks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,7 @@ class Vault(Secret, Closing):
                 _greeting(weakref.ref(self), role), terms.attester, terms.verifier, terms.quarantine,
             )  # fmt: skip
 
+        self._seen: dict[Role, set[bytes]] = {"worker": set(), "dealer": set()}
         self._workers = workforce(terms.workers, "worker")
         try:
             self._dealers = workforce(terms.dealers, "dealer") if terms.dealers else None
@@ -80,6 +81,8 @@ class Vault(Secret, Closing):
         self._supply = Supply(uses, dealing, terms.pool, terms.ahead, self.counters)
         here = dealing if terms.fallback == "here" else None
         self._exchange = Exchange(self._codecs, self._supply, self._workers, here, self.counters, self.audit)
+        if self._dealers is not None:
+            self._dealers.fallen = _falling(weakref.ref(self))
         self._others: list[Closing] = []
         held = (self._process, self._workers, self._dealers, self._supply, self._others)
         expect_drops()
@@ -206,22 +209,51 @@ class Vault(Secret, Closing):
         if force is not None:
             force.known_liar(link)
         self._supply.freshness = welcome.nonce
-        others = self._dealers if role == "worker" else self._workers
-        for other in () if others is None else others.links:
-            if other.connection is not None and _same_key(connection, other.connection):
-                raise CredentialError(
-                    f"{link.address} and {other.address} show the same key: who deals a mask must not see "
-                    "its message; give dealers a worker's keys of their own"
-                )
+        self._check_apart(role, link, connection)
         if self.counters.exchanges:
             self._supply.renew()
             self.audit.write("masks renewed", "a connection was made anew", role=role, address=link.address)
 
+    def _check_apart(self, role: Role, link: Link, connection: Connection) -> None:
+        """Whoever deals a mask must never see its message: not now, not before, not after (M12)."""
+        theirs: Role = "dealer" if role == "worker" else "worker"
+        barred = self._seen[theirs] | (self._supply.dealers() if role == "worker" else frozenset())
+        others = self._dealers if role == "worker" else self._workers
+        places = {other.connection.place for other in (others.links if others else ()) if other.connection}
+        if connection.mark in barred or (connection.place is not None and connection.place in places):
+            raise CredentialError(
+                f"{link.address} shows the same key, process or socket as a {theirs} of this vault or of its "
+                "pool: who deals a mask must not see its message; give each dealer its own keys (`slip keys "
+                "issue NAME --role dealer`), or deal the pool again"
+            )
+        if connection.mark:
+            self._seen[role].add(connection.mark)
+            if role == "worker":
+                self._supply.shun({connection.mark})
 
-def _same_key(one: Connection, other: Connection) -> bool:
-    return (
-        one.identity is not None and other.identity is not None and one.identity.spki == other.identity.spki
-    )
+    def _drop_masks(self, link: Link) -> None:
+        """A dealer fell: what it has dealt is used no more."""
+        rows = self._supply.drop(link.marks) if link.marks else 0
+        if not rows:
+            return
+        self.audit.write(
+            "masks dropped",
+            f"{rows} rows that it had dealt",
+            role="dealer",
+            address=link.address,
+            peer=link.peer,
+        )
+
+
+def _falling(vault: weakref.ref[Vault]) -> Callable[[Link], None]:
+    """`_drop_masks` for the dealers, which must not keep the vault."""
+
+    def fallen(link: Link) -> None:
+        found = vault()
+        if found is not None:
+            found._drop_masks(link)
+
+    return fallen
 
 
 def _greeting(vault: weakref.ref[Vault], role: Role) -> Greet:

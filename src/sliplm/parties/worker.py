@@ -1,7 +1,7 @@
 """The untrusted side: products with the worker share, for every vault that holds a certificate.
 
-A worker knows the integer matrices and sees masked vectors; it keeps nothing and decides nothing.  A vault
-may ask it to deal (SPEC step O2) as well as to multiply: that is one more product.
+A worker knows the integer matrices and sees masked vectors; it keeps nothing and decides nothing.  A dealer
+is the same program with a dealer's key: it deals (SPEC step O2) and never multiplies, a worker never deals.
 A bad peer costs its own connection only.  Memory: the matrices, and for each of at most MAX_CONNECTIONS
 vaults one frame in and one out (`protocol.FRAME_BYTES`, or one row where that is longer).
 
@@ -44,10 +44,10 @@ from sliplm.errors import (
     WorkerFault,
 )
 from sliplm.network.attestation import NO_SPKI, Attester, NullAttester, NullVerifier, Verifier, binding
-from sliplm.network.keys import Identity, Revocations
+from sliplm.network.keys import Identity, Revocations, Serving, serving_role
 from sliplm.network.listener import Listener, listen
 from sliplm.network.transport import Connection
-from sliplm.protocol.frames import NONCE_BYTES, FaultCode
+from sliplm.protocol.frames import NONCE_BYTES, FaultCode, Party
 from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, Several, WorkerSide
 from sliplm.shares.share import WorkerShare, open_worker
 
@@ -90,6 +90,8 @@ class Worker:
         threads: cores that one product may use; None for all.
         attester: makes the evidence that vaults are shown.
         verifier: judges the vaults' evidence; they are asked for none unless it is set.
+        role: a worker multiplies only, a dealer deals only; None: what the key folder says, and a worker on
+            a Unix socket.
 
     Raises KernelError if no kernel is exact on this machine, InputError if the share has no group or a row
     longer than a frame.
@@ -101,7 +103,9 @@ class Worker:
         threads: int | None = None,
         attester: Attester | None = None,
         verifier: Verifier | None = None,
+        role: Serving | None = None,
     ) -> None:
+        self._wanted, self.role = role, role or "worker"
         self._split_id = share.split_id
         self._matrices = [kernels.prepare(share.matrices[name], threads=threads) for name in share.names]
         self._shapes = [matrix.shape for matrix in self._matrices]
@@ -132,6 +136,7 @@ class Worker:
         """
         with listen(address, keys_dir) as listener:
             self._listener = listener
+            self._take_role(listener)
             try:
                 if listener.credentials is not None:
                     self._watch(Revocations(listener.credentials.folder))
@@ -142,6 +147,16 @@ class Worker:
             finally:
                 self._listener = None
                 self._drain()
+
+    def _take_role(self, listener: Listener) -> None:
+        """Be what the key folder says.  Raises CredentialError if that is not what was asked for."""
+        own = None if listener.credentials is None else serving_role(listener.credentials.folder)
+        if own is not None and self._wanted not in (None, own) and listener.credentials is not None:
+            raise CredentialError(
+                f"{listener.credentials.folder} holds a {own}'s certificate, not a {self._wanted}'s: make "
+                f"one with `slip keys issue FOLDER NAME --role {self._wanted}`"
+            )
+        self.role = own or self._wanted or "worker"
 
     def stop(self) -> None:
         """End `serve`: exchanges in hand are finished and answered, then every connection is closed.
@@ -180,6 +195,7 @@ class Worker:
         while connection.wait(IDLE_LIMIT, self._wake):
             event = connection.receive(side, deadline=time.monotonic() + FRAME_LIMIT)
             if isinstance(event, (Multiply, Several, Deal)):  # the protocol lets nothing else through
+                self._check_asked(event)
                 if visit is not None:
                     visit.busy = True
                 if isinstance(event, Several):
@@ -195,10 +211,15 @@ class Worker:
         hello = connection.receive(side, deadline=deadline)
         if not isinstance(hello, Hello):
             raise WireError("the vault did not greet")
+        if (hello.party is Party.DEALER) != (self.role == "dealer"):
+            raise MismatchError(
+                f"the vault means to speak to a {hello.party.name.lower()}, and this is a {self.role}: "
+                "correct the address, or start this one with the other key folder or `--role`"
+            )
         if visit is not None:
             self._seat(visit)
         nonce, wanted = secrets.token_bytes(NONCE_BYTES), not isinstance(self._verifier, NullVerifier)
-        mine = self._attester.evidence(binding("worker", _spki(connection.own), hello.nonce))
+        mine = self._attester.evidence(binding(self.role, _spki(connection.own), hello.nonce))
         connection.send(side.welcome(nonce, mine, wants_evidence=wanted), deadline=deadline)
         if wanted:
             shown = connection.receive(side, deadline=deadline)
@@ -206,6 +227,11 @@ class Worker:
                 raise WireError("the vault showed no evidence")
             self._verifier.verify(shown.evidence, binding("vault", _spki(connection.identity), nonce))
             connection.send(side.accept(), deadline=deadline)
+
+    def _check_asked(self, event: Multiply | Several | Deal) -> None:
+        """Whoever deals masks must never see the messages under them, and the other way round."""
+        if isinstance(event, Deal) != (self.role == "dealer"):
+            raise MismatchError(f"this is a {self.role}: it does not answer a {type(event).__name__.upper()}")
 
     def _seat(self, visit: _Visit) -> None:
         """A stranger becomes a vault that is served; where seats are full, the longest idle one goes.
@@ -366,6 +392,7 @@ def run(
     json_ready: bool = False,
     threads: int | None = None,
     until_stdin_closes: Path | None = None,
+    role: Serving | None = None,
 ) -> None:
     """The command `slip worker`: serve a share until SIGTERM or SIGINT.
 
@@ -374,7 +401,7 @@ def run(
     removes that folder then: a process that was killed cannot.
     Raises ShareError, KernelError, and what `Worker.serve` raises.
     """
-    worker = Worker(open_worker(share_dir), threads)
+    worker = Worker(open_worker(share_dir), threads, role=role)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     if until_stdin_closes is not None:

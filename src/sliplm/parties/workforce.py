@@ -16,7 +16,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Self, get_args
 
@@ -124,6 +124,7 @@ class Workforce:
         if len(self._by_address) != len(self._members):
             raise InputError(f"a {role} is named twice: name each once")
         self._remember()
+        self.fallen: Callable[[Link], None] = lambda link: None  # told who lied, or lost its certificate
         self._exchanges = 0
         self._closing = threading.Event()
         self._warden = threading.Thread(target=self._watch, name=f"sliplm-{role}s", daemon=True)
@@ -145,7 +146,7 @@ class Workforce:
     ) -> Self:
         """With a `Link` to each address, whose arguments these are."""
         shown, judge = attester or NullAttester(), verifier or NullVerifier()
-        links = [Link(address, split_id, shapes, timeout, greet, shown, judge) for address in addresses]
+        links = [Link(address, split_id, shapes, timeout, greet, shown, judge, role) for address in addresses]
         return cls(links, role, audit, quarantine)
 
     def __repr__(self) -> str:
@@ -226,6 +227,8 @@ class Workforce:
             self._quarantine.add(link.address, link.spki, self._role, str(error))
         if not again:
             self._record(member, event, str(error), group)
+        if state == "quarantined":
+            self.fallen(link)
 
     def drain(self, address: str) -> None:
         """Let the exchange under way end, close the connection, and ask it nothing more until `rejoin`.
@@ -356,6 +359,7 @@ class Workforce:
                     VerificationError, f"{self._role} {member.link.address} is quarantined: {reason}"
                 )
             self._record(member, "revoked", reason, None)
+            self.fallen(member.link)
 
     def _probe(self, member: _Member) -> None:
         """Connect to one that was lost or suspended; whoever greets is asked again."""

@@ -12,7 +12,8 @@
         20      4  micros     the worker's own compute time in microseconds: statistics, never trusted
         24      4  length     payload bytes, at most MAX_PAYLOAD
 
-    HELLO     vault -> worker   split id (16 bytes), nonce (32 bytes)
+    HELLO     vault -> worker   split id (16 bytes), nonce (32 bytes), whom the vault means to speak to
+                                (u32): 1 a worker, 2 a dealer
     WELCOME   worker -> vault   split id (16 bytes), groups (u32), the longest payload it takes (u32),
                                 1 if the vault must show evidence, else 0 (u32), nonce (32 bytes),
                                 then the worker's evidence, at most MAX_EVIDENCE bytes
@@ -49,7 +50,7 @@ ELEMENT = 4  # bytes of a field element
 
 _MAGIC = b"SLIP"
 _HEADER = struct.Struct("<4sBBHIIIII")
-_HELLO = struct.Struct("<16s32s")
+_HELLO = struct.Struct("<16s32sI")
 _DEAL = struct.Struct("<32sI")
 _WELCOME = struct.Struct("<16sIII32s")
 
@@ -76,10 +77,17 @@ class Kind(IntEnum):
     SEVERAL = 9
 
 
+class Party(IntEnum):
+    """Whom a vault means to speak to."""
+
+    WORKER = 1
+    DEALER = 2
+
+
 class FaultCode(IntEnum):
     """Why a worker refuses."""
 
-    MISMATCH = 1  # the vault belongs to another split
+    MISMATCH = 1  # the vault belongs to another split, or means to speak to another party
     PROTOCOL = 2  # the vault's frame breaks the protocol
     INTERNAL = 3  # the worker failed
     EVIDENCE = 4  # the vault's evidence is refused
@@ -140,18 +148,20 @@ def pack_split_id(split_id: str) -> bytes:
     return raw
 
 
-def pack_hello(split_id: str, nonce: bytes) -> bytes:
+def pack_hello(split_id: str, nonce: bytes, party: Party = Party.WORKER) -> bytes:
     """The payload of a HELLO.  Raises InputError."""
-    return _HELLO.pack(pack_split_id(split_id), _nonce(nonce))
+    return _HELLO.pack(pack_split_id(split_id), _nonce(nonce), party)
 
 
-def parse_hello(payload: bytes | bytearray | memoryview) -> tuple[str, bytes]:
-    """(split id, nonce) of a HELLO.  Raises WireError."""
+def parse_hello(payload: bytes | bytearray | memoryview) -> tuple[str, bytes, Party]:
+    """(split id, nonce, whom it is for) of a HELLO.  Raises WireError."""
     try:
-        raw, nonce = _HELLO.unpack(payload)
+        raw, nonce, party = _HELLO.unpack(payload)
     except struct.error as error:
         raise WireError(f"a hello has {HELLO_BYTES} bytes, not {len(payload)}") from error
-    return raw.hex(), nonce
+    if party not in (Party.WORKER, Party.DEALER):
+        raise WireError(f"a hello is for a worker or a dealer, not {party}")
+    return raw.hex(), nonce, Party(party)
 
 
 def pack_parts(parts: Sequence[tuple[int, int]]) -> bytes:

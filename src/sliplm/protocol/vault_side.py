@@ -62,15 +62,17 @@ class VaultSide(Side):
     Args:
         split_id: 32 hexadecimal digits.
         shapes: (m, n) of every group, in the manifest's order.
+        party: whom it means to speak to.
     """
 
-    def __init__(self, split_id: str, shapes: Sequence[Shape]) -> None:
+    def __init__(self, split_id: str, shapes: Sequence[Shape], party: wire.Party = wire.Party.WORKER) -> None:
         super().__init__(split_id, shapes, VAULT_TABLE)
         self._asked = (0, 0, 0)  # group, rows and bytes of the PRODUCT that it waits for
+        self._party = party
 
     def hello(self, nonce: bytes) -> bytes:
         """The first frame, whole; `nonce`: 32 fresh bytes, which the worker's evidence must repeat."""
-        payload = wire.pack_hello(self._split_id, nonce)
+        payload = wire.pack_hello(self._split_id, nonce, self._party)
         self._move(Way.SEND, Kind.HELLO)
         return wire.pack_header(Header(Kind.HELLO, 0, 0, 0, 0, len(payload))) + payload
 

@@ -27,6 +27,7 @@ class Hello(NamedTuple):
 
     split_id: str
     nonce: bytes
+    party: wire.Party = wire.Party.WORKER
 
 
 class Evidence(NamedTuple):
@@ -173,10 +174,10 @@ class WorkerSide(Side):
         return parts
 
     def _hello(self, data: Bytes) -> Hello:
-        split_id, nonce = wire.parse_hello(data)
+        split_id, nonce, party = wire.parse_hello(data)
         if split_id != self._split_id:
             raise MismatchError(
                 f"the vault belongs to split {split_id}, this worker holds split {self._split_id}: "
                 "start the worker with the share made together with that vault"
             )
-        return Hello(split_id, nonce)
+        return Hello(split_id, nonce, party)
