@@ -50,20 +50,20 @@ def test_modes_whatever_the_umask(tmp_path: Path) -> None:
     found = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "keys").rglob("*")}
     party = {"key.pem", "certificate.pem", "authority.pem", "revoked.pem"}
     home = {"key.pem", "certificate.pem", "issued.json", "revoked.pem"}
-    for name in ("vault", "worker", "second", "authority"):
+    for name in ("vault", "worker", "dealer", "second", "authority"):
         inside = {path.name for path in (tmp_path / "keys" / name).iterdir()}
         assert inside == (home if name == "authority" else party)
     assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in found.items())
-    assert len(found) == 4 * 5
+    assert len(found) == 5 * 5
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o700
 
 
 def test_the_authority_key_goes_nowhere(folder: Path) -> None:
     secret = (folder / "authority" / "key.pem").read_bytes()
-    assert all(secret != path.read_bytes() for path in folder.glob("[vw]*/*"))
+    assert all(secret != path.read_bytes() for path in folder.glob("[vwd]*/*"))
 
 
-@pytest.mark.parametrize("taken", ["authority", "vault", "worker"])
+@pytest.mark.parametrize("taken", ["authority", "vault", "worker", "dealer"])
 def test_keys_are_never_overwritten(tmp_path: Path, taken: str) -> None:
     (tmp_path / taken).mkdir()
     (tmp_path / taken / "key.pem").write_text("mine")
@@ -99,7 +99,7 @@ def test_how_long_certificates_live(tmp_path: Path) -> None:
 
 
 def test_issue_lists_and_names(folder: Path) -> None:
-    for role, name in (("worker", "a"), ("vault", "second-vault"), ("worker", "9" * 63)):
+    for role, name in (("worker", "a"), ("dealer", "b"), ("vault", "second-vault"), ("worker", "9" * 63)):
         made = authority.issue(folder, authority.role_of(role), name)
         assert made == folder / name
         assert keys.context(made, authority.role_of(role)).own.name == name
@@ -107,7 +107,9 @@ def test_issue_lists_and_names(folder: Path) -> None:
     assert [(entry.name, entry.role) for entry in listed] == [
         ("vault", "vault"),
         ("worker", "worker"),
+        ("dealer", "dealer"),
         ("a", "worker"),
+        ("b", "dealer"),
         ("second-vault", "vault"),
         ("9" * 63, "worker"),
     ]
@@ -140,14 +142,14 @@ def test_name_that_is_taken(folder: Path) -> None:
     (folder / "mine").mkdir()
     with pytest.raises(CredentialError, match="never overwritten"):
         authority.issue(folder, "worker", "mine")
-    assert len(authority.issued(folder)) == 2
+    assert len(authority.issued(folder)) == 3
     shutil.rmtree(folder / "worker")  # it went to its machine: the name is taken all the same
     with pytest.raises(CredentialError, match="slip keys rotate"):
         authority.issue(folder, "vault", "worker")
 
 
 def test_role_that_is_none() -> None:
-    with pytest.raises(InputError, match="vault or a worker"):
+    with pytest.raises(InputError, match="vault, a worker or a dealer"):
         authority.role_of("authority")
 
 
@@ -161,7 +163,7 @@ def test_revoke_reaches_everybody_here(folder: Path) -> None:
     assert gone.revoked is not None
     assert all(revoked(folder / name) == {number} for name in ("authority", "vault", "worker"))
     assert not (folder / "away").exists()
-    assert [entry.revoked is not None for entry in authority.issued(folder)] == [False, True, False]
+    assert [entry.revoked is not None for entry in authority.issued(folder)] == [False, True, False, False]
     assert authority.revoke(folder, "worker") == (gone,)  # once more: the same moment, the same list
     authority.issue(folder, "worker", "later")
     assert revoked(folder / "later") == {number}
@@ -307,10 +309,10 @@ def test_command_line(tmp_path: Path) -> None:
     assert [entry["serial"] for entry in gone] == [rotated["serial"]]
     entries = json.loads(run("list", folder, "--json").stdout)["certificates"]
     assert [(entry["name"], entry["revoked"] is None) for entry in entries] == [
-        ("vault", True), ("worker", True), ("second", False), ("second", False),
+        ("vault", True), ("worker", True), ("dealer", True), ("second", False), ("second", False),
     ]  # fmt: skip
     table = run("list", folder).stdout
-    assert table.count("revoked") == 2 and table.count("good") == 2
+    assert table.count("revoked") == 2 and table.count("good") == 3
     again = run("issue", folder, "second", "--json")
     assert again.returncode == 2
     assert json.loads(again.stdout)["error"] == "CredentialError"
