@@ -249,7 +249,7 @@ def test_header_and_payload_alternate(state: State) -> None:
 def test_payload_of_another_length() -> None:
     worker = WorkerSide(SPLIT_ID, SHAPES)
     worker.header(VaultSide(SPLIT_ID, SHAPES).hello(NONCE)[:HEADER_BYTES])
-    with pytest.raises(WireError, match="15 bytes where 49"):
+    with pytest.raises(WireError, match="15 bytes where 52"):
         worker.payload(bytes(15))
 
 
