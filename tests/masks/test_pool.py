@@ -903,3 +903,62 @@ def test_the_machine_finds_masks_that_are_used_twice(blind: None) -> None:
                 max_examples=200, stateful_step_count=30, phases=[Phase.generate], database=None
             ),
         )
+
+
+# --- who dealt ---------------------------------------------------------------------------------------------
+
+X, Y, NOBODY = (bytes([i]) * 32 for i in (7, 8, 9))
+
+
+def deal_by(folder: Path, anchor: Anchor, mark: bytes, group: int, rows: int) -> None:
+    with PoolWriter(folder, SPLIT, pool_key, SHAPES, anchor) as writer:
+        writer.add(group, rows, lambda group, fresh: Dealt(product(group, *fresh()), mark))
+
+
+def test_a_pool_knows_who_dealt_and_another_process_learns_it(folder: Path, anchor: FileAnchor) -> None:
+    deal(folder, anchor, (0, 2))
+    deal_by(folder, anchor, X, 0, 2)
+    deal_by(folder, anchor, Y, 1, 2)
+    for _ in range(2):
+        with opened(folder, anchor) as masks:
+            assert masks.dealers() == {X, Y}
+
+
+def test_who_dealt_is_remembered_when_the_batch_is_used_up(folder: Path, anchor: FileAnchor) -> None:
+    """The last message under its masks may still be under way, to be sent to whoever connects next."""
+    deal_by(folder, anchor, X, 0, 4)
+    with opened(folder, anchor, reserve=4) as masks:
+        masks.take(0, 4)
+        assert not files(folder)
+        assert masks.dealers() == {X}
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_what_a_fallen_one_dealt_is_dropped_also_in_hand(
+    folder: Path, anchor: FileAnchor, taken: int
+) -> None:
+    """A file that is used up is gone while some of its rows are still in hand."""
+    deal_by(folder, anchor, X, 0, 4)
+    with opened(folder, anchor, reserve=4) as masks:
+        if taken:
+            masks.take(0, taken)
+        assert masks.drop({NOBODY}) == 0
+        assert masks.drop({X}) == 4 - taken
+        assert not files(folder)
+        with pytest.raises(PoolError, match="0 masks are left"):
+            masks.take(0, 1)
+        deal_by(folder, anchor, X, 0, 4)  # what comes later counts no more
+        deal_by(folder, anchor, Y, 0, 2)
+        assert right(0, masks.take(0, 2))
+        with pytest.raises(PoolError, match="0 masks are left"):
+            masks.take(0, 1)
+
+
+def test_what_one_who_is_asked_online_deals_meanwhile_is_not_used(folder: Path, anchor: FileAnchor) -> None:
+    deal_by(folder, anchor, Y, 0, 2)
+    with opened(folder, anchor) as masks:
+        masks.shun({X})
+        deal_by(folder, anchor, X, 0, 4)
+        assert right(0, masks.take(0, 2))
+        with pytest.raises(PoolError, match="0 masks are left"):
+            masks.take(0, 1)

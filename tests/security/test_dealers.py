@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,14 +15,21 @@ import numpy as np
 import pytest
 
 from ledger import Ledger
-from sliplm.errors import CredentialError, InputError, MismatchError
+from sliplm.errors import CredentialError, MismatchError, WorkerUnavailable
+from sliplm.masks.anchor import FileAnchor
+from sliplm.masks.pool import DiskPool
+from sliplm.masks.poolfolder import PoolWriter
 from sliplm.network import authority
+from sliplm.network.keys import Identity, load_certificate
 from sliplm.network.transport import Connection
+from sliplm.parties.codec import GroupCodec
+from sliplm.parties.dealer import Dealing, ShareDealer
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.quarantine import Quarantine
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.protocol.worker_side import Deal, Multiply, Several, WorkerSide
-from test_vault import Logging, Shares, folder, group, inputs, shares
+from test_vault import Logging, Shares, folder, group, inputs, serving, shares
 from test_workforce import serving_tls
 
 __all__ = ["folder", "group", "shares"]
@@ -104,27 +113,156 @@ def test_no_key_goes_to_two_dealers_and_a_liars_masks_are_dropped(
     assert (held, len(dropped), shared) == (8, 1, set())
 
 
+TWO = """
+import sys, threading
+from sliplm.parties.worker import Worker
+from sliplm.shares.share import open_worker
+share = open_worker(sys.argv[1])
+for role, path in (("dealer", sys.argv[2]), ("worker", sys.argv[3])):
+    ready = threading.Event()
+    serve = Worker(share, threads=1, role=role).serve
+    asked = f"unix:{path}", None, lambda _, ready=ready: ready.set()
+    threading.Thread(target=serve, args=asked, daemon=True).start()
+    ready.wait(60)
+print("listening", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_one_process_never_deals_and_multiplies(
-    folder: Path, shares: Shares, tmp_path: Path, ledger: Ledger
+    folder: Path, shares: Shares, group: str, tmp_path: Path, ledger: Ledger
 ) -> None:
-    """A real process on a Unix socket, under every name of its file."""
+    """A real process with a socket for each role: by every name, and after the dealer hung up."""
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    path = tmp_path / "a" / "d.sock"
-    command = [sys.executable, "-m", "sliplm", "worker", folder / "worker", "--listen", f"unix:{path}"]
-    with subprocess.Popen(
-        [*map(str, command), "--role", "dealer", "--json"], stdout=subprocess.PIPE, env=os.environ
-    ) as process:
+    command = [sys.executable, "-c", TWO, *map(str, (folder / "worker", tmp_path / "a/d", tmp_path / "a/w"))]
+    ways, refused = ("a", "a/../a", "link"), 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process, serving(Logging(shares[1]), tmp_path / "w") as honest:
         try:
             assert process.stdout is not None and b"listening" in process.stdout.readline()
-            names = [f"unix:{path}", f"unix:{tmp_path}/a/../a/d.sock", f"unix:{tmp_path}/link/d.sock"]
-            refused = 0
-            for name in names:
-                for terms in (Terms([name], shares[1], ahead=0), Terms([name], dealers=[names[0]], ahead=0)):
-                    with pytest.raises((MismatchError, CredentialError, InputError)):
+            for way in ways:
+                deals, works = f"unix:{tmp_path}/{way}/d", f"unix:{tmp_path}/{way}/w"
+                for wrong, terms in (
+                    (MismatchError, Terms([deals], shares[1], ahead=0)),  # its own word
+                    (MismatchError, Terms([honest], dealers=[works], ahead=0)),
+                    (CredentialError, Terms([works], dealers=[deals], ahead=0)),  # the process behind it
+                ):
+                    with pytest.raises(wrong):
                         Vault(shares[0], terms)
                     refused += 1
+            with Vault(shares[0], Terms([honest, works], dealers=[deals], ahead=0)) as vault:
+                vault.deal(2, [group])
+                for link in vault._dealers.links:  # type: ignore[union-attr]
+                    link.rest(WorkerUnavailable, "it hung up")
+                with pytest.raises(CredentialError, match="who deals a mask"):
+                    vault._workers.links[1].open()
+                refused += 1
         finally:
-            process.terminate()
-    tries = 2 * len(names)
+            process.communicate(timeout=60)
+    tries = 3 * len(ways) + 1
     ledger.record("dealers: one process as both", tries, refused, tries - refused, "every name of its socket")
+    assert refused == tries
+
+
+class Relay(threading.Thread):
+    """A network that leads each new connection to the next of several places, and keeps to the last."""
+
+    def __init__(self, *places: str) -> None:
+        super().__init__(daemon=True)
+        self.places = [place.partition("?")[0].rpartition(":") for place in places]
+        self.keys = places[0].partition("?")[2]
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}?{self.keys}"
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                host, _, port = self.places.pop(0) if len(self.places) > 1 else self.places[0]
+                far = socket.create_connection((host, int(port)))
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self.pass_on, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def pass_on(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+        with contextlib.suppress(OSError):
+            other.shutdown(socket.SHUT_RDWR)
+        one.close()  # the other end is its own thread's to close
+
+
+class Leaving(Keeping):
+    """Takes the key, and hangs up before it deals, after so many answers."""
+
+    answers = 0
+
+    def _answer(self, connection: Connection, side: WorkerSide, asked: Multiply | Deal) -> None:
+        if self.answers:
+            self.answers -= 1
+            super()._answer(connection, side, asked)
+        else:
+            connection.abort()
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_no_key_goes_on_when_the_address_leads_elsewhere(
+    shares: Shares, group: str, tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, answers: int
+) -> None:
+    """A dealer hangs up in a batch, in its first frame or a later one, and another is found there."""
+    monkeypatch.setattr("sliplm.protocol.side.FRAME_BYTES", 4096)
+    keys = tmp_path / "keys"
+    authority.init(keys)
+    authority.issue(keys, "dealer", "dealer-2")
+    worker, leaving, other = Logging(shares[1]), Leaving(shares), Keeping(shares)
+    leaving.answers = answers
+    x = inputs(shares, group, 50)
+    with (
+        serving_tls(worker, keys / "worker", tmp_path) as first,
+        serving_tls(leaving, keys / "dealer", tmp_path) as one,
+        serving_tls(other, keys / "dealer-2", tmp_path) as two,
+    ):
+        relay = Relay(one, two)
+        try:
+            with Vault(shares[0], Terms([first], dealers=[relay.address], ahead=0, timeout=10)) as vault:
+                vault.deal(50, [group])
+                assert np.array_equal(vault.product(group, x), LocalProducts(*shares).product(group, x))
+        finally:
+            relay.listener.close()
+    shared = set(leaving.keys) & set(other.keys)
+    ledger.record(
+        f"dealers: one takes over in frame {answers}", 1, 1 - len(shared), len(shared), "fresh keys"
+    )
+    assert leaving.keys and other.keys and not shared
+
+
+def test_a_liars_pool_is_not_used_by_a_later_vault(shares: Shares, tmp_path: Path, ledger: Ledger) -> None:
+    """Quarantine is by key, and a batch on disk knows the key of who dealt it."""
+    vault, names = shares[0], list(shares[0].groups)
+    shapes = [(secrets.m, secrets.n) for secrets in vault.groups.values()]
+    keys, quarantine = tmp_path / "keys", Quarantine(tmp_path / "quarantine.json")
+    anchor, pool = FileAnchor(tmp_path / "anchors"), tmp_path / "pool"
+    authority.init(keys)
+    mark = Identity.of(load_certificate(keys / "dealer" / "certificate.pem")).spki
+    with PoolWriter(pool, vault.pool_name, vault.pool_key, shapes, anchor) as writer:
+        here = Dealing(
+            [GroupCodec(secrets) for secrets in vault.groups.values()], ShareDealer(shares[1]), None
+        )
+        for i in range(len(names)):
+            writer.add(i, 2, here.products)
+            writer.add(i, 3, lambda group, fresh: here.products(group, fresh)._replace(dealer=mark))
+    quarantine.add("dealer.example:7402", mark, "dealer", "its product is wrong")
+    audit = tmp_path / "audit.jsonl"
+    with serving_tls(Logging(shares[1]), keys / "worker", tmp_path) as first:
+        disk = DiskPool(pool, vault.pool_name, vault.pool_key, shapes, anchor)
+        terms = Terms([first], pool=disk, quarantine=quarantine, audit=audit)
+        with Vault(vault, terms):
+            left = [disk.available(i) for i in range(len(names))]
+    dropped = [line for line in audit.read_text().splitlines() if '"masks dropped"' in line]
+    ledger.record(
+        "dealers: a pool of one caught before", len(names), left.count(2), sum(left) - 2 * len(names)
+    )
+    assert left == [2] * len(names) and len(dropped) == 1

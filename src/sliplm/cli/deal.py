@@ -24,7 +24,10 @@ from sliplm.errors import InputError, PoolError
 if TYPE_CHECKING:
     from sliplm.masks.maskfile import Product
     from sliplm.masks.poolfolder import GroupStock, PoolWriter
+    from sliplm.network.link import Link
+    from sliplm.network.transport import Connection
     from sliplm.parties.dealer import Dealing
+    from sliplm.protocol.vault_side import Welcome
     from sliplm.shares.share import VaultShare
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -124,6 +127,7 @@ def _dealing(
     from sliplm.parties.audit import AuditLog
     from sliplm.parties.codec import GroupCodec
     from sliplm.parties.dealer import Dealing, ShareDealer
+    from sliplm.parties.quarantine import Quarantine
     from sliplm.parties.workforce import Workforce
     from sliplm.shares.share import check_pair, open_worker
 
@@ -136,8 +140,15 @@ def _dealing(
     if not dealers:
         yield Dealing(codecs, here, None)
         return
+    own = Quarantine.own()
+
+    def known(link: Link, connection: Connection, welcome: Welcome) -> None:
+        others.known_liar(link)
+
     with closing(
-        Workforce.of(dealers, "dealer", vault.split_id, shapes, _DEALER_SECONDS, AuditLog())
+        Workforce.of(
+            dealers, "dealer", vault.split_id, shapes, _DEALER_SECONDS, AuditLog(), known, quarantine=own
+        )
     ) as others:
         others.open_one()
         yield Dealing(codecs, here, others)

@@ -153,6 +153,7 @@ class DiskPool(Secret, Closing):
         self._over: str | None = None  # why nothing is handed out any more
         self.renewals = 0
         self._shunned: set[bytes] = set()
+        self._dealt: set[bytes] = set()  # the marks of all who dealt what was ever seen here
         self._locked: int | None = self._folder.lock("vault.lock", "vault")
         try:
             state, self._owner = self._folder.state()
@@ -183,10 +184,10 @@ class DiskPool(Secret, Closing):
             return rows
 
     def dealers(self) -> frozenset[bytes]:
-        """The marks of all who dealt what is here, but this machine."""
+        """The marks of all, but this machine, who dealt what is here or was since it was opened."""
         with self._guard:
             self._scan()
-            return frozenset(batch.dealer for batch in self._known.values() if batch.dealer)
+            return frozenset(self._dealt)
 
     def shun(self, marks: Collection[bytes]) -> None:
         """Use nothing that these have dealt, also if it is dealt later: they are asked online."""
@@ -199,13 +200,12 @@ class DiskPool(Secret, Closing):
             if self._over is not None:
                 return 0
             self._scan()
-            theirs = [batch for batch in self._known.values() if batch.dealer in dealers]
             self._shunned.update(dealers)
-            if not theirs:
+            if self._dealt.isdisjoint(dealers):
                 return 0
-            self._drop()  # what is in hand is burnt, whoever dealt it
-            rows = 0
-            for batch in theirs:
+            rows = sum(stock.in_hand() for stock in self._stocks)
+            self._drop()  # what is in hand is burnt, whoever dealt it; its file may be gone already
+            for batch in [batch for batch in self._known.values() if batch.dealer in dealers]:
                 rows += batch.rows - burnt_rows(self._stocks[batch.group].position, batch)
                 with contextlib.suppress(OSError):  # never used again, deleted or not
                     durable.remove(batch.path)
@@ -346,6 +346,7 @@ class DiskPool(Secret, Closing):
         """Find new batches, and delete those that are burnt and not in hand."""
         self._looked = time.monotonic()
         self._known = self._folder.batches(self._owner, self._known)
+        self._dealt.update(batch.dealer for batch in self._known.values() if batch.dealer)
         for stock in self._stocks:
             stock.batches = []
         for batch in sorted(self._known.values(), key=lambda batch: (batch.number, batch.path)):

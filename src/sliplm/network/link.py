@@ -39,6 +39,10 @@ def _question(groups: Sequence[int], messages: Sequence[Elements]) -> Callable[[
     return lambda side: (side.several(parts), together.data)
 
 
+class AnotherParty(WorkerUnavailable):
+    """Whoever answers at the address now is not the one who was shown the key."""
+
+
 class Link:
     """The connection to one worker, made when first needed.  One exchange at a time.
 
@@ -128,18 +132,33 @@ class Link:
                 first += len(x) * m
             yield claims, product.micros
 
-    def deal(self, group: int, key: bytes, first_row: int, rows: int, out: Elements) -> bytes:
+    def deal(
+        self, group: int, key: bytes, first_row: int, rows: int, out: Elements, shown: bytes | None
+    ) -> bytes:
         """Step O2 by the peer: u = w r for rows of the batch with this key into out, uint32 [rows, m];
-        unverified.  Returns the mark of who dealt, see `Connection.mark`.
+        unverified.
 
-        Raises: as `exchange`.
+        Args:
+            shown: the mark of whom the key was shown before, None for nobody: another one never sees it.
+
+        Returns: the mark of who dealt, see `Connection.mark`.
+
+        Raises: as `exchange`, and AnotherParty.
         """
+        known = shown
+
+        def ask(side: VaultSide) -> Question:
+            nonlocal known
+            mark = b"" if self.connection is None else self.connection.mark
+            if known is not None and mark != known:
+                raise AnotherParty(f"{self.address} is somebody else than before", self.address)
+            known = mark
+            return side.deal(group, rows, key, first_row), None
+
         with self._turn():
-            product = self._answer(
-                lambda side: (side.deal(group, rows, key, first_row), None), [group], [rows]
-            )
+            product = self._answer(ask, [group], [rows])
             out[:] = np.frombuffer(product.payload, np.uint32).reshape(out.shape)
-            return b"" if self.connection is None else self.connection.mark
+            return known or b""
 
     def bar(self, kind: type[WorkerError], why: str) -> None:
         """From any thread: ask it nothing more; whoever waits for it gets an error of this kind."""

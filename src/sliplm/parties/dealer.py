@@ -25,7 +25,7 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.masks import masks
-from sliplm.network.link import Link
+from sliplm.network.link import AnotherParty, Link
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.secrecy import Secret
@@ -98,27 +98,24 @@ class Dealing(Secret):
         failure: SlipError | None = None
         if self._dealers is not None:
             tried: set[Link] = set()
+            changed: set[Link] = set()
             while (link := self._dealers.pick(tried)) is not None:
                 tried.add(link)
-                key, r = fresh()
-                marks: set[bytes] = set()
-                u = np.empty((len(r), self._codecs[group].m), np.uint32)
-                step, start = link.max_rows(group), time.monotonic()
+                start = time.monotonic()
                 try:
-                    for first in range(0, len(r), step):
-                        part = u[first : first + step]
-                        marks.add(link.deal(group, key, first, len(part), part))
-                    self._check(group, r, u, link.address)
-                    if len(marks) != 1 or link.barred is not None:
-                        raise WorkerUnavailable(f"{link.address} changed while it dealt", link.address)
+                    dealt = self._dealt_by(link, group, fresh)
                 except ExhaustedError:
                     raise  # nobody's fault but theirs who used them up
                 except FAILURES as error:
                     failure = error
+                    if isinstance(error, AnotherParty) and link not in changed:
+                        changed.add(link)  # the new one is asked once, under a key of its own
+                        tried.discard(link)
+                        continue
                     self._dealers.failed(link, error, self._codecs[group].name)
                     continue
-                self._dealers.served(link, time.monotonic() - start, work(codec.m, codec.n, len(r)))
-                return masks.Dealt(u, marks.pop())
+                self._dealers.served(link, time.monotonic() - start, work(codec.m, codec.n, len(dealt.u)))
+                return dealt
             failure = failure or self._dealers.nobody()
         if self._here is None:
             address = getattr(failure, "address", None)
@@ -139,6 +136,20 @@ class Dealing(Secret):
                 "its kernel is damaged: copy the share again"
             ) from error
         return masks.Dealt(u)
+
+    def _dealt_by(self, link: Link, group: int, fresh: masks.Fresh) -> masks.Dealt:
+        """What one dealer deals under a key of its own, checked.  Raises one of FAILURES; ExhaustedError."""
+        key, r = fresh()
+        mark: bytes | None = None
+        u = np.empty((len(r), self._codecs[group].m), np.uint32)
+        step = link.max_rows(group)
+        for first in range(0, len(r), step):
+            part = u[first : first + step]
+            mark = link.deal(group, key, first, len(part), part, mark)
+        self._check(group, r, u, link.address)
+        if link.barred is not None:
+            raise WorkerUnavailable(f"{link.address} fell while it dealt", link.address)
+        return masks.Dealt(u, mark or b"")
 
     def compute(self, group: int, x: Elements) -> Elements:
         """The product of an online exchange, on this machine, for want of a worker: uint32 [rows, m],

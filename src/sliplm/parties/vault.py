@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
 from sliplm.parties.exchange import Exchange, Part
 from sliplm.parties.framing import cut
+from sliplm.parties.quarantine import Quarantine
 from sliplm.parties.supply import Supply
 from sliplm.parties.terms import Terms
 from sliplm.parties.workforce import Role, Status, Workforce
@@ -69,6 +71,7 @@ class Vault(Secret, Closing):
             )  # fmt: skip
 
         self._seen: dict[Role, set[bytes]] = {"worker": set(), "dealer": set()}
+        self._apart = threading.Lock()  # of two who greet at a time, the second sees the first
         self._workers = workforce(terms.workers, "worker")
         try:
             self._dealers = workforce(terms.dealers, "dealer") if terms.dealers else None
@@ -88,6 +91,7 @@ class Vault(Secret, Closing):
         expect_drops()
         self._dropped = weakref.finalize(self, _end_aside, *held)
         try:
+            self._drop_liars(terms.quarantine)
             self._workers.open_one()
             if self._dealers is not None:
                 self._dealers.open_one()
@@ -209,7 +213,8 @@ class Vault(Secret, Closing):
         if force is not None:
             force.known_liar(link)
         self._supply.freshness = welcome.nonce
-        self._check_apart(role, link, connection)
+        with self._apart:
+            self._check_apart(role, link, connection)
         if self.counters.exchanges:
             self._supply.renew()
             self.audit.write("masks renewed", "a connection was made anew", role=role, address=link.address)
@@ -230,6 +235,14 @@ class Vault(Secret, Closing):
             self._seen[role].add(connection.mark)
             if role == "worker":
                 self._supply.shun({connection.mark})
+
+    def _drop_liars(self, quarantine: Quarantine | None) -> None:
+        """What was dealt on disk by one who was caught since, by whichever vault, is used no more."""
+        for mark in self._supply.dealers() if quarantine is not None else ():
+            known = None if quarantine is None else quarantine.find(None, mark)
+            if known is not None and (rows := self._supply.drop({mark})):
+                why = f"{rows} rows on disk that it had dealt: {known.why()}"
+                self.audit.write("masks dropped", why, role="dealer", address=known.address)
 
     def _drop_masks(self, link: Link) -> None:
         """A dealer fell: what it has dealt is used no more."""
