@@ -10,6 +10,7 @@ import numpy as np
 from folders import SPLIT_ID, scratch
 from sliplm.arithmetic.field import derive_key
 from sliplm.errors import SlipError
+from sliplm.masks.masks import Dealt, Fresh
 from sliplm.masks.pool import DiskPool
 from sliplm.masks.poolfolder import STATE, PoolWriter, stock
 
@@ -32,9 +33,10 @@ def _secret(label: str) -> bytes:
     return derive_key(bytes(32), label)
 
 
-def _sums(group: int, _key: bytes, r: np.ndarray) -> np.ndarray:
+def _sums(group: int, fresh: Fresh) -> Dealt:
     """The products of a matrix that has 1 everywhere in its first column."""
-    return np.repeat(r[:, :1], SHAPES[group][0], axis=1)
+    _, r = fresh()
+    return Dealt(np.repeat(r[:, :1], SHAPES[group][0], axis=1), bytes([1]) * 32)
 
 
 def _made() -> dict[str, bytes]:

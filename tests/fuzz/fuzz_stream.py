@@ -24,6 +24,8 @@ _CUTS = 16  # the first bytes of the input say how long the pieces are
 class Pieces:
     """A socket that has the bytes already, gives them in pieces, and then is closed."""
 
+    family = socket.AF_INET
+
     def __init__(self, data: bytes) -> None:
         self._cuts, self._data = data[:_CUTS] or b"\0", memoryview(data[_CUTS:])
         self._turn = 0

@@ -346,7 +346,7 @@ def test_a_crowd_from_one_address_drives_out_its_own(share: WorkerShare, folder:
         crowd = [stack.enter_context(stranger(address, "127.0.0.2")) for _ in range(2 * MAX_STRANGERS)]
         assert crowd[0].recv(1) == b""
         context = keys.context(folder / "vault", "vault")
-        with handshake(slow, context, "vault", "worker", soon()) as connection:
+        with handshake(slow, context, "worker", "worker", soon()) as connection:
             greet(connection, side)
             check_products(connection, side, share, 0)
 

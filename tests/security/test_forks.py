@@ -224,7 +224,8 @@ def inner():
         os._exit(1)
     os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
-pool = masks.MaskPool(1, lambda g, rows, *_: masks.deal(g, 8, rows, lambda key, r: r, b""), 0)
+dealt = lambda fresh: masks.Dealt(fresh()[1])
+pool = masks.MaskPool(1, lambda g, rows, *_: masks.deal(g, 8, rows, dealt, b""), 0)
 pool.add([0], 4)
 assert os.getpid() == 1
 inner()

@@ -355,6 +355,7 @@ def test_a_dealer_alone_stops_the_request_and_nothing_else(
         served = vault.counters.exchanges
         assert len(worker.messages) == served, "nothing is sent under a mask that nobody vouches for"
         assert states(vault) == ["up", rogue.ends, "lost"]
+        dealer._wanted = "dealer"
         with serving(dealer, later):
             assert scene.wrong(vault, after[-1]) == 0
             assert states(vault) == ["up", rogue.ends, "up"]
