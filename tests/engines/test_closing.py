@@ -179,9 +179,17 @@ def test_a_command_that_is_told_to_end_leaves_no_keys(
 ) -> None:
     command = [sys.executable, "-m", "sliplm", "generate", str(folder), "--prompt", "hello"]
     command += ["--max-new-tokens", "100000"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: keys(own_temporary) or process.poll() is not None)
-        for _ in range(2):  # as `timeout` does
-            process.send_signal(number)
-        assert process.wait(LIMIT) == 128 + number
+    before = signal.signal(number, signal.SIG_DFL)  # `nohup` would pass on that it is ignored
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finally:
+        signal.signal(number, before)
+    with process:
+        try:
+            wait_until(lambda: keys(own_temporary) or process.poll() is not None)
+            for _ in range(2):  # as `timeout` does
+                process.send_signal(number)
+            assert process.wait(LIMIT) == 128 + number
+        finally:
+            process.kill()
     assert not list(own_temporary.glob("sliplm-*"))
