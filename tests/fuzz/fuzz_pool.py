@@ -36,7 +36,7 @@ def _secret(label: str) -> bytes:
 def _sums(group: int, fresh: Fresh) -> Dealt:
     """The products of a matrix that has 1 everywhere in its first column."""
     _, r = fresh()
-    return Dealt(np.repeat(r[:, :1], SHAPES[group][0], axis=1), bytes([1]) * 32)
+    return Dealt(np.repeat(r[:, :1], SHAPES[group][0], axis=1), (bytes([1]) * 32,))
 
 
 def _made() -> dict[str, bytes]:

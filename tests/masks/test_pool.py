@@ -912,7 +912,7 @@ X, Y, NOBODY = (bytes([i]) * 32 for i in (7, 8, 9))
 
 def deal_by(folder: Path, anchor: Anchor, mark: bytes, group: int, rows: int) -> None:
     with PoolWriter(folder, SPLIT, pool_key, SHAPES, anchor) as writer:
-        writer.add(group, rows, lambda group, fresh: Dealt(product(group, *fresh()), mark))
+        writer.add(group, rows, lambda group, fresh: Dealt(product(group, *fresh()), (mark,)))
 
 
 def test_a_pool_knows_who_dealt_and_another_process_learns_it(folder: Path, anchor: FileAnchor) -> None:

@@ -1,7 +1,7 @@
 """One batch of masks on disk: its products u sealed row by row; of r nothing, for it is made from a key.
 
-    header   magic, version, split id, pool id, batch id, group, m, n, rows, number, the
-             mark of its dealer (32 bytes, 0 for this machine); then its tag
+    header   magic, version, split id, pool id, batch id, group, m, n, rows, number, the two
+             marks of its dealer (32 bytes each, 0 for none); then its tag
     row i    u_i (m elements) and its tag: AES-256-GCM, nonce = i, the header authenticated with it
 
 Both keys of a batch are HKDF of the pool's secret with the batch id as label: `r/ID` makes r (SPEC O1),
@@ -33,7 +33,7 @@ from sliplm.secrecy import Secret
 NAME: Final = re.compile(r"(\d{1,9})-(\d{1,18})-([0-9a-f]{32})\.masks")
 TAG_BYTES: Final = 16
 
-_HEADER = struct.Struct("<8sI16s16s16sIIIIQ32s")
+_HEADER = struct.Struct("<8sI16s16s16sIIIIQ32s32s")
 _MAGIC, _VERSION = b"SLIPMASK", 2
 _ROWS_AT_ONCE = 16  # of a write
 _HEADER_NONCE = b"\xff" * 12  # no row has this number
@@ -65,7 +65,7 @@ class MaskFile(Secret):
     rows: int
     m: int
     n: int
-    dealer: bytes
+    marks: tuple[bytes, ...]
     _header: bytes
     _r_key: bytes
     _u_key: bytes
@@ -99,14 +99,13 @@ class MaskFile(Secret):
             raise _unusable(path, "is of another pool, or was altered") from None
         fields = _HEADER.unpack(header)
         rows: int = fields[8]
-        dealer: bytes = fields[10]
-        if header != _pack(owner, name[3], int(name[1]), m, n, rows, int(name[2]), dealer):
+        marks: tuple[bytes, ...] = tuple(mark for mark in fields[10:] if any(mark))
+        if header != _pack(owner, name[3], int(name[1]), m, n, rows, int(name[2]), marks):
             raise _unusable(path, f"holds no masks for a matrix of {m} x {n} under this name")
         if size != file_bytes(m, rows):
             raise _unusable(path, f"has {size} bytes instead of {file_bytes(m, rows)}")
         r_key = derive_key(owner.secret, f"r/{name[3]}")
-        dealer = dealer if any(dealer) else b""
-        return cls(path, int(name[1]), int(name[2]), rows, m, n, dealer, header, r_key, u_key)
+        return cls(path, int(name[1]), int(name[2]), rows, m, n, marks, header, r_key, u_key)
 
     def read(self, first: int, rows: int) -> Masks:
         """Rows `first` on, which the caller has burnt.  Raises: PoolError; then nothing of them is used."""
@@ -166,7 +165,7 @@ def write(
     dealt = product(group, fresh)
     batch_id, u = ids[-1], np.ascontiguousarray(dealt.u, "<u4")
     cipher = AESGCM(derive_key(owner.secret, f"u/{batch_id}"))
-    header = _pack(owner, batch_id, group, m, n, rows, number, dealt.dealer or bytes(32))
+    header = _pack(owner, batch_id, group, m, n, rows, number, dealt.marks)
     path = folder / f"{group:04d}-{number:010d}-{batch_id}.masks"
     if u.shape != (rows, m):
         raise PoolError(f"products {list(u.shape)} were dealt where {[rows, m]} were asked for")
@@ -179,10 +178,11 @@ def write(
 
 
 def _pack(
-    owner: Owner, batch_id: str, group: int, m: int, n: int, rows: int, number: int, dealer: bytes
+    owner: Owner, batch_id: str, group: int, m: int, n: int, rows: int, number: int, marks: tuple[bytes, ...]
 ) -> bytes:
     ids = [bytes.fromhex(text) for text in (owner.split_id, owner.pool_id, batch_id)]
-    return _HEADER.pack(_MAGIC, _VERSION, *ids, group, m, n, rows, number, dealer)
+    first, second = (*marks, bytes(32), bytes(32))[:2]
+    return _HEADER.pack(_MAGIC, _VERSION, *ids, group, m, n, rows, number, first, second)
 
 
 def _nonce(row: int) -> bytes:

@@ -45,10 +45,12 @@ gone to one is never shown to another.  The last one drawn is the batch's."""
 
 
 class Dealt(NamedTuple):
-    """u = w r, uint32 [rows, m], checked; and the mark of who dealt it, empty for this machine."""
+    """u = w r, uint32 [rows, m], checked; and who dealt it: marks of 32 bytes, of the key or process and of
+    the certificate; none for this machine.
+    """
 
     u: Elements
-    dealer: bytes = b""
+    marks: tuple[bytes, ...] = ()
 
 
 @dataclass(repr=False)
@@ -59,7 +61,7 @@ class Batch(Secret):
     stream: int
     n: int
     u: Elements
-    dealer: bytes = b""
+    marks: tuple[bytes, ...] = ()
     used: int = 0
     _r: Elements | None = None  # rows `_first` on, made from the key a few at a time
     _first: int = 0
@@ -128,8 +130,8 @@ def deal(group: int, n: int, rows: int, products: Callable[[Fresh], Dealt], fres
         drawn.append(fresh_key(freshness))
         return drawn[-1], np.ascontiguousarray(uniform_rows(drawn[-1], group, 0, rows, n))
 
-    u, dealer = products(fresh)
-    return Batch(drawn[-1], group, n, u, dealer)
+    u, marks = products(fresh)
+    return Batch(drawn[-1], group, n, u, marks)
 
 
 class MaskPool(Secret):
@@ -206,7 +208,9 @@ class MaskPool(Secret):
                 return joined(parts)
             age = self.renewals
             late = self._make(group, missing, False, True)
-            if age == self.renewals:  # else it may be from before the snapshot
+            if age == self.renewals and self._fallen.isdisjoint(
+                late.marks
+            ):  # else: before a snapshot, a fall
                 return joined([*parts, late.burn(missing)])
 
     def renew(self) -> None:
@@ -217,13 +221,13 @@ class MaskPool(Secret):
             self.renewals += 1
             self._change.notify_all()
 
-    def drop(self, dealers: Collection[bytes]) -> int:
+    def drop(self, marks: Collection[bytes]) -> int:
         """Throw away, now and when they come, the masks that these have dealt; how many rows there were."""
         with self._change:
-            self._fallen.update(dealers)
+            self._fallen.update(marks)
             before = sum(self._count)
             for group, ready in enumerate(self._ready):
-                self._ready[group] = deque(batch for batch in ready if batch.dealer not in self._fallen)
+                self._ready[group] = deque(b for b in ready if self._fallen.isdisjoint(b.marks))
                 self._count[group] = sum(len(batch.u) - batch.used for batch in self._ready[group])
             self._change.notify_all()
             return before - sum(self._count)
@@ -282,7 +286,7 @@ class MaskPool(Secret):
 
     def _keep(self, group: int, batch: Batch, age: int) -> None:
         with self._change:
-            if not self._closed and age == self.renewals and batch.dealer not in self._fallen:
+            if not self._closed and age == self.renewals and self._fallen.isdisjoint(batch.marks):
                 self._ready[group].append(batch)
                 self._count[group] += len(batch.u)
                 self._change.notify_all()

@@ -194,18 +194,18 @@ class DiskPool(Secret, Closing):
         with self._guard:
             self._shunned.update(marks)
 
-    def drop(self, dealers: Collection[bytes]) -> int:
+    def drop(self, marks: Collection[bytes]) -> int:
         """Delete what these have dealt, and what is in hand with it; how many rows are lost so."""
         with self._guard:
             if self._over is not None:
                 return 0
+            self._shunned.update(marks)  # first: what cannot be read now is not used later either
             self._scan()
-            self._shunned.update(dealers)
-            if self._dealt.isdisjoint(dealers):
+            if self._dealt.isdisjoint(marks):
                 return 0
             rows = sum(stock.in_hand() for stock in self._stocks)
             self._drop()  # what is in hand is burnt, whoever dealt it; its file may be gone already
-            for batch in [batch for batch in self._known.values() if batch.dealer in dealers]:
+            for batch in [b for b in self._known.values() if not set(marks).isdisjoint(b.marks)]:
                 rows += batch.rows - burnt_rows(self._stocks[batch.group].position, batch)
                 with contextlib.suppress(OSError):  # never used again, deleted or not
                     durable.remove(batch.path)
@@ -346,12 +346,12 @@ class DiskPool(Secret, Closing):
         """Find new batches, and delete those that are burnt and not in hand."""
         self._looked = time.monotonic()
         self._known = self._folder.batches(self._owner, self._known)
-        self._dealt.update(batch.dealer for batch in self._known.values() if batch.dealer)
+        self._dealt.update(mark for batch in self._known.values() for mark in batch.marks)
         for stock in self._stocks:
             stock.batches = []
         for batch in sorted(self._known.values(), key=lambda batch: (batch.number, batch.path)):
             stock = self._stocks[batch.group]
-            if batch.dealer in self._shunned:
+            if not self._shunned.isdisjoint(batch.marks):
                 continue
             if burnt_rows(stock.position, batch) < batch.rows:
                 stock.batches.append(batch)

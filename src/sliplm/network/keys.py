@@ -80,6 +80,11 @@ class Identity(NamedTuple):
     fingerprint: bytes
     spki: bytes
 
+    @property
+    def mark(self) -> bytes:
+        """What `mark` says of this certificate."""
+        return mark(self.serial)
+
     @classmethod
     def of(cls, certificate: x509.Certificate) -> Self:
         """The identity in a certificate.  Raises CredentialError if it has not one role and one name."""
@@ -205,6 +210,11 @@ class Revocations:
     def __contains__(self, serial: object) -> bool:
         return serial in self._serials
 
+    @property
+    def serials(self) -> frozenset[int]:
+        """All that the list names."""
+        return self._serials
+
     def refresh(self) -> None:
         """Read the list again if its file has changed.
 
@@ -234,6 +244,11 @@ class Revocations:
                     logger.warning("%s", trouble)
             said = trouble
             act()
+
+
+def mark(serial: int) -> bytes:
+    """What stands for a certificate where all that is kept has 32 bytes: SHA-256 over its serial number."""
+    return _sha256(f"certificate/{serial:x}".encode())
 
 
 def role_uri(role: Role) -> str:

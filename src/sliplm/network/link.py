@@ -23,6 +23,7 @@ from sliplm.protocol.vault_side import Product, VaultSide, Welcome
 
 Question = tuple[bytes, memoryview | None]
 Bar = tuple[type[WorkerError], str]
+Marks = tuple[bytes, ...]
 Greet = Callable[["Link", Connection, Welcome], None]
 
 _CLOSE_LIMIT = 5.0  # seconds for an exchange to notice that its connection is gone
@@ -75,7 +76,7 @@ class Link:
         self.took = 0.0  # seconds of the last exchange, without the wait for its turn
         self.spki: bytes | None = None  # of the certificate that it showed last
         self.greeted = False  # whether it ever greeted as it should
-        self.marks: set[bytes] = set()  # of whoever has greeted here, see `Connection.mark`
+        self.marks: set[bytes] = set()  # of whoever has greeted here, see `Connection.marks`
         self._peer: str | None = None
         self._split_id, self._shapes, self._timeout, self._greet = split_id, shapes, timeout, greet
         self._attester, self._verifier = attester, verifier
@@ -133,15 +134,15 @@ class Link:
             yield claims, product.micros
 
     def deal(
-        self, group: int, key: bytes, first_row: int, rows: int, out: Elements, shown: bytes | None
-    ) -> bytes:
+        self, group: int, key: bytes, first_row: int, rows: int, out: Elements, shown: Marks | None
+    ) -> Marks:
         """Step O2 by the peer: u = w r for rows of the batch with this key into out, uint32 [rows, m];
         unverified.
 
         Args:
-            shown: the mark of whom the key was shown before, None for nobody: another one never sees it.
+            shown: the marks of whom the key was shown before, None for nobody: another one never sees it.
 
-        Returns: the mark of who dealt, see `Connection.mark`.
+        Returns: the marks of who dealt, see `Connection.marks`.
 
         Raises: as `exchange`, and AnotherParty.
         """
@@ -149,16 +150,16 @@ class Link:
 
         def ask(side: VaultSide) -> Question:
             nonlocal known
-            mark = b"" if self.connection is None else self.connection.mark
-            if known is not None and mark != known:
+            marks = () if self.connection is None else self.connection.marks
+            if known is not None and marks != known:
                 raise AnotherParty(f"{self.address} is somebody else than before", self.address)
-            known = mark
+            known = marks
             return side.deal(group, rows, key, first_row), None
 
         with self._turn():
             product = self._answer(ask, [group], [rows])
             out[:] = np.frombuffer(product.payload, np.uint32).reshape(out.shape)
-            return known or b""
+            return known or ()
 
     def bar(self, kind: type[WorkerError], why: str) -> None:
         """From any thread: ask it nothing more; whoever waits for it gets an error of this kind."""
@@ -255,8 +256,7 @@ class Link:
             except BaseException:
                 connection.close()
                 raise
-            if connection.mark:
-                self.marks.add(connection.mark)
+            self.marks.update(connection.marks)
             self.connection, self._side, self.greeted = connection, side, True
             self._check()  # another thread may have barred it, and seen no connection to end
         return connection

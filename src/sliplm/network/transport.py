@@ -95,6 +95,7 @@ class Connection(Closing):
         own: who we are to the peer; None on a Unix socket.
         mark: what tells the peer from others for good: the SHA-256 of its public key, or of its process on a
             Unix socket; empty for a peer in this very process.
+        marks: this, and what stands for its certificate, where there are such.
         place: device and inode of the Unix socket that was connected to.
     """
 
@@ -108,6 +109,7 @@ class Connection(Closing):
         self.identity = identity
         self.own = own
         self.mark = _process_mark(sock) if identity is None else identity.spki
+        self.marks = tuple(filter(None, (self.mark, b"" if identity is None else identity.mark)))
         self.place: tuple[int, int] | None = None
         self._sock = sock
         self._peer = peer

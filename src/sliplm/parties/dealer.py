@@ -8,6 +8,7 @@ product that fails the check is used for nothing, and its dealer, not a worker, 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -25,7 +26,7 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.masks import masks
-from sliplm.network.link import AnotherParty, Link
+from sliplm.network.link import AnotherParty, Link, Marks
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.secrecy import Secret
@@ -61,12 +62,16 @@ class Dealing(Secret):
         codecs: of every group.
         here: the worker share on this machine, or None.
         dealers: asked first, before `here`.
+
+    Attributes:
+        tally: rows by the address and the certificate of who dealt them; None and None for this machine.
     """
 
     def __init__(
         self, codecs: Sequence[GroupCodec], here: ShareDealer | None, dealers: Workforce | None
     ) -> None:
         self._codecs, self._here, self._dealers = codecs, here, dealers
+        self.tally: Counter[tuple[str | None, str | None]] = Counter()
 
     @property
     def possible(self) -> bool:
@@ -115,6 +120,7 @@ class Dealing(Secret):
                     self._dealers.failed(link, error, self._codecs[group].name)
                     continue
                 self._dealers.served(link, time.monotonic() - start, work(codec.m, codec.n, len(dealt.u)))
+                self.tally[link.address, link.peer] += len(dealt.u)
                 return dealt
             failure = failure or self._dealers.nobody()
         if self._here is None:
@@ -135,21 +141,22 @@ class Dealing(Secret):
                 f"{self._codecs[group].name}: a dealt product is wrong; the worker share on this machine or "
                 "its kernel is damaged: copy the share again"
             ) from error
+        self.tally[None, None] += len(u)
         return masks.Dealt(u)
 
     def _dealt_by(self, link: Link, group: int, fresh: masks.Fresh) -> masks.Dealt:
         """What one dealer deals under a key of its own, checked.  Raises one of FAILURES; ExhaustedError."""
         key, r = fresh()
-        mark: bytes | None = None
+        marks: Marks | None = None
         u = np.empty((len(r), self._codecs[group].m), np.uint32)
         step = link.max_rows(group)
         for first in range(0, len(r), step):
             part = u[first : first + step]
-            mark = link.deal(group, key, first, len(part), part, mark)
+            marks = link.deal(group, key, first, len(part), part, marks)
         self._check(group, r, u, link.address)
         if link.barred is not None:
             raise WorkerUnavailable(f"{link.address} fell while it dealt", link.address)
-        return masks.Dealt(u, mark or b"")
+        return masks.Dealt(u, marks or ())
 
     def compute(self, group: int, x: Elements) -> Elements:
         """The product of an online exchange, on this machine, for want of a worker: uint32 [rows, m],

@@ -73,9 +73,9 @@ class Supply(Secret):
         if self._disk is not None:
             self._disk.shun(marks)
 
-    def drop(self, dealers: Collection[bytes]) -> int:
+    def drop(self, marks: Collection[bytes]) -> int:
         """Throw away what these have dealt, in memory and on disk; how many rows that were."""
-        return self.memory.drop(dealers) + (0 if self._disk is None else self._disk.drop(dealers))
+        return self.memory.drop(marks) + (0 if self._disk is None else self._disk.drop(marks))
 
     def close(self) -> None:
         """Stop dealing and forget all masks."""

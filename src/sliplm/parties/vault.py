@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sliplm import forks
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.closing import Closing, expect_drops, when_dropped
-from sliplm.errors import CredentialError, InputError, WorkerUnavailable
+from sliplm.errors import CredentialError, InputError, SlipError, WorkerUnavailable
+from sliplm.network.keys import mark
 from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.adapters import Adapters
@@ -30,6 +32,10 @@ from sliplm.parties.workforce import Role, Status, Workforce
 from sliplm.protocol.vault_side import Welcome
 from sliplm.secrecy import Secret
 from sliplm.shares.share import VaultShare, check_pair
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Vault(Secret, Closing):
@@ -84,14 +90,17 @@ class Vault(Secret, Closing):
         self._supply = Supply(uses, dealing, terms.pool, terms.ahead, self.counters)
         here = dealing if terms.fallback == "here" else None
         self._exchange = Exchange(self._codecs, self._supply, self._workers, here, self.counters, self.audit)
+        for force in self._forces:
+            force.taken_back = _telling(weakref.ref(self), Vault._drop_revoked)
         if self._dealers is not None:
-            self._dealers.fallen = _falling(weakref.ref(self))
+            self._dealers.fallen = _telling(weakref.ref(self), Vault._drop_masks)
         self._others: list[Closing] = []
         held = (self._process, self._workers, self._dealers, self._supply, self._others)
         expect_drops()
         self._dropped = weakref.finalize(self, _end_aside, *held)
         try:
             self._drop_liars(terms.quarantine)
+            self._drop_revoked(frozenset().union(*(force.revoked() for force in self._forces)))
             self._workers.open_one()
             if self._dealers is not None:
                 self._dealers.open_one()
@@ -102,6 +111,10 @@ class Vault(Secret, Closing):
 
     def __repr__(self) -> str:
         return f"Vault(groups={len(self._codecs)}, workers={self._workers!r}, secrets hidden)"
+
+    @property
+    def _forces(self) -> tuple[Workforce, ...]:
+        return (self._workers,) if self._dealers is None else (self._workers, self._dealers)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -232,41 +245,46 @@ class Vault(Secret, Closing):
                 "issue NAME --role dealer`), or deal the pool again"
             )
         if connection.mark:
-            self._seen[role].add(connection.mark)
+            self._seen[role].update(connection.marks)
             if role == "worker":
                 self._supply.shun({connection.mark})
 
     def _drop_liars(self, quarantine: Quarantine | None) -> None:
         """What was dealt on disk by one who was caught since, by whichever vault, is used no more."""
-        for mark in self._supply.dealers() if quarantine is not None else ():
-            known = None if quarantine is None else quarantine.find(None, mark)
-            if known is not None and (rows := self._supply.drop({mark})):
+        for one in self._supply.dealers() if quarantine is not None else ():
+            known = None if quarantine is None else quarantine.find(None, one)
+            if known is not None and (rows := self._supply.drop({one})):
                 why = f"{rows} rows on disk that it had dealt: {known.why()}"
                 self.audit.write("masks dropped", why, role="dealer", address=known.address)
 
     def _drop_masks(self, link: Link) -> None:
         """A dealer fell: what it has dealt is used no more."""
-        rows = self._supply.drop(link.marks) if link.marks else 0
-        if not rows:
-            return
-        self.audit.write(
-            "masks dropped",
-            f"{rows} rows that it had dealt",
-            role="dealer",
-            address=link.address,
-            peer=link.peer,
-        )
+        if rows := self._supply.drop(link.marks):
+            why = f"{rows} rows that it had dealt"
+            self.audit.write("masks dropped", why, role="dealer", address=link.address, peer=link.peer)
+
+    def _drop_revoked(self, serials: Collection[int]) -> None:
+        """Certificates were taken back: what their holders dealt is used no more, by whichever process."""
+        marks = {mark(serial): serial for serial in serials}
+        seen = self._supply.dealers() | self._seen["dealer"]
+        if rows := self._supply.drop(marks):
+            which = ", ".join(f"{marks[each]:x}" for each in seen & marks.keys())
+            why = f"{rows} rows dealt under a certificate that is revoked, serial {which}"
+            self.audit.write("masks dropped", why, role="dealer")
 
 
-def _falling(vault: weakref.ref[Vault]) -> Callable[[Link], None]:
-    """`_drop_masks` for the dealers, which must not keep the vault."""
+def _telling(vault: weakref.ref[Vault], tell: Callable[[Vault, T], None]) -> Callable[[T], None]:
+    """A method of the vault for threads of its parts, which must not keep it, nor end by an error of it."""
 
-    def fallen(link: Link) -> None:
+    def told(what: T) -> None:
         found = vault()
         if found is not None:
-            found._drop_masks(link)
+            try:
+                tell(found, what)
+            except SlipError as error:  # a pool that cannot be read now is shunned all the same
+                logger.error("%s", error)  # noqa: TRY400
 
-    return fallen
+    return told
 
 
 def _greeting(vault: weakref.ref[Vault], role: Role) -> Greet:

@@ -125,6 +125,8 @@ class Workforce:
             raise InputError(f"a {role} is named twice: name each once")
         self._remember()
         self.fallen: Callable[[Link], None] = lambda link: None  # told who lied, or lost its certificate
+        self.taken_back: Callable[[Collection[int]], None] = lambda serials: None  # told what is revoked anew
+        self._listed: frozenset[int] = frozenset()
         self._exchanges = 0
         self._closing = threading.Event()
         self._warden = threading.Thread(target=self._watch, name=f"sliplm-{role}s", daemon=True)
@@ -297,6 +299,11 @@ class Workforce:
                 f"{self._role} {link.address} shows the key of {known.address}, {known.why()}", link.address
             )
 
+    def revoked(self) -> frozenset[int]:
+        """The serial numbers that the lists in the members' key folders name."""
+        lists = [m.revocations.serials for m in self._members if m.revocations is not None]
+        return frozenset().union(*lists)
+
     def _remember(self) -> None:
         """Quarantine those whose address was quarantined before."""
         for member in self._members:
@@ -333,23 +340,29 @@ class Workforce:
 
     def _watch(self) -> None:
         while not self._closing.wait(_ROUND):
-            for member in self._members:
-                self._look_for_revocation(member)
+            self._look_for_revocations()
             now = time.monotonic()
             due = [m for m in self._members if m.state in ("lost", "suspended") and m.until <= now]
             for member in due:
                 member.until = math.inf  # one probe at a time
                 threading.Thread(target=self._probe, args=(member,), daemon=True).start()
 
-    def _look_for_revocation(self, member: _Member) -> None:
+    def _look_for_revocations(self) -> None:
+        for member in self._members:
+            if member.revocations is not None:
+                with contextlib.suppress(CredentialError):  # what was known counts; a handshake says why
+                    member.revocations.refresh()
+                self._end_revoked(member, member.revocations)
+        listed, before = self.revoked(), self._listed
+        if listed != before:
+            self._listed = listed
+            self.taken_back(listed - before)
+
+    def _end_revoked(self, member: _Member, revocations: keys.Revocations) -> None:
         connection = member.link.connection
-        if member.revocations is None or connection is None or connection.identity is None:
+        if connection is None or connection.identity is None:
             return
-        with contextlib.suppress(
-            CredentialError
-        ):  # what was known still counts; a handshake says what is wrong
-            member.revocations.refresh()
-        if connection.identity.serial in member.revocations:
+        if connection.identity.serial in revocations:
             reason = f"the certificate {connection.identity.name} was revoked"
             with self._lock:
                 if member.state == "quarantined":
