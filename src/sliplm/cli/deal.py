@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sliplm.masks.poolfolder import GroupStock, PoolWriter
     from sliplm.network.link import Link
     from sliplm.network.transport import Connection
+    from sliplm.parties.audit import AuditLog
     from sliplm.parties.dealer import Dealing
     from sliplm.protocol.vault_side import Welcome
     from sliplm.shares.share import VaultShare
@@ -79,6 +80,13 @@ def command(
             "default it is kept in ~/.local/state/sliplm/anchors ($SLIPLM_STATE).",
         ),
     ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append a line of JSON for each dealer that dealt, lied, stalled or was refused.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Deal masks ahead of time, into a folder on the vault's disk.
@@ -103,7 +111,7 @@ def command(
     if tokens is not None:
         if share is None and not dealer:
             share = vault.parent / "worker"
-        with _dealing(opened, shapes, share, dealer or []) as dealing:
+        with _dealing(opened, shapes, share, dealer or [], pool, audit) as dealing:
             _deal(opened, pool, shapes, tokens, dealing, most, anchor)
     stocks = stock(pool, opened.pool_name, opened.pool_key, shapes)
     _show(console(json=json), list(opened.groups), stocks)
@@ -121,9 +129,10 @@ def command(
 
 @contextmanager
 def _dealing(
-    vault: VaultShare, shapes: Sequence[tuple[int, int]], share: Path | None, dealers: list[str]
-) -> Iterator[Dealing]:
-    """Who makes the products, and checks them: dealers, the worker share, or both."""
+    vault: VaultShare, shapes: Sequence[tuple[int, int]], share: Path | None, dealers: list[str],
+    pool: Path, audit: Path | None,
+) -> Iterator[Dealing]:  # fmt: skip
+    """Who makes the products, and checks them: dealers, the worker share, or both; who it was is recorded."""
     from sliplm.parties.audit import AuditLog
     from sliplm.parties.codec import GroupCodec
     from sliplm.parties.dealer import Dealing, ShareDealer
@@ -137,21 +146,31 @@ def _dealing(
         check_pair(vault, worker)
         here = ShareDealer(worker)
     codecs = [GroupCodec(secrets) for secrets in vault.groups.values()]
-    if not dealers:
-        yield Dealing(codecs, here, None)
-        return
-    own = Quarantine.own()
+    log, own = AuditLog(audit), Quarantine.own()
+    others: Workforce | None = None
 
     def known(link: Link, connection: Connection, welcome: Welcome) -> None:
-        others.known_liar(link)
+        if others is not None:
+            others.known_liar(link)
 
-    with closing(
-        Workforce.of(
-            dealers, "dealer", vault.split_id, shapes, _DEALER_SECONDS, AuditLog(), known, quarantine=own
-        )
-    ) as others:
-        others.open_one()
-        yield Dealing(codecs, here, others)
+    with ExitStack() as held:
+        if dealers:
+            others = Workforce.of(
+                dealers, "dealer", vault.split_id, shapes, _DEALER_SECONDS, log, known, quarantine=own
+            )
+            held.callback(others.close)
+            others.open_one()
+        dealing = Dealing(codecs, here, others)
+        held.callback(_record, log, dealing, pool / vault.pool_name)
+        yield dealing
+
+
+def _record(log: AuditLog, dealing: Dealing, pool: Path) -> None:
+    for (address, peer), rows in dealing.tally.items():
+        if address is None:
+            log.write("dealt", f"{rows} rows into {pool}, from the worker share on this machine")
+        else:
+            log.write("dealt", f"{rows} rows into {pool}", role="dealer", address=address, peer=peer)
 
 
 def _deal(

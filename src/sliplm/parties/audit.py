@@ -24,6 +24,7 @@ Event = Literal[
     "lost",  # the connection broke or nobody listens
     "rejoined",  # serves again
     "drained",  # taken out by the operator
+    "dealt",  # made masks for a pool on disk
     "computed here",  # no worker was left, and the vault did the product itself
     "masks dropped",  # their dealer lied or was revoked
     "masks renewed",  # a connection was made anew, or a clock jumped: masks dealt before are thrown away
@@ -82,9 +83,7 @@ class AuditLog:
         peer: str | None = None,
         group: str | None = None,
     ) -> None:
-        """Record an event, and log it as a warning.  A file that cannot be written is logged, not raised:
-        requests go on.
-        """
+        """Record an event, and log it.  A file that cannot be written is logged too: requests go on."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         record = Record(now, event, role, address, peer, group, reason)
         with self._lock:
@@ -93,7 +92,8 @@ class AuditLog:
                 self._append(json.dumps(asdict(record)).encode() + b"\n")
             except InputError as error:
                 logger.error("%s", error)  # noqa: TRY400
-        logger.warning("%s %s %s: %s", role, address, event, reason)
+        level = logging.INFO if event == "dealt" else logging.WARNING
+        logger.log(level, "%s %s %s: %s", role, address, event, reason)
 
     def _append(self, line: bytes) -> None:
         if self._path is None:
