@@ -19,7 +19,7 @@ from sliplm.engines.experts import SlipExperts
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.load import load, reference
 from sliplm.engines.transformers.thief import thief
-from sliplm.errors import InputError, ShareError
+from sliplm.errors import InputError, RecipeError, ShareError
 from sliplm.network.transport import Connection
 from sliplm.parties.worker import Worker
 from sliplm.planning.counts import report_for
@@ -174,6 +174,20 @@ def test_experts_refuse_what_they_cannot_do(mixture: Path) -> None:
 
     with pytest.raises(ShareError, match="4 experts"):
         replace_experts(plain, read_vault_manifest(mixture / "out" / "vault").groups, None)
+
+
+def test_more_groups_than_messages_can_number_are_refused_before_the_split(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sliplm.engines.writing.MAX_GROUPS", 10)  # qkv, o, lm_head and 8 of experts
+    with pytest.raises(RecipeError, match=r"11 groups .* at most 10 groups"):
+        split(mixture / "model", tmp_path / "out", RECIPE, i_know=True)
+    assert not (tmp_path / "out" / "vault").exists()
+    assert not list((tmp_path / "out").glob(".partial/*/*"))
+    rule = Rule(pattern="*.down_proj.*", placement="vault")  # as the message says
+    assert (
+        split(mixture / "model", tmp_path / "out", Recipe(rank=4, rules=(rule,)), i_know=True).exchanges == 4
+    )
 
 
 def test_experts_are_counted_by_their_use(mixture: Path) -> None:

@@ -16,6 +16,7 @@ from sliplm.protocol.frames import HEADER_BYTES, FaultCode, Header, Kind
 from sliplm.protocol.side import FRAME_BYTES, State, Way
 from sliplm.protocol.vault_side import VAULT_TABLE, Accept, Product, VaultSide, Welcome
 from sliplm.protocol.worker_side import WORKER_TABLE, Deal, Evidence, Hello, Multiply, Several, WorkerSide
+from sliplm.shares.manifest import MAX_GROUPS
 
 SPLIT_ID = "ab" * 16
 OTHER_ID = "cd" * 16
@@ -365,7 +366,7 @@ def test_row_longer_than_a_frame() -> None:
     assert VaultSide(SPLIT_ID, wide).max_rows(0) == WorkerSide(SPLIT_ID, wide).max_rows(0) == 1
 
 
-@pytest.mark.parametrize("shapes", [[], [(0, 1)], [(1, -1)], [(2**25, 1)], [(1, 1)] * (wire.MAX_GROUPS + 1)])
+@pytest.mark.parametrize("shapes", [[], [(0, 1)], [(1, -1)], [(2**25, 1)], [(1, 1)] * (MAX_GROUPS + 1)])
 def test_shapes_that_cannot_be(shapes: list[tuple[int, int]]) -> None:
     with pytest.raises(InputError):
         VaultSide(SPLIT_ID, shapes)

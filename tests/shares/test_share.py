@@ -22,9 +22,27 @@ from safetensors.numpy import load_file
 import families
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import MismatchError, SealError, ShareError
+from sliplm.shares.manifest import ExpertOf, Member, VaultGroup, WorkerGroup, WorkerManifest
 from sliplm.shares.recipe import Recipe, Rule
-from sliplm.shares.share import check_pair, open_vault, open_worker
-from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec, map_file, read_header
+from sliplm.shares.share import (
+    MAX_MANIFEST_BYTES,
+    check_pair,
+    open_vault,
+    open_worker,
+    read_vault_manifest,
+    record,
+    sealed_spec,
+    secret_specs,
+    worker_spec,
+)
+from sliplm.shares.tensorfile import (
+    MAX_HEADER_BYTES,
+    HeaderLimit,
+    SafetensorsWriter,
+    TensorSpec,
+    map_file,
+    read_header,
+)
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -225,6 +243,88 @@ def test_a_manifest_has_a_size_limit(out: Path) -> None:
     os.truncate(out / "worker" / "manifest.json", 1 << 40)  # sparse: takes no room
     with pytest.raises(ShareError, match="no manifest"):
         open_worker(out / "worker")
+
+
+# --- as many groups as the largest mixtures have -----------------------------------------------------------
+
+LAYERS, EXPERTS = 58, 256  # DeepSeek-V3: 29,696 groups
+
+
+def many_groups() -> tuple[VaultGroup, ...]:
+    """Its experts by their names, with tiny matrices."""
+    found = []
+    for layer in range(3, 3 + LAYERS):
+        module = f"model.layers.{layer}.mlp.experts"
+        for weight, (rows, columns) in (("gate_up_proj", (4, 2)), ("down_proj", (2, 3))):
+            for number in range(EXPERTS):
+                place = f"{module}.{weight}.{number}"
+                found.append(
+                    VaultGroup(
+                        name=place, rows=rows, columns=columns, dtype="I16", members=(Member(place, rows),),
+                        rank=1, precision=12, rotation="fast", error=1.2345678901234567e-4,
+                        svd_error=1.2345678901234567e-7, localisation=0.4312431243124312,
+                        expert=ExpertOf(module, weight, number, 8 / EXPERTS),
+                    )
+                )  # fmt: skip
+    return tuple(found)
+
+
+def test_a_split_of_30_000_groups_is_read(out: Path) -> None:
+    """Both manifests and both headers, and the worker's whole share, at DeepSeek-V3's count of experts."""
+    groups = many_groups()
+    worker, vault = out / "worker", out / "vault"
+    with SafetensorsWriter(worker / "share.safetensors", map(worker_spec, groups), mode=0o644):
+        pass
+    seen = tuple(WorkerGroup(name=g.name, rows=g.rows, columns=g.columns, dtype=g.dtype) for g in groups)
+    manifest = WorkerManifest(
+        split_id="5a" * 16, groups=seen, files={"share.safetensors": record(worker / "share.safetensors")}
+    )
+    (worker / "manifest.json").write_text(manifest.model_dump_json())
+    opened = open_worker(worker)
+    assert len(opened.names) == 2 * LAYERS * EXPERTS == 29_696
+    assert opened.matrices[opened.names[-1]].shape == (2, 3)
+
+    whole = read_vault_manifest(vault).model_copy(update={"groups": groups})
+    (vault / "manifest.json").write_text(whole.model_dump_json())
+    assert 12 * 2**20 < (vault / "manifest.json").stat().st_size < MAX_MANIFEST_BYTES / 2
+    assert read_vault_manifest(vault).groups == groups
+    specs = {s.name: sealed_spec(s) for group in groups for s in secret_specs(group)}
+    with SafetensorsWriter(vault / "share.safetensors", specs.values()) as file:
+        size = file.size
+    limit = HeaderLimit.of(specs.values())
+    assert MAX_HEADER_BYTES < size - sum(spec.nbytes for spec in specs.values()) < limit.nbytes
+    assert len(read_header(vault / "share.safetensors", limit=limit)) == 9 * len(groups)
+
+
+def test_a_header_is_as_long_as_its_tensors_need_and_no_longer(out: Path) -> None:
+    """What a manifest does not call for is refused before memory is taken for it."""
+    path = out / "worker" / "share.safetensors"
+    specs = [worker_spec(group) for group in open_worker(out / "worker").manifest.groups]
+    limit, data = HeaderLimit.of(specs), path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert set(read_header(path, limit=limit)) == {spec.name for spec in specs}
+    spaces = limit.nbytes - length
+    for more, word in ((spaces, None), (spaces + 1, "too long")):
+        path.write_bytes(
+            (length + more).to_bytes(8, "little") + data[8 : 8 + length] + b" " * more + data[8 + length :]
+        )
+        if word is None:
+            read_header(path, limit=limit)
+        else:
+            with pytest.raises(ValueError, match=word):
+                read_header(path, limit=limit)
+    header = b'{"a":{"dtype":"U8","shape":[' + b"1," * limit.items + b'1],"data_offsets":[0,1]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with pytest.raises(ValueError, match="more than its tensors"):
+        read_header(path, limit=HeaderLimit(len(header), limit.items))
+
+
+@pytest.mark.parametrize("name", ["t", "\u00e9" * 40, "\U0001f512" * 30, '"\\' * 20, "x" * 300])
+def test_every_header_that_is_written_is_within_the_limit_for_reading(tmp_path: Path, name: str) -> None:
+    specs = [TensorSpec(name, "U32", (1,) * 7 + (3,)), TensorSpec(f"{name}2", "F8_E4M3", ((1 << 31) - 1, 0))]
+    with SafetensorsWriter(tmp_path / "x", specs, metadata={"format": "pt", "sealed": "sliplm/1"}):
+        pass
+    assert set(read_header(tmp_path / "x", limit=HeaderLimit.of(specs))) == {spec.name for spec in specs}
 
 
 def test_two_splits_do_not_mix(made: Path, out: Path) -> None:

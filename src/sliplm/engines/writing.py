@@ -12,11 +12,19 @@ from pathlib import Path
 from sliplm.engines.journal import PARTIAL, Journal
 from sliplm.engines.progress import Update, shown
 from sliplm.engines.source import Source, stack
-from sliplm.errors import CheckpointError, LedgerError, SealError, ShareError, SlipWarning
+from sliplm.errors import (
+    CheckpointError,
+    LedgerError,
+    RecipeError,
+    SealError,
+    ShareError,
+    SlipWarning,
+)
 from sliplm.planning.counts import SplitReport, report_for
 from sliplm.shares.keysource import Key, KeySpec, checked, find, new_key_file
 from sliplm.shares.ledger import VAULT_FILE, Ledger, Registration, register
 from sliplm.shares.manifest import (
+    MAX_GROUPS,
     FileRecord,
     KeptTensor,
     VaultManifest,
@@ -27,6 +35,7 @@ from sliplm.shares.manifest import (
 from sliplm.shares.sealing import SEAL, make_seal, open_seal, seal_blob, seal_manifest
 from sliplm.shares.share import (
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     MODEL,
     SHARE,
     read_vault_manifest,
@@ -71,6 +80,7 @@ def write_split(
     with Journal(out, plan.key, secrets.token_hex(16)) as journal:
         if not journal.done:
             _refuse(out)
+            _check_count(plan)
             owner = find(key, new=not _sealed(journal))
             if owner.made:
                 warnings.warn(new_key_file(), SlipWarning, stacklevel=3)
@@ -94,6 +104,19 @@ def _refuse(out: Path) -> None:
     for name in ("vault", "worker"):
         if (out / name).exists():
             raise ShareError(f"{out / name} exists; remove it or choose another folder")
+
+
+def _check_count(plan: Source) -> None:
+    """Refuse, before the work, what could not be opened after it.  Raises: RecipeError."""
+    groups = plan.groups({})
+    length = sum(len(entry.model_dump_json()) for entry in (*groups, *plan.kept_groups()))
+    length += sum(len(spec.name) + 80 for spec in plan.kept_specs())
+    if len(groups) > MAX_GROUPS or length + 128 * len(groups) > MAX_MANIFEST_BYTES:
+        raise RecipeError(
+            f"this recipe makes {len(groups)} groups with {length} bytes of names and numbers; a split has "
+            f"at most {MAX_GROUPS} groups and {MAX_MANIFEST_BYTES} bytes: keep some whole by a rule with "
+            'placement="vault"'
+        )
 
 
 def _registered(
@@ -244,7 +267,7 @@ def _write_manifests(plan: Source, journal: Journal, data_key: bytes, vault: Pat
         groups=seen,
         files=files,
     )
-    _write_file(worker / MANIFEST, public.model_dump_json(indent=1).encode(), 0o644)
+    _write_file(worker / MANIFEST, public.model_dump_json().encode(), 0o644)
     manifest = VaultManifest(
         split_id=public.split_id,
         sliplm=sliplm_version(),
@@ -260,7 +283,7 @@ def _write_manifests(plan: Source, journal: Journal, data_key: bytes, vault: Pat
         files=_records(vault),
         worker_files=_records(worker) | {MANIFEST: record(worker / MANIFEST)},
     )
-    text = manifest.model_dump_json(indent=1).encode()
+    text = manifest.model_dump_json().encode()
     _write_file(vault / MANIFEST, text, 0o600)
     seal_manifest(vault, data_key, text)
 

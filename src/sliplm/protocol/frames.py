@@ -45,7 +45,6 @@ VERSION = 3
 MAX_PAYLOAD = 64 * 2**20
 MAX_FAULT = 1024
 MAX_EVIDENCE = 64 * 2**10
-MAX_GROUPS = 2**16
 ELEMENT = 4  # bytes of a field element
 
 _MAGIC = b"SLIP"

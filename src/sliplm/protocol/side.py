@@ -31,6 +31,7 @@ from typing import Final
 from sliplm.errors import InputError, SlipError, WireError
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind
+from sliplm.shares.manifest import MAX_GROUPS
 
 FRAME_BYTES: Final = 16 * 2**20
 """Rows are cut so that a frame and its answer stay below this, unless one row alone is longer."""
@@ -75,8 +76,8 @@ class Side(ABC):
     """
 
     def __init__(self, split_id: str, shapes: Sequence[Shape], table: Table) -> None:
-        if not 0 < len(shapes) <= wire.MAX_GROUPS:
-            raise InputError(f"a split has 1 to {wire.MAX_GROUPS} groups, not {len(shapes)}")
+        if not 0 < len(shapes) <= MAX_GROUPS:
+            raise InputError(f"a split has 1 to {MAX_GROUPS} groups, not {len(shapes)}")
         if min(min(shape) for shape in shapes) < 1:
             raise InputError("every group has at least one row and one column")
         self._split_id = split_id

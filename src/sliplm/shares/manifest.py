@@ -14,6 +14,7 @@ from sliplm.shares.recipe import Recipe, RotationKind
 from sliplm.shares.tensorfile import ITEM_BYTES, TensorSpec
 
 FORMAT_VERSION = 3
+MAX_GROUPS = 1 << 16  # of a split, as messages number them: DeepSeek-V3's experts are 29,696
 ADAPTER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 PLAIN_MODULE = "plain PyTorch module"  # a `config_class`: no configuration of transformers
 

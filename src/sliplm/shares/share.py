@@ -37,6 +37,7 @@ from sliplm.secrecy import Secret
 from sliplm.shares.keysource import KeySpec
 from sliplm.shares.listed import AGAIN, ListedFiles, beside
 from sliplm.shares.manifest import (
+    MAX_GROUPS,
     FileRecord,
     GroupAdapter,
     IntegerType,
@@ -57,15 +58,15 @@ from sliplm.shares.sealing import (
     sealed_bytes,
 )
 from sliplm.shares.splitting import CHALLENGE_SETS, CHALLENGES, GroupSecrets, LowRank
-from sliplm.shares.tensorfile import NUMPY, TensorEntry, TensorSpec, map_file, read_header
+from sliplm.shares.tensorfile import NUMPY, HeaderLimit, TensorEntry, TensorSpec, map_file, read_header
 
 MANIFEST = "manifest.json"
 SHARE = "share.safetensors"
 MODEL = "model.safetensors"
 CONFIG = "config.json"
 LEDGER = "ledger.sealed"
-MAX_MANIFEST_BYTES = 16 << 20
-MAX_MANIFEST_ITEMS = 1 << 20
+MAX_MANIFEST_BYTES = 512 * MAX_GROUPS  # 32 MiB: a group takes some 450 where names are long
+MAX_MANIFEST_ITEMS = 20 * MAX_GROUPS
 MAX_OBJECT_ITEMS = 100
 
 
@@ -442,7 +443,7 @@ def _small(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _header(path: Path, file: BufferedReader, specs: Mapping[str, TensorSpec]) -> dict[str, TensorEntry]:
     try:
-        entries = read_header(path, file)
+        entries = read_header(path, file, limit=HeaderLimit.of(specs.values()))
     except (OSError, ValueError) as error:
         raise ShareError(f"{path} cannot be used: {error}; {AGAIN}") from error
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}

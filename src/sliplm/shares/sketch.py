@@ -19,7 +19,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -134,24 +134,37 @@ def likeness(ours: Iterable[Sketch], theirs: Iterable[Sketch]) -> Likeness:
     )
 
 
-def _by_shape(sketches: Iterable[Sketch]) -> dict[tuple[int, int], list[Sketch]]:
+class _Others(NamedTuple):
+    """The other model's groups of one shape: their names, and their sketches at length 1, float64 [count,
+    128]: stacked once, since a mixture has thousands.
+    """
+
+    names: dict[str, int]
+    units: npt.NDArray[np.float64]
+
+
+def _by_shape(sketches: Iterable[Sketch]) -> dict[tuple[int, int], _Others]:
     found: dict[tuple[int, int], list[Sketch]] = {}
     for one in sketches:
         if one.values.any():
             found.setdefault(one.shape, []).append(one)
-    return found
+    return {
+        shape: _Others(
+            {one.name: i for i, one in reversed(list(enumerate(same)))},
+            _unit(np.stack([one.values for one in same])),
+        )
+        for shape, same in found.items()
+    }
 
 
-def _nearest(mine: Sketch, theirs: Sequence[Sketch]) -> tuple[float, float]:
+def _nearest(mine: Sketch, theirs: _Others) -> tuple[float, float]:
     """Cosine with, and distance from, the group that `likeness` takes."""
-    unit = _unit(mine.values[None])
-    others = _unit(np.stack([other.values for other in theirs]))
-    cosines = (others @ unit[0]).tolist()
-    named = next((i for i, other in enumerate(theirs) if other.name == mine.name), None)
-    best = max(range(len(theirs)), key=cosines.__getitem__)
+    unit = _unit(mine.values[None])[0]
+    cosines = theirs.units @ unit
+    best, named = int(cosines.argmax()), theirs.names.get(mine.name)
     if named is not None and (cosines[named] >= KIN or cosines[best] < KIN):
         best = named
-    return cosines[best], float(np.linalg.norm(unit[0] - others[best]))
+    return float(cosines[best]), float(np.linalg.norm(unit - theirs.units[best]))
 
 
 def _unit(values: Floats) -> npt.NDArray[np.float64]:

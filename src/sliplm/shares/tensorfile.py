@@ -25,7 +25,8 @@ from sliplm.closing import Closing
 from sliplm.errors import ShareError
 from sliplm.reading import open_regular
 
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 16 << 20  # of a file of which nothing is known
+MAX_WRITTEN_BYTES = 100_000_000  # of a header: more the library does not read
 
 ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1,
@@ -54,6 +55,23 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class HeaderLimit:
+    """How long the header of a file may be whose tensors are known: in bytes, and in entries (commas)."""
+
+    nbytes: int
+    items: int
+
+    @classmethod
+    def of(cls, specs: Iterable[TensorSpec]) -> HeaderLimit:
+        """For exactly these tensors, written by whomever."""
+        nbytes, items = 4096, 64
+        for spec in specs:
+            nbytes += len(json.dumps(spec.name)) + 96 + 24 * len(spec.shape)
+            items += 4 + len(spec.shape)
+        return cls(min(nbytes, MAX_WRITTEN_BYTES), items)
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """Where a tensor lies in a file: dtype code, shape, first byte from the file's start, bytes."""
 
@@ -64,28 +82,36 @@ class TensorEntry:
 
 
 def read_header(
-    path: Path, opened: BufferedReader | None = None, *, any_type: bool = False
+    path: Path,
+    opened: BufferedReader | None = None,
+    *,
+    any_type: bool = False,
+    limit: HeaderLimit | None = None,
 ) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file, in file order.
 
     Args:
         opened: the file that is read, where `path` is only what it is called.
         any_type: list tensors of types that are not in ITEM_BYTES too; whoever uses one checks its type.
+        limit: judged before memory is taken; None for MAX_HEADER_BYTES.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no complete safetensors file: truncated, damaged, or with a header of more than
-            16 MiB or of unknown dtypes.
+        ValueError: it is no complete safetensors file: truncated, damaged, or with a header beyond the
+            limit or of unknown dtypes.
     """
     if opened is None:
         with open_regular(path) as file:
-            return read_header(path, file, any_type=any_type)
+            return read_header(path, file, any_type=any_type, limit=limit)
     opened.seek(0)
     length = int.from_bytes(opened.read(8), "little")
     size = os.fstat(opened.fileno()).st_size
-    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+    most = MAX_HEADER_BYTES if limit is None else limit.nbytes
+    if size < 8 or length > min(most, size - 8):
         raise ValueError("its header is cut off or too long")
     header = opened.read(length)
+    if limit is not None and header.count(b",") > limit.items:
+        raise ValueError("its header lists more than its tensors")
     try:
         # checks names, shapes, offsets and the file's length, of the very file that is open
         with safe_open(f"/proc/self/fd/{opened.fileno()}", framework="np"):
@@ -113,7 +139,7 @@ def lay_out(
     Returns: the file's first bytes, where each tensor starts, and the file's length.
 
     Raises:
-        ValueError: the header would be longer than `read_header` takes.
+        ValueError: the header would be longer than anybody reads.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     starts: dict[str, int] = {}
@@ -124,7 +150,7 @@ def lay_out(
         starts[spec.name] = start
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
+    if len(text) > MAX_WRITTEN_BYTES:
         raise ValueError("more tensors than a file can hold")
     head = len(text).to_bytes(8, "little") + text
     return head, {name: start + len(head) for name, start in starts.items()}, len(head) + end
