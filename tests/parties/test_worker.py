@@ -32,6 +32,7 @@ from sliplm.errors import (
     CredentialError,
     InputError,
     MismatchError,
+    ShareError,
     WorkerFault,
     WorkerUnavailable,
 )
@@ -629,7 +630,7 @@ def test_local_workers_of_one_authority(share_dir: Path, share: WorkerShare, tmp
 
 def test_local_worker_that_cannot_start(tmp_path: Path) -> None:
     worker = LocalWorker(tmp_path / "nothing")
-    with pytest.raises(WorkerUnavailable, match=r"manifest\.json cannot be read"), worker:
+    with pytest.raises(ShareError, match="does not exist: give the folder `worker`"), worker:
         pass
     assert worker._held.folder is None
 

@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sliplm.cli.screen import add_difference, console, number, percent, print_json, size, warn_of_tail
-from sliplm.errors import ShareError
+from sliplm.shares.folders import side_of
 from sliplm.shares.manifest import PLAIN_MODULE, WorkerGroup, public_split_id
 from sliplm.shares.sealing import read_seal
-from sliplm.shares.share import MANIFEST, SHARE, open_worker, read_vault_manifest
+from sliplm.shares.share import SHARE, open_worker, read_vault_manifest
 
 if TYPE_CHECKING:
     from sliplm.planning.counts import GroupReport, SplitReport
@@ -49,8 +49,8 @@ def command(
 
     Example: slip inspect out/worker --all
     """
-    path = folder / "vault" if (folder / "vault" / MANIFEST).exists() else folder
-    if _is_worker(path):
+    path = folder / "vault" if side_of(folder / "vault") == "vault" else folder
+    if side_of(path) == "worker":
         _worker(console(json=json), open_worker(path), all_groups, json)
         return
     from sliplm.planning.counts import report_for
@@ -69,16 +69,6 @@ def command(
     screen.print(_groups(report, all_groups, unit))
     screen.print(_totals(report, unit))
     warn_of_tail(screen, report)
-
-
-def _is_worker(path: Path) -> bool:
-    try:
-        with (path / MANIFEST).open("rb") as file:
-            return b'"sliplm-worker"' in file.read(256)
-    except OSError as error:
-        raise ShareError(
-            f"{path} has no {MANIFEST}: give the folder that a split wrote, or its vault or worker folder"
-        ) from error
 
 
 def _sealed(seal: Seal) -> str:

@@ -17,6 +17,7 @@ from sliplm import forks, places
 from sliplm.closing import Closing
 from sliplm.errors import WorkerUnavailable
 from sliplm.network import authority as authorities
+from sliplm.shares.folders import check_folder
 
 START_LIMIT: Final = 60.0  # seconds; the first start on a machine compiles its kernel
 _PASSED: Final = frozenset(
@@ -73,7 +74,13 @@ class LocalWorker(Closing):
         return f"LocalWorker({str(self._share)!r}, {self._address or 'not started'})"
 
     def __enter__(self) -> Self:
-        """Start.  Raises WorkerUnavailable with the process's last words if it does not come up."""
+        """Start.
+
+        Raises:
+            ShareError: the folder is not a worker's.
+            WorkerUnavailable: with the process's last words, if it does not come up.
+        """
+        check_folder(self._share, "worker")
         try:
             self._start()
         except BaseException:

@@ -39,6 +39,7 @@ from sliplm import durable
 from sliplm.arithmetic.field import derive_key, new_key
 from sliplm.errors import CredentialError, SealError, ShareError
 from sliplm.reading import read_bounded
+from sliplm.shares.folders import wrong_folder
 from sliplm.shares.keysource import Key, KeySpec, find
 
 SEAL = "seal.json"
@@ -151,7 +152,8 @@ def read_seal(folder: Path) -> Seal:
     try:
         data = read_bounded(path, MAX_SEAL_BYTES)
     except OSError as error:
-        raise SealError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
+        wrong = wrong_folder(folder, "vault")
+        raise SealError(wrong or f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
     if len(data) > MAX_SEAL_BYTES:
         raise SealError(f"{path} is longer than {MAX_SEAL_BYTES} bytes: this is no seal; {_AGAIN}")
     try:

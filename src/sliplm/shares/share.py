@@ -34,6 +34,7 @@ from sliplm.arithmetic.field import derive_key
 from sliplm.errors import MismatchError, RecipeError, SealError, ShareError
 from sliplm.reading import open_regular, read_bounded
 from sliplm.secrecy import Secret
+from sliplm.shares.folders import Side, check_folder, side_of, wrong_folder
 from sliplm.shares.keysource import KeySpec
 from sliplm.shares.listed import AGAIN, ListedFiles, beside
 from sliplm.shares.manifest import (
@@ -392,12 +393,16 @@ M = TypeVar("M", VaultManifest, WorkerManifest)
 
 
 def _read_manifest(path: Path, kind: type[M], *, old: bool = False) -> tuple[bytes, M]:
+    side: Side = "vault" if kind is VaultManifest else "worker"
+    if side_of(path.parent) not in (None, side):
+        check_folder(path.parent, side)
     try:
         data = read_bounded(path, MAX_MANIFEST_BYTES)
     except OSError as error:
-        side = "vault" if kind is VaultManifest else "worker"
         raise ShareError(
-            f"{path} cannot be read ({error.strerror}); give the {side} folder that a split wrote"
+            wrong_folder(path.parent, side)
+            if isinstance(error, FileNotFoundError | NotADirectoryError)
+            else f"{path} cannot be read ({error.strerror}); {AGAIN}"
         ) from error
     if len(data) > MAX_MANIFEST_BYTES:
         raise ShareError(f"{path} is longer than {MAX_MANIFEST_BYTES} bytes: this is no manifest")

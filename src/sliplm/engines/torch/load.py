@@ -27,6 +27,7 @@ from sliplm.engines.transformers.quantizer import Folder, SlipConfig, connect, o
 from sliplm.errors import InputError, ShareError
 from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.local_worker import LocalWorker
+from sliplm.shares.folders import check_folder
 from sliplm.shares.keysource import KeySpec
 from sliplm.shares.manifest import PLAIN_MODULE
 from sliplm.shares.share import MODEL, VaultShare, open_tensors
@@ -81,6 +82,7 @@ def open_module(skeleton: nn.Module, out_dir: Folder, **options: Any) -> Any:
         what `load_module` and `LocalWorker` raise.
     """
     out_dir = Path(out_dir)
+    check_folder(out_dir, None)
     with ExitStack() as stack:
         worker = stack.enter_context(LocalWorker(out_dir / "worker"))
         module: Any = load_module(skeleton, out_dir / "vault", [worker.address], **options)

@@ -29,9 +29,10 @@ from sliplm.network.attestation import Attester, Verifier
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.terms import Fallback
 from sliplm.reading import read_bounded
+from sliplm.shares.folders import check_folder
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.manifest import PLAIN_MODULE
-from sliplm.shares.share import CONFIG, MANIFEST, MODEL, read_vault_manifest
+from sliplm.shares.share import CONFIG, MODEL, read_vault_manifest
 
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -117,6 +118,7 @@ def open(out_dir: Folder, **options: Any) -> PreTrainedModel:
         what `load` and `LocalWorker` raise.
     """
     out_dir = Path(out_dir)
+    check_folder(out_dir, None)
     with ExitStack() as stack:
         worker = stack.enter_context(LocalWorker(out_dir / "worker"))
         model = load(out_dir / "vault", [worker.address], **options)
@@ -140,6 +142,7 @@ def reference(
     Raises:
         CredentialError, ShareError: as `load`.
     """
+    check_folder(Path(out_dir), None)
     settings = {"quant_method": REFERENCE, "key": checked(key), "adapter": adapter}
     return _from_pretrained(Path(out_dir) / "vault", settings, dtype, model_class)
 
@@ -197,7 +200,8 @@ def can_generate(vault_dir: Folder) -> bool:
 
 def _check_kind(vault_dir: Path) -> None:
     """Say in plain words what a folder is not, before a key is asked for.  Raises: ShareError."""
-    for name in (CONFIG, MODEL, MANIFEST):
+    check_folder(vault_dir, "vault")
+    for name in (CONFIG, MODEL):
         if not (vault_dir / name).is_file():
             raise ShareError(f"{vault_dir} has no {name}: give the folder `vault` that `split` wrote")
     if is_module(vault_dir):

@@ -252,7 +252,13 @@ def open_shares(folder: Path, config: SlipConfig) -> tuple[VaultShare, WorkerSha
     config.key = None  # it has served
     worker = None
     if config.share is not None or not (config.dealers or config.pool):
-        worker = open_worker(config.share or folder.parent / "worker")
+        share = Path(config.share or folder.parent / "worker")
+        if not share.exists():
+            raise ShareError(
+                f"there is no {share} to make masks from: copy the split's worker folder there, or name its "
+                "place (share), a dealer, or a pool of masks"
+            )
+        worker = open_worker(share)
         check_pair(vault, worker)
     return vault, worker
 
