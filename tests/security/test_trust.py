@@ -7,7 +7,9 @@ import io
 import json
 import logging
 import pickle
+import shlex
 import shutil
+import subprocess
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -96,12 +98,18 @@ def test_an_older_list_unrevokes_nobody_in_a_running_process(folder: Path, ledge
     ledger.record(ROW, 3, 3, 0)
 
 
-@pytest.mark.parametrize(
-    "weaker", [{"memory_kib": 128}, {"iterations": 1}, {"memory_kib": 128, "iterations": 1}]
-)
-def test_the_ledger_stretches_no_passphrase_less_than_it_must(
-    tmp_path: Path, weaker: dict[str, int], monkeypatch: pytest.MonkeyPatch, ledger: Table
+OTHER_WORK = [
+    {"memory_kib": 128}, {"iterations": 1}, {"memory_kib": 128, "iterations": 1}, {"lanes": 1},
+    {"memory_kib": 1 << 20}, {"memory_kib": 1 << 20, "iterations": 16, "lanes": 16}, {"iterations": 3},
+    {"memory_kib": 257}, {"memory_kib": 1 << 40}, {"iterations": 1 << 40}, {"lanes": 0}, {"lanes": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHER_WORK, ids=str)
+def test_the_ledger_stretches_with_its_own_numbers_only(
+    tmp_path: Path, other: dict[str, int], monkeypatch: pytest.MonkeyPatch, ledger: Table
 ) -> None:
+    """Less work would be cheap to guess at; more takes memory, and makes another owner who split nothing."""
     monkeypatch.setattr(sealing, "PASSPHRASE_MEMORY_KIB", 256)  # a test need not wait
     monkeypatch.setattr(sealing, "PASSPHRASE_ITERATIONS", 2)
     owner = Key("passphrase", SECRET.encode(), "test")
@@ -109,13 +117,51 @@ def test_the_ledger_stretches_no_passphrase_less_than_it_must(
     path = tmp_path / "passphrase.json"
     written = path.read_bytes()
     found = json.loads(written)
-    found["argon2id"] |= weaker
+    found["argon2id"] |= other
     path.write_text(json.dumps(found))
-    with pytest.raises(LedgerError, match="less work than a passphrase needs"):
-        Ledger(owner, tmp_path)
+    asked: list[object] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("sliplm.shares.ownership.stretch", lambda *numbers: asked.append(numbers))
+        with pytest.raises(LedgerError, match=r"other work than a passphrase needs|is damaged"):
+            Ledger(owner, tmp_path)
+    assert not asked, "refused before any memory is taken"
     path.write_bytes(written)
     Ledger(owner, tmp_path)
     ledger.record(ROW, 1, 1, 0)
+
+
+@pytest.mark.parametrize("how", ["another salt", "gone"])
+def test_a_ledger_whose_salt_was_changed_forgets_nobody(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, ledger: Table
+) -> None:
+    """Another salt names another folder: what was split would not be found, and could be split again."""
+    monkeypatch.setattr(sealing, "PASSPHRASE_MEMORY_KIB", 256)
+    owner = Key("passphrase", SECRET.encode(), "test")
+    Ledger(owner, tmp_path).check_room()
+    path, own = tmp_path / "passphrase.json", Ledger(owner, tmp_path).own
+    path.unlink()
+    if how == "another salt":
+        Ledger(owner, tmp_path / "elsewhere")
+        shutil.copyfile(tmp_path / "elsewhere" / "passphrase.json", path)
+    with pytest.raises(LedgerError, match="their splits would be forgotten: cp ") as refused:
+        Ledger(owner, tmp_path)
+    advice = str(refused.value).partition("forgotten: ")[2].partition(";")[0]
+    subprocess.run(shlex.split(advice), check=True)  # what the message says to do
+    assert Ledger(owner, tmp_path).own == own
+    ledger.record(ROW, 1, 1, 0)
+
+
+def test_a_ledger_of_before_the_copies_is_read_and_gets_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealing, "PASSPHRASE_MEMORY_KIB", 256)
+    owner = Key("passphrase", SECRET.encode(), "test")
+    Ledger(owner, tmp_path).check_room()
+    own = Ledger(owner, tmp_path).own
+    (own / "passphrase.json").unlink()
+    assert Ledger(owner, tmp_path).own == own
+    Ledger(owner, tmp_path).check_room()
+    assert (own / "passphrase.json").read_bytes() == (tmp_path / "passphrase.json").read_bytes()
 
 
 @pytest.fixture(scope="module")

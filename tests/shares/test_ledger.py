@@ -231,7 +231,7 @@ def stretched(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         return real(passphrase, *numbers)
 
     real = sealing.stretch
-    monkeypatch.setattr("sliplm.shares.ledger.stretch", stretch)
+    monkeypatch.setattr("sliplm.shares.ownership.stretch", stretch)
     monkeypatch.setattr(sealing, "PASSPHRASE_MEMORY_KIB", 128)
     monkeypatch.setenv("GOOD", "correct horse")
     monkeypatch.setenv("BAD", "battery staple")
@@ -258,7 +258,13 @@ def test_a_passphrase_is_stretched_once_whatever_lies_there(
     with pytest.raises(LedgerError, match=r"passphrase\.json is damaged"):
         split(model, tmp_path / "last", key="passphrase:env:GOOD")
     assert not (tmp_path / "last" / ".partial").exists()
-    salt.unlink()  # what the message offers: forgotten, and nothing worse
+    copies = sorted(default_folder().glob("*/passphrase.json"))
+    assert len(copies) == 2  # of each owner with a passphrase, and of no other
+    shutil.copyfile(copies[0], salt)  # what the message offers: found again
+    with pytest.raises(LedgerError, match="split before"):
+        split(model, tmp_path / "last", key="passphrase:env:GOOD")
+    for path in (salt, *copies):
+        path.unlink()  # forgotten, and nothing worse
     split(model, tmp_path / "last", key="passphrase:env:GOOD")
 
 

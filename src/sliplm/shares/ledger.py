@@ -1,7 +1,7 @@
 """Which models were split before: a second share of one model must not go out unnoticed (SPEC section 8).
 
     LEDGER/lock                     held while an entry is written
-    LEDGER/passphrase.json          the salt for owners who seal with a passphrase
+    LEDGER/passphrase.json          the salt for owners who seal with a passphrase (`ownership`)
     LEDGER/OWNER/SPLIT_ID.entry     one split, sealed
 
 LEDGER is `places.ledger()`.  Everything of one owner hangs on one secret:
@@ -21,9 +21,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -32,14 +31,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sliplm import durable, places
-from sliplm.arithmetic.field import derive_key, new_key
+from sliplm.arithmetic.field import derive_key
 from sliplm.errors import LedgerError, SealError
-from sliplm.reading import read_bounded
 from sliplm.secrecy import Secret
 from sliplm.shares.keysource import Key, KeySpec, find
 from sliplm.shares.manifest import Hex, Name, Several, Size, SplitId
+from sliplm.shares.ownership import bounded, owner_secret, writing
 from sliplm.shares.recipe import Recipe
-from sliplm.shares.sealing import Argon2Numbers, default_numbers, open_bytes, seal_blob, stretch
+from sliplm.shares.sealing import open_bytes, seal_blob
 from sliplm.shares.share import LEDGER, open_sealed_file
 from sliplm.shares.sketch import Floats, Likeness, Sketch, likeness, of_weights
 
@@ -47,11 +46,9 @@ VAULT_FILE: Final = LEDGER
 """The entry of a split, in its vault's folder."""
 
 MAX_ENTRY_BYTES: Final = 64 << 20
-MAX_SALT_FILE_BYTES: Final = 4096
 
 _ENTRY = re.compile(r"([0-9a-f]{32})\.entry")
 _PREFIX = re.compile("[0-9a-f]{4,32}")
-_ELSEWHERE = f"make room, or name another folder in {places.LEDGER}"
 
 Values = Annotated[str, Field(pattern="^[A-Za-z0-9+/]{683}=$")]  # 128 float32, little-endian, in base64
 
@@ -117,13 +114,6 @@ class Entry(_Model):
         )
 
 
-class _Salt(_Model):
-    format: Literal["sliplm-ledger-passphrase"] = "sliplm-ledger-passphrase"
-    version: Literal[1] = 1
-    argon2id: Argon2Numbers
-    salt: Hex
-
-
 def default_folder() -> Path:
     """The owner's own ledger; it may not exist yet.  Raises: PlaceError."""
     return places.ledger()
@@ -137,13 +127,13 @@ class Ledger(Secret):
         folder: where the ledger lies; None for the default.
 
     Raises:
-        LedgerError: the folder's salt cannot be read or made (only where the owner has a passphrase).
-        CredentialError: a passphrase cannot be stretched here.
+        LedgerError, CredentialError: as `ownership.owner_secret`.
     """
 
     def __init__(self, owner: Key, folder: Path | None = None) -> None:
         self.folder = default_folder() if folder is None else folder
-        secret = derive_key(self._owners(owner), "ledger")
+        self._owner = owner
+        secret = derive_key(owner_secret(owner, self.folder), "ledger")
         self.own = self.folder / derive_key(secret, "ledger owner").hex()[:32]
         self.sketch_key = derive_key(secret, "ledger sketch")
         self._entry_key = derive_key(secret, "ledger entries")
@@ -249,58 +239,12 @@ class Ledger(Secret):
 
     def _read(self, split_id: str) -> Entry:
         """Raises: OSError, SealError, ValidationError."""
-        data = _bounded(self._path(split_id), MAX_ENTRY_BYTES)
+        data = bounded(self._path(split_id), MAX_ENTRY_BYTES)
         return Entry.model_validate_json(open_bytes(self._entry_key, _label(split_id), data))
 
-    def _owners(self, owner: Key) -> bytes:
-        """32 bytes that stand for the owner."""
-        if owner.kind == "key":
-            return owner.secret
-        path = self.folder / "passphrase.json"
-        try:
-            data = _bounded(path, MAX_SALT_FILE_BYTES)
-        except FileNotFoundError:
-            data = self._new_salt(path)
-        except OSError as error:
-            raise LedgerError(f"{path} cannot be read ({error.strerror}); correct its permissions") from error
-        try:
-            found = _Salt.model_validate_json(data)
-        except ValidationError as error:
-            raise LedgerError(
-                f"{path} is damaged: restore it from a backup; or remove it, and what was sealed with a "
-                "passphrase is forgotten"
-            ) from error
-        least, given = default_numbers().model_dump(), found.argon2id.model_dump()
-        if any(given[name] < least[name] for name in ("memory_kib", "iterations")):
-            # the owner's folder is named by what comes out: guesses at the passphrase would be cheap
-            raise LedgerError(
-                f"{path} asks for less work than a passphrase needs ({given}): somebody changed it; restore "
-                "it from a backup, or remove it, and what was sealed with a passphrase is forgotten"
-            )
-        return stretch(owner.secret, bytes.fromhex(found.salt), found.argon2id)
-
-    def _new_salt(self, path: Path) -> bytes:
-        with self._locked(own=False):
-            if not path.exists():  # another process may have been faster
-                salt = _Salt(argon2id=default_numbers(), salt=new_key().hex())
-                durable.replace(path, salt.model_dump_json(indent=1).encode())
-            return _bounded(path, MAX_SALT_FILE_BYTES)
-
-    @contextlib.contextmanager
-    def _locked(self, *, own: bool = True) -> Iterator[None]:
-        """Keep other writers out; the folder is there inside."""
-        try:
-            durable.make_folder(self.own if own else self.folder)
-            guard = durable.lock(self.folder / "lock", wait=True)
-            try:
-                yield
-            finally:
-                os.close(guard)
-        except OSError as error:
-            raise LedgerError(
-                f"the ledger {self.folder} cannot be written ({error.strerror or error}), and no share goes "
-                f"out without an entry; {_ELSEWHERE}, and run the same command again: finished work is kept"
-            ) from error
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other writers out; the owner's folder is there inside.  Raises: LedgerError."""
+        return writing(self.folder, self.own, self._owner)
 
 
 @dataclass(frozen=True, repr=False)
@@ -413,11 +357,3 @@ def _text(name: str) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def _bounded(path: Path, limit: int) -> bytes:
-    """All bytes of a file.  Raises: OSError; it is longer."""
-    data = read_bounded(path, limit)
-    if len(data) > limit:
-        raise OSError(None, f"longer than {limit} bytes")
-    return data
