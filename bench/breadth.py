@@ -294,7 +294,7 @@ def split_minilm() -> dict[str, Any]:
 # --- printing ------------------------------------------------------------------------------------------
 
 
-def show(subject: Subject, rows: Sequence[dict[str, Any]], nothing: Quality) -> None:
+def table(subject: Subject, rows: Sequence[dict[str, Any]], nothing: Quality) -> Table:
     """A table of removal."""
     names = list(subject.guess)
     table = Table(title=f"{subject.title}: what the share is worth as it is", title_justify="left")
@@ -307,7 +307,7 @@ def show(subject: Subject, rows: Sequence[dict[str, Any]], nothing: Quality) -> 
         table.add_row(str(row["k"]), *values)
     for title, quality in (("no share", nothing), ("a guess", subject.guess)):
         table.add_row(title, *[f"{quality[name]:.3f}" for name in (*names, *names)])
-    console.print(table)
+    return table
 
 
 def main() -> None:
@@ -324,7 +324,7 @@ def main() -> None:
         with console.status(f"stealing: {subject.title}"):
             rows, nothing = removal(subject), without(subject)
             hybrid = hybrid_quality(subject)
-        show(subject, rows, nothing)
+        console.print(table(subject, rows, nothing))
         console.print("the hybrid:", ", ".join(f"{name} {value:.6f}" for name, value in hybrid.items()))
         document["hybrid"][subject.name] = {name: round(value, 7) for name, value in hybrid.items()}
         document["no_share"][subject.name] = {name: round(value, 4) for name, value in nothing.items()}

@@ -19,6 +19,8 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,30 @@ def measure_pool(
     return {key: median([row[key] for row in rows]) for key in rows[0]}
 
 
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """A column for each precision."""
+    table = Table("", *(f"{result['precision']} bits" for result in results))
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "plain, tokens/s": lambda r: f"{r['decode']['plain']:.1f}",
+        "hybrid, tokens/s": lambda r: f"{r['decode']['hybrid']:.1f}",
+        "ratio": lambda r: f"{r['decode']['ratio']:.2f}",
+        "ratio, masks dealt meanwhile": lambda r: f"{r['decode_dealing_meanwhile']['ratio']:.2f}",
+        "ratio, masks from a pool": lambda r: f"{r['pool']['ratio']:.2f}",
+        "guards": lambda r: f"{r['decode']['guards']:.1%}",
+        "guards, with a pool": lambda r: f"{r['pool']['guards']:.1%}",
+        **{f"{phase}, ms a token": partial(_phase, phase) for phase in PHASES},
+        "prompt, ratio": lambda r: f"{r['prefill']['ratio']:.2f}",
+        "masks dealt a second": lambda r: f"{r['dealing']['masks_per_second']:.0f}",
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *map(cell, results))
+    return table
+
+
+def _phase(phase: str, result: dict[str, Any]) -> str:
+    return f"{result['decode'][phase]:.2f}"
+
+
 def main() -> None:
     """Measure, print a table, and end with one JSON line."""
     parser = argparse.ArgumentParser(
@@ -151,36 +177,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     ids = tokenizer(wikipedia()[:20_000], return_tensors="pt").input_ids[:, : args.prompt]
-    table = Table(
-        "bits",
-        "plain tok/s",
-        "hybrid tok/s",
-        "ratio",
-        "meanwhile",
-        "pool",
-        "guards",
-        "pool's guards",
-        *[f"{p} ms" for p in PHASES],
-        "prefill",
-        "masks/s",
-    )
     for precision in (12, 8):
         result = measure(plain, ids, args, precision)
         document["results"].append(result)
-        row = result["decode"]
-        table.add_row(
-            str(precision),
-            *(f"{row[key]:.1f}" for key in ("plain", "hybrid")),
-            f"{row['ratio']:.2f}",
-            f"{result['decode_dealing_meanwhile']['ratio']:.2f}",
-            f"{result['pool']['ratio']:.2f}",
-            f"{row['guards']:.1%}",
-            f"{result['pool']['guards']:.1%}",
-            *(f"{row[key]:.2f}" for key in PHASES),
-            f"{result['prefill']['ratio']:.2f}",
-            f"{result['dealing']['masks_per_second']:.0f}",
-        )
-    console.print(table)
+    console.print(table(document["results"]))
     finish(document)
 
 

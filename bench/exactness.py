@@ -135,11 +135,17 @@ def outliers(source: Path, ids: torch.Tensor) -> dict[str, dict[str, float]]:
 
 def show(name: str, found: dict[str, dict[str, float]]) -> None:
     """A table of divergences, and beside each how many times that without outliers it is."""
-    table = Table("outliers", *next(iter(found.values())), title=f"KL to fp32, {name}")
-    for factor, row in found.items():
-        cells = (f"{kl:.1e} ({kl / found['x1'][kind]:.2f})" for kind, kl in row.items())
-        table.add_row(factor, *cells)
-    console.print(table)
+    console.print(table(name, found))
+
+
+def table(name: str, found: dict[str, dict[str, float]]) -> Table:
+    """A column for each factor, which fit 80 columns."""
+    table = Table("outliers", *found, title=f"KL to fp32, {name}")
+    for kind in next(iter(found.values())):
+        table.add_row(
+            kind, *(f"{row[kind]:.1e} ({row[kind] / found['x1'][kind]:.2f})" for row in found.values())
+        )
+    return table
 
 
 def layer_error(n: int, precision: int) -> dict[str, float]:

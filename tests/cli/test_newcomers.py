@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+import io
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaForCausalLM
 
 import families
 import sliplm
 from sliplm.errors import ShareError
 from sliplm.parties.local_worker import LocalWorker
-from test_cli import run_here
+from sliplm.parties.quarantine import Entry
+from terminal import Terminal
+from test_cli import ENV, SLIP, run_here
 from test_generation import byte_tokenizer
+
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +109,89 @@ def test_a_wrong_folder_in_python_does_not_blame_the_worker(model: Path, out: Pa
         assert said in str(caught.value)
         assert "did not start" not in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
+
+
+# --- what is suggested, and how it looks ------------------------------------------------------------------
+
+
+def test_a_split_ends_with_a_command_that_runs_as_written_and_says_to_bring_the_key(
+    model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "it's out; touch broken"
+    key = Path(os.environ["SLIPLM_KEY_FILE"])
+    with Terminal([*SLIP, "split", str(model), str(out), "--rank", "4"], ENV) as terminal:
+        assert terminal.status() == 0
+        lines = terminal.lines
+    assert max(map(len, (line for line in lines if str(tmp_path) not in line))) <= 80
+    bars = [line for line in lines if line.startswith("splitting") and "groups" in line]
+    assert bars
+    assert all("of 5 groups, " in line and "…" not in line for line in bars)
+    [hint] = [line.removeprefix("Try it: ") for line in lines if line.startswith("Try it: ")]
+    assert shlex.split(hint) == ["slip", "generate", str(out), "--prompt", "Hello"]
+    closing = "".join(lines[lines.index(f"Try it: {hint}") + 1 :])
+    assert str(key) in closing.replace(" ", "")
+    scripts = {**ENV, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", f"{hint} --max-new-tokens 2"],
+        cwd=tmp_path, env=scripts, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "broken").exists()
+
+
+def test_other_suggested_commands_are_quoted(
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    entry = Entry(address="unix:/a b/$(w).sock", spki=None, role="worker", time="2026-01-01", reason="lied")
+    assert shlex.split(entry.why().partition(": slip ")[2]) == ["quarantine", "clear", entry.address]
+    vault = tmp_path / "a vault"
+    shutil.copytree(out / "vault", vault)
+    (tmp_path / "key").write_text("00" * 32)
+    (tmp_path / "key").chmod(0o600)
+    monkeypatch.setenv("SLIPLM_LEDGER", str(tmp_path / "key"))  # a file: no ledger can be there
+    assert run_here(monkeypatch, ["keys", "reseal", vault, "--new-key", f"file:{tmp_path / 'key'}"]) == 0
+    again = capsys.readouterr().err.rpartition("; then: slip ")[2]
+    assert shlex.split(again) == ["ledger", "add", str(vault)]
+
+
+def test_a_fine_tune_at_eighty_columns(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    sliplm.split(tmp_path / "tuned", tmp_path / "out", sliplm.Recipe(energy=0.5), base=model)
+    monkeypatch.setenv("COLUMNS", "80")
+    for folder in (tmp_path / "out", tmp_path / "out" / "worker"):
+        assert run_here(monkeypatch, ["inspect", folder]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert not any("…" in line for line in lines)
+
+
+def test_tables_of_the_benches_at_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    decode, exactness, breadth = map(importlib.import_module, ("decode", "exactness", "breadth"))
+    row = dict.fromkeys((*decode.PHASES, "plain", "hybrid", "ratio", "guards", "masks_per_second"), 123.456)
+    parts = dict.fromkeys(("decode", "decode_dealing_meanwhile", "pool", "prefill", "dealing"), row)
+    subject = SimpleNamespace(
+        title="EfficientNet-lite0", guess={"top-1": 0.5, "top-5": 0.5, "agreement": 0.5}
+    )
+    removal = {"k": 16, "residual": subject.guess, "rotated": subject.guess}
+    kinds = dict.fromkeys(("bfloat16", "p12", "base p12"), 1.234e-12)
+    for table, first in (
+        (decode.table([{"precision": bits, **parts} for bits in (12, 8)]), "masks dealt a second"),
+        (exactness.table("a model", {f"x{n}": kinds for n in (1, 100, 1000)}), "base p12"),
+        (breadth.table(subject, [removal], subject.guess), "no share"),
+    ):
+        screen = Console(width=80, file=io.StringIO())
+        screen.print(table)
+        text = screen.file.getvalue()  # type: ignore[attr-defined]
+        assert first in text
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= 80

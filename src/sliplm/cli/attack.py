@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sliplm.cli.screen import console, number, percent, print_json, quiet
@@ -249,11 +249,12 @@ class _Bar:
     def __init__(self, lines: int) -> None:
         self._bar = Progress(
             TextColumn("attacking"),
-            BarColumn(),
+            BarColumn(bar_width=10),
             TextColumn("{task.completed} runs on " + f"{lines} lines"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[last]}", style="dim"),
+            TextColumn("{task.fields[last]}", style="dim", markup=False, table_column=Column(ratio=1)),
             console=Console(stderr=True),
+            expand=True,
         )
         self._task = self._bar.add_task("", total=None, last="")
 

@@ -91,9 +91,8 @@ def _head(screen: Console, manifest: VaultManifest, seal: Seal) -> None:
     if manifest.base is not None and manifest.recipe.tail == "drop":
         screen.print(
             f"The worker's share is the public {escape(manifest.base.name)} alone, rounded: it hides "
-            "nothing, and nothing of yours is in it.\nEvery split against it with these groups and bits has "
-            "the same.",
-            soft_wrap=True,
+            "nothing, and nothing of yours is in it. Every split against it with these groups and bits has "
+            "the same."
         )
 
 
@@ -206,13 +205,13 @@ def _worker(screen: Console, share: WorkerShare, all_groups: bool, json: bool) -
         )
     screen.print(table)
     screen.print(
-        f"{len(groups)} integer matrices, {size(total)}; and, while it serves, uniform field elements: how\n"
+        f"{len(groups)} integer matrices, {size(total)}; and, while it serves, uniform field elements: how "
         "many, and when. No scale, basis, removed part, embedding, norm or bias; no token; no tokenizer."
     )
     if public:
         screen.print(
             "\nBy its split id these matrices are a public model's, in clear: they hide nothing. To see that "
-            "they are\nnothing else, split that model yourself (slip split BASE OUT --base BASE) and compare "
+            "they are nothing else, split that model yourself (slip split BASE OUT --base BASE) and compare "
             "the files."
         )
 

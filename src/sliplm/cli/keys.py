@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -154,7 +155,8 @@ def reseal(
         try:
             add(vault, new)
         except LedgerError as error:  # the vault is sealed all the same
-            typer.echo(f"not noted in the ledger: {error}; then: slip ledger add {vault}", err=True)
+            again = f"slip ledger add {shlex.quote(str(vault))}"
+            typer.echo(f"not noted in the ledger: {error}; then: {again}", err=True)
     if json:
         print_json({"resealed": str(vault)})
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sliplm.cli.screen import console, number, percent, print_json, quiet, size
+from sliplm.engines.progress import cut, named
 from sliplm.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,7 +121,8 @@ def command(
     _show(screen, made.results, made.advice)
     screen.print(f"\n{len(made.files)} files in {out}:", style="dim", markup=False)
     screen.print(Text(", ".join(file.name for file in made.files)), style="dim", soft_wrap=True)
-    screen.print(Text(f"slip split {model} SPLIT --recipe {out / 'recipe.json'}"), soft_wrap=True)
+    recipe = shlex.quote(str(out / "recipe.json"))
+    screen.print(Text(f"slip split {shlex.quote(str(model))} SPLIT --recipe {recipe}"), soft_wrap=True)
     if json:
         print_json(made.document)
 
@@ -212,7 +215,7 @@ class _Bar:
             BarColumn(bar_width=None),
             TaskProgressColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[name]}", style="dim", markup=False),
+            *named(screen),
             console=screen,
             disable=not screen.is_terminal,
             transient=True,
@@ -231,6 +234,6 @@ class _Bar:
     def update(self, stage: str, done: int, total: int, name: str) -> None:
         """As `sensitivity.run.plan` calls it."""
         if stage != self._stage:
-            self._bar.reset(self._task, stage=STAGES[stage], name=name)
+            self._bar.reset(self._task, stage=STAGES[stage], name=cut(name))
             self._stage = stage
-        self._bar.update(self._task, completed=done, total=total, name=name)
+        self._bar.update(self._task, completed=done, total=total, name=cut(name))

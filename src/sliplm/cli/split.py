@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from sliplm.cli.screen import (
     warn_of_tail,
 )
 from sliplm.errors import RecipeError
+from sliplm.shares.keysource import described
 from sliplm.shares.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ def command(
         model, out, chosen, key, warned=warned, public=public or (), i_know=i_know,
         base=base, adapters=_adapters(adapter or []),
     )  # fmt: skip
-    _show(console(json=json), out, report)
+    _show(console(json=json), out, report, key)
     if json:
         print_json(report.model_dump(mode="json") | {"warnings": warned})
 
@@ -154,7 +156,7 @@ def _seen(report: SplitReport) -> str:
                                                     ": nothing of yours")  # fmt: skip
 
 
-def _show(screen: Console, out: Path, report: SplitReport) -> None:
+def _show(screen: Console, out: Path, report: SplitReport, key: str | None) -> None:
     from sliplm.engines.transformers.companions import has_tokenizer
     from sliplm.engines.transformers.load import can_generate
 
@@ -187,7 +189,15 @@ def _show(screen: Console, out: Path, report: SplitReport) -> None:
     for name, how in report.public.items():
         if not how.close:
             screen.print(f"\nagainst {name}: {how}", style="dim", markup=False, soft_wrap=True)
-    hint = f"slip generate {out} --prompt 'Hello'" if can_generate(out / "vault") else f'sliplm.open("{out}")'
-    if can_generate(out / "vault") and not has_tokenizer(out / "vault"):
-        hint += " --tokenizer FOLDER (the checkpoint has no tokenizer)"
-    screen.print(f"\nTry it: {hint}", style="dim", markup=False, soft_wrap=True)
+    if not can_generate(out / "vault"):
+        hint = f"sliplm.open({str(out)!r})"
+    else:
+        hint = f"slip generate {shlex.quote(str(out))} --prompt 'Hello'"
+        if not has_tokenizer(out / "vault"):
+            hint += " --tokenizer FOLDER (the checkpoint has no tokenizer)"
+    screen.print(f"\nTry it: {hint}", markup=False, soft_wrap=True)
+    screen.print(
+        f"On another machine than this one the vault needs {out / 'vault'} and {described(key)}; "
+        f"{out / 'worker'} goes to the worker.",
+        style="dim", markup=False,
+    )  # fmt: skip

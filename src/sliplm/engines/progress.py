@@ -14,6 +14,9 @@ from rich.text import Text
 
 from sliplm.shares.tensorfile import read_header
 
+NAMES_FROM = 120  # characters of a terminal below which a bar has no room for names
+NAME = 44  # characters of one that are shown, the last ones
+
 Update = Callable[[int, int, str], None]
 """Called with the weights done, the weights in all, and the name of the group that comes next."""
 
@@ -28,6 +31,17 @@ def shown(progress: Update | None, out: Path) -> Iterator[Update]:
             yield bar.update
     else:
         yield lambda done, total, name: None
+
+
+def named(console: Console) -> tuple[TextColumn, ...]:
+    """The column for what is worked on, where a terminal has room for it."""
+    wide = console.width >= NAMES_FROM
+    return (TextColumn("{task.fields[name]}", style="dim", markup=False),) if wide else ()
+
+
+def cut(name: str) -> str:
+    """The end of a name that is long."""
+    return name if len(name) <= NAME else "…" + name[1 - NAME :]
 
 
 class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
@@ -48,7 +62,7 @@ class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
             TaskProgressColumn(),
             TextColumn("{task.fields[counts]}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[name]}", style="dim"),
+            *named(self._console),
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,
@@ -76,7 +90,7 @@ class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
         self._name = name
         written, whole = decimal(self._bytes), decimal(sum(sizes.values()))
         counts = f"{self._groups} of {len(sizes)} groups, {written} of {whole}"
-        self._bar.update(self._task, completed=done, total=total, counts=counts, name=name)
+        self._bar.update(self._task, completed=done, total=total, counts=counts, name=cut(name))
 
     def _first(self) -> dict[str, int]:
         """Bytes of each group in the worker's share."""

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import logging
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -43,7 +44,7 @@ class Entry(BaseModel):
         """For an error and the record."""
         return (
             f"caught on {self.time[:10]}: {self.reason}; if you trust it again: "
-            f"slip quarantine clear {self.address}"
+            f"slip quarantine clear {shlex.quote(self.address)}"
         )
 
 

@@ -51,11 +51,6 @@ def check_folder(folder: Path, wanted: Side | None) -> None:
         raise ShareError(wrong)
 
 
-def quoted(path: Path | str) -> str:
-    """A path or another word for a command line that a message suggests."""
-    return shlex.quote(str(path))
-
-
 def _not_both(folder: Path, found: Side | None) -> str | None:
     there = [side for side in SIDES if side_of(folder / side) == side]
     if len(there) == len(SIDES):
@@ -86,5 +81,5 @@ def _instead(folder: Path) -> str:
     if (folder / _MANIFEST).exists():
         return f"has a {_MANIFEST} that is no split's, or cannot be read"
     if (folder / "config.json").is_file():
-        return f"is a model that was not split (slip split {quoted(folder)} OUT does)"
+        return f"is a model that was not split (slip split {shlex.quote(str(folder))} OUT does)"
     return f"has no {_MANIFEST}"

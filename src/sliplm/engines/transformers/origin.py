@@ -44,7 +44,7 @@ def warn_of_relatives(found: Mapping[str, Likeness], *, proven: bool, level: int
             warnings.warn(
                 f"this model is close to {name}: {how}. Whoever has {name} may fit a fast rotation to it and "
                 "read what you changed; that a share hides this is not claimed. Split it against its base "
-                f"(--base {name}), or with rotation haar; see docs/THREAT_MODEL.md",
+                f"(--base FOLDER), or with rotation haar; see docs/THREAT_MODEL.md",
                 SlipWarning,
                 stacklevel=level + 1,
             )
