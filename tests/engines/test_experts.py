@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,12 +16,15 @@ import torch
 from support import families
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
+from sliplm.cli import app
 from sliplm.engines.experts import SlipExperts
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.load import load, reference
 from sliplm.engines.transformers.thief import thief
-from sliplm.errors import InputError, RecipeError, ShareError
+from sliplm.errors import InputError, MaskError, RecipeError, ShareError
+from sliplm.masks.expected import rows_for
 from sliplm.network.transport import Connection
 from sliplm.parties.worker import Worker
 from sliplm.planning.counts import report_for
@@ -216,6 +221,83 @@ def test_masks_are_kept_by_expected_use(mixture: Path) -> None:
             wanted = [kept if ".experts." in name else 8 for name in vault.groups]
             assert all(want - 2 < found <= want + 2 for want, found in zip(wanted, ready, strict=True))
             assert torch.equal(model(TOKENS).logits, reference(mixture / "out")(TOKENS).logits)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of eight experts are chosen, by a router that was never trained to choose all alike."""
+    folder = tmp_path_factory.mktemp("eight")
+    split(families.make("qwen3_moe", folder / "model", **SMALL, num_experts=8), folder / "out", RECIPE)
+    return folder
+
+
+def deal(folder: Path, pool: Path, *words: object) -> dict[str, Any]:
+    command = ["deal", str(folder / "out" / "vault"), str(pool), *map(str, words), "--json"]
+    result = CliRunner().invoke(app, command)
+    if result.exception is not None:
+        raise result.exception
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_a_pool_serves_about_the_tokens_that_it_was_dealt_for(
+    eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the pool alone, one token at a time and a prompt; then it is dealt by what it has seen."""
+    monkeypatch.setenv("SLIPLM_STATE", str(tmp_path / "state"))
+    before = deal(eight, tmp_path / "pool", "--tokens", 192)
+    assert before["tokens"] == 192
+    rows = {".experts." in g["name"]: g["ready"] for g in before["groups"]}
+    assert rows == {False: 192, True: rows_for(192, 0.5)}
+    words = torch.randint(3, 299, (1, 128), generator=torch.Generator().manual_seed(7))
+    options = {"share": None, "pool": tmp_path / "pool"}
+    with served(eight / "out", **options) as (model, worker), torch.no_grad():
+        assert torch.equal(model(words[:, :100]).logits, reference(eight / "out")(words[:, :100]).logits)
+        for word in words[0, 100:]:
+            model(word[None, None])
+        assert model.slip.counters.rows_dealt == 0
+        seen = sum(map(Counter, worker.frames), Counter())
+    after = deal(eight, tmp_path / "pool", "--status")
+    burnt = [group["burnt"] for group in after["groups"]]
+    assert all(
+        128 <= b <= 192 for b, g in zip(burnt, after["groups"], strict=True) if ".experts." not in g["name"]
+    )
+    assert all(burnt[i] >= count for i, count in seen.items())
+    assert 0 < after["tokens"] <= 192 - 128
+    again = deal(eight, tmp_path / "pool", "--tokens", 400)
+    often, seldom = max(seen, key=seen.__getitem__), min(seen, key=seen.__getitem__)
+    assert seen[often] > 1.5 * seen[seldom], "this router favours some"
+    assert again["groups"][often]["ready"] > again["groups"][seldom]["ready"]
+    whole = deal(eight, tmp_path / "other", "--tokens", 20, "--hide-routing")
+    assert {group["ready"] for group in whole["groups"]} == {20}
+
+
+def test_an_expert_without_masks_is_dealt_for_on_demand(
+    eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens at a few experts, of a pool for few tokens: what is missing the vault deals itself."""
+    monkeypatch.setenv("SLIPLM_STATE", str(tmp_path / "state"))
+    deal(eight, tmp_path / "pool", "--tokens", 8)
+    words = torch.full((1, 40), 7)
+    with torch.no_grad():
+        wanted = reference(eight / "out")(words).logits
+        with served(eight / "out", pool=tmp_path / "pool", share=eight / "out" / "worker") as (model, _):
+            assert torch.equal(model(words).logits, wanted)
+            assert model.slip.counters.rows_dealt_late > 0
+        with served(eight / "out", pool=tmp_path / "pool") as (model, _):
+            with pytest.raises(MaskError, match=r"deal more with `slip deal`"):
+                model(words)
+
+
+def test_dealing_for_tokens_gives_experts_what_they_are_expected_to_need(eight: Path) -> None:
+    with served(eight / "out") as (model, _):
+        vault: Any = model.slip
+        vault.deal(100)
+        ready = [vault._supply.memory.available(i) for i in range(len(vault.groups))]
+        assert ready == [rows_for(100, 0.5) if ".experts." in name else 100 for name in vault.groups]
+        (name,) = [name for name in vault.groups if name.endswith("gate_up_proj.3")]
+        vault.deal(5, [name])
+        assert vault._supply.memory.available(vault.groups.index(name)) == rows_for(100, 0.5) + 5
 
 
 def test_a_thief_of_the_worker_share_has_no_model(mixture: Path) -> None:

@@ -430,7 +430,7 @@ def test_a_slow_worker_is_not_asked_for_ever(
             vault.product(group, x)
             assert len(slow.messages) == 2, "it is tried again in the end"
             assert member.pace is not None
-            assert member.pace * work(1, 1, 1) < 1.0, "and found to be fast"
+            assert member.pace * work([(1, 1, 1)]) < 1.0, "and found to be fast"
 
 
 def test_nothing_is_over_after_a_month(shares: Shares, tmp_path: Path) -> None:
@@ -497,3 +497,12 @@ def test_who_is_refused_in_greeting_is_named_with_its_certificate(
         assert record["event"] == "quarantined"
         assert record["peer"] is not None
         assert "sha256" in record["peer"]
+
+
+def test_an_exchange_of_many_groups_has_one_trip() -> None:
+    """A layer's 128 experts are asked in one message: counted as so many trips, whoever serves them looked
+    fast, and the next plain request came to the slow one.
+    """
+    one, trip = (64, 64, 1), work([])
+    assert trip > 0
+    assert work([one] * 128) - trip == 128 * (work([one]) - trip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 import shutil
 import time
@@ -49,7 +50,12 @@ def command(
     ],
     *,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Deal until so many masks are ready; one a token and group.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Deal until the masks for so many tokens are ready: one a token and group; of a mixture's "
+            "experts what they are expected to need, and a reserve.",
+        ),
     ] = None,
     status: Annotated[bool, typer.Option("--status", help="Only say what is ready.")] = False,
     share: Annotated[
@@ -87,12 +93,19 @@ def command(
             help="Append a line of JSON for each dealer that dealt, lied, stalled or was refused.",
         ),
     ] = None,
+    hide_routing: Annotated[
+        bool,
+        typer.Option(
+            "--hide-routing",
+            help="For a vault that is loaded with hide_routing: every expert is asked for every token.",
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Deal masks ahead of time, into a folder on the vault's disk.
 
-    A token takes one mask of each group. Masks that are there count; Ctrl-C keeps what is whole, and the
-    same command goes on. A vault may use the pool meanwhile.
+    A token takes one mask of each group; of a mixture's experts, of those that are chosen. Masks that are
+    there count; Ctrl-C keeps what is whole, and the same command goes on. A vault may use the pool meanwhile.
 
     Example: slip deal out/vault pool --tokens 10000
 
@@ -108,19 +121,21 @@ def command(
 
     opened = open_vault(vault, key)
     shapes = [(secrets.m, secrets.n) for secrets in opened.groups.values()]
+    uses = [1.0 if hide_routing else group.use for group in opened.manifest.groups]
     if tokens is not None:
         if share is None and not dealer:
             share = vault.parent / "worker"
         with _dealing(opened, shapes, share, dealer or [], pool, audit) as dealing:
-            _deal(opened, pool, shapes, tokens, dealing, most, anchor)
+            _deal(opened, pool, shapes, uses, tokens, dealing, most, anchor)
     stocks = stock(pool, opened.pool_name, opened.pool_key, shapes)
-    _show(console(json=json), list(opened.groups), stocks)
+    served = _tokens(uses, stocks)
+    _show(console(json=json), list(opened.groups), stocks, served)
     if json:
         named = zip(opened.groups, stocks, strict=True)
         print_json(
             {
                 "split_id": opened.split_id,
-                "tokens": min(group.ready for group in stocks),
+                "tokens": served,
                 "bytes": sum(group.bytes for group in stocks),
                 "groups": [{"name": name} | group._asdict() for name, group in named],
             }
@@ -173,50 +188,67 @@ def _record(log: AuditLog, dealing: Dealing, pool: Path) -> None:
             log.write("dealt", f"{rows} rows into {pool}", role="dealer", address=address, peer=peer)
 
 
+def _tokens(uses: Sequence[float], stocks: Sequence[GroupStock]) -> int:
+    """For about how many tokens the masks on disk are enough."""
+    from sliplm.masks.expected import planned, tokens_for
+
+    expected = planned(uses, [group.burnt for group in stocks])
+    return min(tokens_for(group.ready, use) for group, use in zip(stocks, expected, strict=True))
+
+
 def _deal(
-    vault: VaultShare, pool: Path, shapes: Sequence[tuple[int, int]], tokens: int, dealing: Dealing,
-    limit: int | None, anchor: str | None,
+    vault: VaultShare, pool: Path, shapes: Sequence[tuple[int, int]], uses: Sequence[float], tokens: int,
+    dealing: Dealing, limit: int | None, anchor: str | None,
 ) -> None:  # fmt: skip
     from sliplm.masks.anchor import CommandAnchor, file_anchor
+    from sliplm.masks.expected import planned, rows_for
     from sliplm.masks.poolfolder import PoolWriter, stock
 
     place = file_anchor() if anchor is None else CommandAnchor(anchor)
     with PoolWriter(pool, vault.pool_name, vault.pool_key, shapes, place) as writer:
         there = stock(pool, vault.pool_name, vault.pool_key, shapes)
         ready = [group.ready for group in there]
-        _check_room(pool, shapes, there, _missing_bytes(shapes, ready, tokens), limit, tokens)
-        batches = _plan(shapes, ready, tokens)
+        expected = planned(uses, [group.burnt for group in there])
+        wanted = [rows_for(tokens, use) for use in expected]
+        needed = _missing_bytes(shapes, ready, wanted)
+        _check_room(pool, shapes, expected, there, needed, limit, tokens, _tokens(uses, there))
+        batches = _plan(shapes, ready, wanted)
         if batches:
-            _with_progress(writer, batches, len(shapes), dealing.products)
+            _with_progress(writer, batches, sum(expected), dealing.products)
 
 
-def _missing_bytes(shapes: Sequence[tuple[int, int]], ready: Sequence[int], tokens: int) -> int:
+def _missing_bytes(shapes: Sequence[tuple[int, int]], ready: Sequence[int], wanted: Sequence[int]) -> int:
     """What `_plan` would write, without planning it: a number may be mistyped."""
     from sliplm.masks.maskfile import batch_rows, file_bytes
 
     total = 0
-    for (m, n), have in zip(shapes, ready, strict=True):
-        whole, rest = divmod(max(0, tokens - have), batch_rows(m, n))
+    for (m, n), have, rows in zip(shapes, ready, wanted, strict=True):
+        whole, rest = divmod(max(0, rows - have), batch_rows(m, n))
         total += whole * file_bytes(m, batch_rows(m, n)) + (file_bytes(m, rest) if rest else 0)
     return total
 
 
-def _plan(shapes: Sequence[tuple[int, int]], ready: Sequence[int], tokens: int) -> list[_Batch]:
-    """The batches that are missing; the group with the fewest masks comes first."""
+def _plan(shapes: Sequence[tuple[int, int]], ready: Sequence[int], wanted: Sequence[int]) -> list[_Batch]:
+    """The batches that are missing; the group that has the smallest part of its rows comes first."""
     from sliplm.masks.maskfile import batch_rows, file_bytes
 
     have, batches = list(ready), []
-    while have[group := min(range(len(have)), key=have.__getitem__)] < tokens:
+    waiting = [(have[g] / wanted[g], g) for g in range(len(have)) if have[g] < wanted[g]]
+    heapq.heapify(waiting)
+    while waiting:
+        _, group = heapq.heappop(waiting)
         m, n = shapes[group]
-        rows = min(batch_rows(m, n), tokens - have[group])
+        rows = min(batch_rows(m, n), wanted[group] - have[group])
         batches.append(_Batch(group, rows, file_bytes(m, rows)))
         have[group] += rows
+        if have[group] < wanted[group]:
+            heapq.heappush(waiting, (have[group] / wanted[group], group))
     return batches
 
 
 def _check_room(
-    pool: Path, shapes: Sequence[tuple[int, int]], there: Sequence[GroupStock], needed: int,
-    limit: int | None, tokens: int,
+    pool: Path, shapes: Sequence[tuple[int, int]], uses: Sequence[float], there: Sequence[GroupStock],
+    needed: int, limit: int | None, tokens: int, ready: int,
 ) -> None:  # fmt: skip
     """Refuse what does not fit before any of it is dealt."""
     from sliplm.masks.maskfile import row_bytes
@@ -225,16 +257,15 @@ def _check_room(
     if limit is not None and limit - sum(group.bytes for group in there) < room:
         room, why = limit - sum(group.bytes for group in there), "the limit leaves room for"
     if needed > room:
-        a_token = sum(row_bytes(m) for m, _ in shapes)
-        ready = min(group.ready for group in there)
-        more = max(0, room) * 99 // (100 * a_token)  # headers, and groups that are ahead
+        a_token = sum(use * row_bytes(m) for (m, _), use in zip(shapes, uses, strict=True))
+        more = int(max(0, room) * 99 // (100 * a_token))  # headers, and groups that are ahead
         raise PoolError(
             f"masks for {tokens} tokens take {size(needed)} more, and {why} {size(max(0, room))}: about "
             f"{number(ready + more)} tokens fit; nothing was dealt"
         )
 
 
-def _with_progress(writer: PoolWriter, batches: Sequence[_Batch], groups: int, product: Product) -> None:
+def _with_progress(writer: PoolWriter, batches: Sequence[_Batch], a_token: float, product: Product) -> None:
     screen = Console(stderr=True, highlight=False)
     bar = Progress(
         TextColumn("dealing"), BarColumn(bar_width=None), TaskProgressColumn(),
@@ -247,12 +278,12 @@ def _with_progress(writer: PoolWriter, batches: Sequence[_Batch], groups: int, p
         for batch in batches:
             writer.add(batch.group, batch.rows, product)
             done, rows = done + batch.bytes, rows + batch.rows
-            speed = rows / groups / max(1e-9, time.monotonic() - start)
+            speed = rows / a_token / max(1e-9, time.monotonic() - start)
             counts = f"{size(done)} of {size(total)}, {number(speed)} tokens/s"
             bar.update(task, completed=done, counts=counts)
 
 
-def _show(screen: Console, names: Sequence[str], stocks: Sequence[GroupStock]) -> None:
+def _show(screen: Console, names: Sequence[str], stocks: Sequence[GroupStock], served: int) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("group", overflow="fold")
     for title in ("ready", "burnt", "bytes"):
@@ -261,8 +292,8 @@ def _show(screen: Console, names: Sequence[str], stocks: Sequence[GroupStock]) -
         count = f" x{len(same)}" if len(same) > 1 else ""
         table.add_row(Text(pattern(same) + count), str(group.ready), str(group.burnt), size(group.bytes))
     screen.print(table)
-    ready, total = min(group.ready for group in stocks), sum(group.bytes for group in stocks)
-    screen.print(f"masks for {ready} tokens are ready; {size(total)} on disk", soft_wrap=True)
+    total = sum(group.bytes for group in stocks)
+    screen.print(f"masks for {served} tokens are ready; {size(total)} on disk", soft_wrap=True)
 
 
 def _folded(names: Sequence[str], stocks: Sequence[GroupStock]) -> list[tuple[list[str], GroupStock]]:

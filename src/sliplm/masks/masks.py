@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -253,10 +253,14 @@ class MaskPool(Secret):
                 self._change.notify()
         return parts
 
-    def add(self, groups: Sequence[int], rows: int) -> None:
-        """Deal `rows` more masks for each of the groups, now, beyond what the background keeps ready."""
+    def add(self, wanted: Mapping[int, int]) -> None:
+        """Deal more masks now, beyond what the background keeps ready.
+
+        Args:
+            wanted: group -> rows.
+        """
         self._process.check()
-        for group in groups:
+        for group, rows in wanted.items():
             age = self.renewals
             self._keep(group, self._make(group, rows, False, False), age)
 

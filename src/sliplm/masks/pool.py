@@ -41,6 +41,7 @@ from sliplm import durable, forks
 from sliplm.closing import Closing
 from sliplm.errors import PoolError
 from sliplm.masks.anchor import Anchor
+from sliplm.masks.expected import rows_for
 from sliplm.masks.maskfile import MaskFile
 from sliplm.masks.masks import Clocks, Masks, joined
 from sliplm.masks.poolfolder import (
@@ -55,7 +56,7 @@ from sliplm.masks.poolfolder import (
 )
 from sliplm.secrecy import Secret
 
-RESERVE: Final = 64  # rows of each group that one reservation burns ahead
+RESERVE: Final = 64  # tokens for which one reservation burns ahead
 _ROWS_AT_ONCE: Final = 16  # read together
 _LOOK: Final = 1.0  # seconds between two looks for new batches while there are few
 
@@ -124,7 +125,8 @@ class DiskPool(Secret, Closing):
         pool_key: gives the secret that seals the pool, from its id.
         shapes: (m, n) of every group, in the share's order.
         anchor: the one that the pool was dealt with.
-        reserve: rows of each group that are burnt ahead, and lost at a crash or `close`.
+        uses: of each group, what part of the rows it is expected to see; None for all of them.
+        reserve: tokens whose masks are burnt ahead, and lost at a crash or `close`.
 
     Attributes:
         renewals: how often reserved rows were dropped by `renew` or because the clocks jumped.
@@ -140,13 +142,11 @@ class DiskPool(Secret, Closing):
         shapes: Sequence[Shape],
         anchor: Anchor,
         *,
+        uses: Sequence[float] | None = None,
         reserve: int = RESERVE,
     ) -> None:
-        self._folder, self._anchor, self._reserve_rows = (
-            Folder(pool, split_id, pool_key, shapes),
-            anchor,
-            reserve,
-        )
+        self._folder, self._anchor = Folder(pool, split_id, pool_key, shapes), anchor
+        self._uses, self._ahead = list(uses or [1.0] * len(shapes)), reserve
         self._guard = threading.Lock()
         self._process = forks.Process()
         self._clocks = Clocks()
@@ -178,7 +178,7 @@ class DiskPool(Secret, Closing):
                 return 0
             stock = self._stocks[group]
             rows = stock.in_hand() + stock.unburnt()
-            if rows < self._reserve_rows and time.monotonic() - self._looked > _LOOK:
+            if rows < rows_for(self._ahead, self._uses[group]) and time.monotonic() - self._looked > _LOOK:
                 self._scan()
                 rows = stock.in_hand() + stock.unburnt()
             return rows
@@ -287,18 +287,23 @@ class DiskPool(Secret, Closing):
             stock.drop()
 
     def _reserve(self, group: int, rows: int) -> None:
-        """Burn so many rows ahead for every group, and have at least `rows` of `group` in hand."""
-        wanted = max(rows, self._reserve_rows)
-        if any(stock.unburnt() < wanted for stock in self._stocks):
+        """Burn some tokens' masks ahead for every group, and have at least `rows` of `group` in hand."""
+        seen = max(rows, self._ahead) if self._uses[group] >= 1.0 else self._ahead
+        wanted = [rows_for(seen, use) for use in self._uses]
+        wanted[group] = max(rows, wanted[group])
+        if any(stock.unburnt() < want for stock, want in zip(self._stocks, wanted, strict=True)):
             self._scan()
         have = self._stocks[group].in_hand() + self._stocks[group].unburnt()
         if have < rows:
+            expert = (
+                "" if self._uses[group] >= 1.0 else ", or name a dealer: an expert may be chosen more often"
+            )
             raise PoolError(
                 f"{self._folder.path}: {have} masks are left for group {group}, and {rows} are needed; "
-                "deal more with `slip deal`"
+                f"deal more with `slip deal`{expert}"
             )
         self._settle()
-        plans = [stock.plan(wanted - stock.in_hand()) for stock in self._stocks]
+        plans = [stock.plan(want - stock.in_hand()) for stock, want in zip(self._stocks, wanted, strict=True)]
         positions = [position for position, _ in plans]
         base, token = self._tokens[0], next_token(self._owner.secret, positions)
         tokens = [base, *self._tokens[1:][-(MAX_TOKENS - 2) :], token]

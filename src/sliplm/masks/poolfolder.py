@@ -31,7 +31,7 @@ from sliplm.secrecy import Secret
 
 STATE: Final = "state.json"
 MAX_TOKENS: Final = 32
-_MAX_STATE_BYTES: Final = 1 << 20
+_STATE_BYTES: Final = (64 << 10, 64)  # of state.json at most: whatever the groups, and for each
 
 PoolKey = Callable[[str], bytes]
 """label -> a 32-byte secret of the split, one for each label (`share.VaultShare.pool_key`)."""
@@ -112,15 +112,15 @@ class Folder(Secret):
 
     def find_state(self) -> tuple[State, Owner] | None:
         """The state, verified; None where there is none.  Raises: PoolError."""
-        path = self.path / STATE
+        path, limit = self.path / STATE, _STATE_BYTES[0] + _STATE_BYTES[1] * len(self.shapes)
         try:
             with path.open("rb") as file:
-                data = file.read(_MAX_STATE_BYTES + 1)
+                data = file.read(limit + 1)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise PoolError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-        if len(data) > _MAX_STATE_BYTES:
+        if len(data) > limit:
             raise self._damaged()
         try:
             state = State.model_validate_json(data)
@@ -199,6 +199,7 @@ class PoolWriter(Secret, Closing):
             durable.make_folder(folder.path)
         except OSError as error:
             raise PoolError(f"{folder.path} cannot be made ({error.strerror}): check its rights") from error
+        self._numbers: list[int] | None = None
         self._locked = folder.lock("deal.lock", "`slip deal`")
         try:
             self._owner = self._found(anchor) or self._made(anchor)
@@ -217,17 +218,26 @@ class PoolWriter(Secret, Closing):
         Raises: PoolError when it cannot be written, and what `product` raises; then nothing was added.
         """
         try:
-            used = [number for other, number, _ in self._folder.names() if other == group]
-            state, _ = self._folder.state()  # after the names: what goes in between is in its positions
-            number = 1 + max([*used, state.burnt[group][0]])
+            number = self._last_numbers()[group] + 1
             maskfile.write(
                 self._folder.path, self._owner, group, number, self._folder.shapes[group], rows, product
             )
+            self._last_numbers()[group] = number
         except OSError as error:
             raise PoolError(
                 f"a batch cannot be written to {self._folder.path} ({error.strerror}): make room; "
                 "what was dealt before is there"
             ) from error
+
+    def _last_numbers(self) -> list[int]:
+        """The highest number that each group has had; nobody else gives any while this one holds the lock."""
+        if self._numbers is None:
+            used = list(self._folder.names())
+            state, _ = self._folder.state()  # after the names: what goes in between is in its positions
+            self._numbers = [position[0] for position in state.burnt]
+            for group, number, _ in used:
+                self._numbers[group] = max(number, self._numbers[group])
+        return self._numbers
 
     def close(self) -> None:
         """Let another dealer in."""

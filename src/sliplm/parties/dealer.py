@@ -119,7 +119,7 @@ class Dealing(Secret):
                         continue
                     self._dealers.failed(link, error, self._codecs[group].name)
                     continue
-                self._dealers.served(link, time.monotonic() - start, work(codec.m, codec.n, len(dealt.u)))
+                self._dealers.served(link, time.monotonic() - start, work([(codec.m, codec.n, len(dealt.u))]))
                 self.tally[link.address, link.peer] += len(dealt.u)
                 return dealt
             failure = failure or self._dealers.nobody()

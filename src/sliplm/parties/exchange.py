@@ -111,7 +111,7 @@ class Exchange(Secret):
                 self._workers.failed(link, error, codecs[0].name)
                 clock.lap("wait")
                 continue
-            effort = sum(work(c.m, c.n, len(p.x)) for c, p in zip(codecs, parts, strict=True))
+            effort = work((c.m, c.n, len(p.x)) for c, p in zip(codecs, parts, strict=True))
             self._workers.served(link, took, effort)
             rows, sent = sum(len(part.x) for part in parts), sum(x.nbytes for x in messages)
             self._counters.exchanged(rows, sent, sum(p.out.nbytes for p in parts), len(tried), clock, micros)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from sliplm.errors import MaskError
+from sliplm.masks.expected import planned, rows_for
 from sliplm.masks.masks import Batch, MaskPool, Masks
 from sliplm.masks.pool import DiskPool
 from sliplm.parties.counters import Counters
@@ -31,7 +32,7 @@ class Supply(Secret):
     def __init__(
         self, uses: Sequence[float], dealing: Dealing, disk: DiskPool | None, ahead: int, counters: Counters
     ) -> None:
-        self._dealing, self._disk, self._counters = dealing, disk, counters
+        self._dealing, self._disk, self._counters, self._uses = dealing, disk, counters, uses
         self.freshness = b""
         self.memory = MaskPool(len(uses), self._deal, ahead if dealing.possible and disk is None else 0, uses)
 
@@ -56,6 +57,11 @@ class Supply(Secret):
         late = self._counters.seconds_dealing_late - late  # other threads' may be in it
         self._counters.burnt(max(0.0, time.perf_counter() - start - late))
         return taken
+
+    def add(self, tokens: int) -> None:
+        """Deal, in memory, what so many tokens are expected to take of each group.  Raises: MaskError."""
+        uses = planned(self._uses, [0] * len(self._uses))
+        self.memory.add({group: rows_for(tokens, use) for group, use in enumerate(uses)})
 
     def renew(self) -> None:
         """Throw away all masks that are ready: this machine may have been set back to an earlier state."""

@@ -177,15 +177,19 @@ class Vault(Secret, Closing):
         return [part.out[: len(x)] for part, (_, x) in zip(parts, asked, strict=True)]
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:
-        """Deal `rows` more masks now, in memory, for each of the groups named, or for all."""
+        """Deal more masks now, in memory: `rows` for each of the groups named, or, where none is, for so many
+        tokens; an expert of a mixture then gets what it is expected to need (`masks.expected`).
+        """
         self._process.check()
-        names = self._index if groups is None else groups
-        unknown = [name for name in names if name not in self._index]
+        unknown = [name for name in groups or () if name not in self._index]
         if unknown or rows < 1:
             raise InputError(
                 f"deal takes a number of rows from 1 and names of groups, not {rows} and {unknown}"
             )
-        self._supply.memory.add([self._index[name] for name in names], rows)
+        if groups is None:
+            self._supply.add(rows)
+        else:
+            self._supply.memory.add({self._index[name]: rows for name in groups})
 
     def wait_dealt(self, timeout: float) -> bool:
         """Wait until the background dealer has all masks ready that it keeps; False after `timeout`

@@ -16,7 +16,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Self, get_args
 
@@ -102,11 +102,14 @@ class _Member:
         self.again = time.monotonic() + max(_ANEW[0], _ANEW[1] * seconds)
 
 
-def work(m: int, n: int, rows: int) -> int:
-    """How much a product is, in units that make the paces of different products comparable: reading the
-    matrix costs as much as some rows, and every exchange has its trip.
+def work(products: Iterable[tuple[int, int, int]]) -> int:
+    """How much an exchange is, in units that make the paces of different ones comparable: reading a matrix
+    costs as much as some rows, and the exchange has its trip, once.
+
+    Args:
+        products: (m, n, rows) of each group in it.
     """
-    return m * n * (rows + 8) + 2**20
+    return sum(m * n * (rows + 8) for m, n, rows in products) + 2**20
 
 
 class Workforce:

@@ -274,7 +274,8 @@ def connect(config: SlipConfig, vault: VaultShare, worker: WorkerShare | None) -
     if config.pool is not None:
         shapes = [(group.rows, group.columns) for group in vault.manifest.groups]
         anchor = file_anchor() if config.anchor is None else CommandAnchor(config.anchor)
-        pool = DiskPool(Path(config.pool), vault.pool_name, vault.pool_key, shapes, anchor)
+        uses = [1.0 if config.hide_routing else group.use for group in vault.manifest.groups]
+        pool = DiskPool(Path(config.pool), vault.pool_name, vault.pool_key, shapes, anchor, uses=uses)
     try:
         terms = Terms(
             workers,
