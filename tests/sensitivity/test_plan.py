@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import families
 from sliplm.cli.plan import STAGES, _grid
@@ -134,7 +135,12 @@ def without(model: PreTrainedModel, subject: Subject, factors: dict[str, Factors
     for part in subject.parts:
         if part.name not in variant.groups:
             continue
-        top = factors[part.name].a[:, : variant.rank] @ factors[part.name].b[: variant.rank]
+        top = factors[part.name].a[..., : variant.rank] @ factors[part.name].b[..., : variant.rank, :]
+        if (expert := part.group.expert) is not None:
+            module = model.get_submodule(expert.module)
+            fused = module.get_parameter(expert.weight)
+            fused.data.sub_(top.mT if module.is_transposed else top)
+            continue
         for member, rows in zip(
             part.group.members, top.split([m.rows for m in part.group.members]), strict=True
         ):
@@ -146,15 +152,14 @@ def without(model: PreTrainedModel, subject: Subject, factors: dict[str, Factors
 def losses(
     model: Path, subject: Subject, factors: dict[str, Factors], batch: Sequence[Variant], rows: int = 8
 ) -> list[Loss]:
-    groups = [part.group for part in subject.parts]
-    removal = Removal(original(model), groups, factors, CPU)
+    removal = Removal(original(model), subject.parts, factors, CPU)
     try:
         return removal.losses(batch, windows(model), rows)
     finally:
         removal.close()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "mixtral", "gpt_oss"])
 def test_removal_by_hooks_equals_edited_weights(family: str, tmp_path: Path) -> None:
     folder = make(family, tmp_path / "model")
     subject = open_subject(folder)
@@ -170,7 +175,7 @@ def test_removal_by_hooks_equals_edited_weights(family: str, tmp_path: Path) -> 
         assert found.perplexity == pytest.approx(expected, rel=2e-5), variant.key
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3_moe"])
 def test_variants_side_by_side_are_the_same_as_alone(family: str, tmp_path: Path) -> None:
     folder = make(family, tmp_path / "model")
     subject = open_subject(folder)
@@ -180,6 +185,33 @@ def test_variants_side_by_side_are_the_same_as_alone(family: str, tmp_path: Path
     alone = [losses(folder, subject, factors, [variant])[0].mean for variant in every]
     assert [loss.mean for loss in together] == pytest.approx(alone, rel=1e-6)
     assert len({round(mean, 6) for mean in alone}) > len(every) // 2  # they do differ
+
+
+def test_a_plan_studies_experts_like_other_matrices(tmp_path: Path) -> None:
+    """By layer and weight, with their spectra; and gives the model's own way of running experts back."""
+    folder = make("mixtral", tmp_path / "model", num_hidden_layers=1)
+    subject = open_subject(folder)
+    assert subject.kinds == ("q+k+v", "o", "gate_up", "down", "lm_head")
+    up = next(part for part in subject.parts if part.kind == "gate_up")
+    assert [group.name for group in up.groups] == [f"{up.name}.{i}" for i in range(3)]
+    found = library(subject, tmp_path / "work")[up.name]
+    weights = [stack(subject.stored.read, group).astype(np.float64) for group in up.groups]
+    values = np.array([np.linalg.svd(weight, compute_uv=False) for weight in weights])
+    assert np.allclose(found.values.numpy(), np.sqrt(np.square(values).mean(0)), rtol=1e-4)
+    assert found.share(4) == pytest.approx(np.square(values[:, :4]).sum() / np.square(values).sum(), rel=1e-4)
+    assert (found.a.shape, found.b.shape) == ((3, up.group.rows, 4), (3, 4, 64))
+    model = original(folder)
+    before = model.config._experts_implementation
+    removal = Removal(model, subject.parts, library(subject, tmp_path / "work"), CPU)
+    assert model.config._experts_implementation != before
+    removal.close()
+    assert model.config._experts_implementation == before
+    assert not any(name.startswith("sliplm") for name in ALL_EXPERTS_FUNCTIONS)
+    made = plan(folder, tmp_path / "out", TEXT, Wish(Budget(exchanges=4), 60, GRID, CPU))
+    assert {choice.kind: choice.groups for choice in made.advice.choices}["gate_up"] == 3
+    worth = made.results.worth()
+    assert all(list(worth[kind]) == [1, 2, 4] and worth[kind][4] > 0 for kind in subject.kinds)
+    assert made.advice.report.exchanges <= 4
 
 
 def test_a_model_that_mixes_rows_takes_one_variant_at_a_time(
@@ -198,9 +230,7 @@ def test_a_model_that_mixes_rows_takes_one_variant_at_a_time(
     assert [m.loss for m in found] == pytest.approx([m.loss for m in expected], rel=1e-6)
     # a layer that sees other rows than the batch has is noticed
     subject = open_subject(llama)
-    removal = Removal(
-        original(llama), [p.group for p in subject.parts], library(subject, tmp_path / "w"), CPU
-    )
+    removal = Removal(original(llama), subject.parts, library(subject, tmp_path / "w"), CPU)
     removal._active, removal._rows, removal._length = [{subject.parts[0].name: 1}, {}], 8, 30
     with pytest.raises(MixedRowsError):
         removal._model.get_submodule(subject.parts[0].group.modules[0])(torch.ones(7, 64))
@@ -314,8 +344,7 @@ def test_costs_are_those_of_a_split(llama: Path, made: tuple[Path, Made], tmp_pa
     assert cost.kinds["o"] == pytest.approx(q.vault_macs_share)
 
 
-# no mixture: a plan's account leaves experts out, see LIMITATIONS
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt", "qwen3_moe"])
 @pytest.mark.parametrize("exchanges", [None, 4])
 def test_a_split_by_the_recipe_costs_what_the_plan_says(
     family: str, exchanges: int | None, tmp_path: Path

@@ -4,7 +4,7 @@ needs, and one for the second.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
@@ -25,6 +25,41 @@ class ManyProducts(Products, Protocol):
 
     def products(self, asked: Sequence[tuple[str, Floats]]) -> list[Floats]:
         """`W x` of several groups, each named once: float32 [rows, n] each -> float32 [rows, m] each."""
+
+
+Product = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+"""(weight, x [rows, n], the expert of each row, ascending, and its token) -> each row times its expert's
+weight, [rows, m]."""
+
+
+def run_experts(
+    experts: nn.Module, family: Any, product: Product, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """What the chosen experts make of each token, weighted and added up, whoever multiplies.
+
+    Args:
+        experts: the fused experts: their biases, their activation.  family: their class, for its gate.
+        hidden: [tokens, width].  index, weights: [tokens, k].
+    """
+    tokens, k = index.shape
+    if not index.numel():
+        return torch.zeros_like(hidden)
+    chosen, order = torch.sort(index.reshape(-1), stable=True)
+    token = order // k
+
+    def biased(weight: str, x: Tensor) -> Tensor:
+        y = product(weight, x, chosen, token)
+        return y + experts.get_parameter(f"{weight}_bias")[chosen] if experts.has_bias else y
+
+    y = biased("gate_up_proj" if experts.has_gate else "up_proj", hidden[token])
+    y = family._apply_gate(experts, y) if experts.has_gate else cast(Any, experts.act_fn)(y)
+    y = biased("down_proj", y)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = cast(Any, experts.post_expert_norm)(y)
+    y = y * weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(y)
+    back[order] = y
+    return back.view(tokens, k, -1).sum(dim=1).to(hidden.dtype)
 
 
 class SlipExperts(nn.Module):
@@ -55,7 +90,6 @@ class SlipExperts(nn.Module):
         self.source = source
         self._family: Any = type(old)
         self._split = {name: tuple(groups) for name, groups in split.items()}
-        self._up = "gate_up_proj" if old.has_gate else "up_proj"
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: what the chosen experts make of each token, weighted and added up.
@@ -69,34 +103,25 @@ class SlipExperts(nn.Module):
         if torch.compiler.is_compiling():
             whole = torch.compiler.disable(self.forward)  # type: ignore[no-untyped-call]
             return cast(Tensor, whole(hidden_states, top_k_index, top_k_weights))
-        tokens, k = top_k_index.shape
-        if not top_k_index.numel():
-            return torch.zeros_like(hidden_states)
-        chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        y = self._product(self._up, hidden_states[order // k], chosen, tokens)
-        y = self._family._apply_gate(self, y) if self.has_gate else self.act_fn(y)
-        y = self._product("down_proj", y, chosen, tokens)
-        if getattr(self, "has_post_expert_norm", False):
-            y = self.post_expert_norm(y)
-        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        back = torch.empty_like(y)
-        back[order] = y
-        return back.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+        tokens = len(top_k_index)
+
+        def product(weight: str, x: Tensor, chosen: Tensor, token: Tensor) -> Tensor:
+            return self._product(weight, x, chosen, tokens)
+
+        return run_experts(self, self._family, product, hidden_states, top_k_index, top_k_weights)
 
     def _product(self, weight: str, x: Tensor, chosen: Tensor, tokens: int) -> Tensor:
-        """Each row of x [rows, n] times its expert's weight, and the bias: [rows, m]; `chosen` ascends."""
+        """Each row of x [rows, n] times its expert's weight: [rows, m]; `chosen` ascends."""
         experts, counts = torch.unique_consecutive(chosen, return_counts=True)
         numbers, rows = experts.tolist(), torch.split(x, counts.tolist())
         if weight in self._split:
-            y = self._asked(weight, dict(zip(numbers, rows, strict=True)), tokens, x.dtype)
-        else:
-            matrices = self.get_parameter(weight)
-            parts = [
-                part @ (matrices[number] if self.is_transposed else matrices[number].T)
-                for number, part in zip(numbers, rows, strict=True)
-            ]
-            y = torch.cat(parts)
-        return y + self.get_parameter(f"{weight}_bias")[chosen] if self.has_bias else y
+            return self._asked(weight, dict(zip(numbers, rows, strict=True)), tokens, x.dtype)
+        matrices = self.get_parameter(weight)
+        parts = [
+            part @ (matrices[number] if self.is_transposed else matrices[number].T)
+            for number, part in zip(numbers, rows, strict=True)
+        ]
+        return torch.cat(parts)
 
     def _asked(self, weight: str, rows: dict[int, Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
         groups = self._split[weight]

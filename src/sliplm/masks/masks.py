@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -253,14 +253,10 @@ class MaskPool(Secret):
                 self._change.notify()
         return parts
 
-    def add(self, wanted: Mapping[int, int]) -> None:
-        """Deal more masks now, beyond what the background keeps ready.
-
-        Args:
-            wanted: group -> rows.
-        """
+    def add(self, groups: Sequence[int], rows: int) -> None:
+        """Deal `rows` more masks for each of the groups, now, beyond what the background keeps ready."""
         self._process.check()
-        for group, rows in wanted.items():
+        for group in groups:
             age = self.renewals
             self._keep(group, self._make(group, rows, False, False), age)
 

@@ -61,7 +61,8 @@ class Supply(Secret):
     def add(self, tokens: int) -> None:
         """Deal, in memory, what so many tokens are expected to take of each group.  Raises: MaskError."""
         uses = planned(self._uses, [0] * len(self._uses))
-        self.memory.add({group: rows_for(tokens, use) for group, use in enumerate(uses)})
+        for group, use in enumerate(uses):
+            self.memory.add([group], rows_for(tokens, use))
 
     def renew(self) -> None:
         """Throw away all masks that are ready: this machine may have been set back to an earlier state."""

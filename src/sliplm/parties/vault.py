@@ -189,7 +189,7 @@ class Vault(Secret, Closing):
         if groups is None:
             self._supply.add(rows)
         else:
-            self._supply.memory.add({self._index[name]: rows for name in groups})
+            self._supply.memory.add([self._index[name] for name in groups], rows)
 
     def wait_dealt(self, timeout: float) -> bool:
         """Wait until the background dealer has all masks ready that it keeps; False after `timeout`

@@ -41,6 +41,7 @@ from sliplm.shares.tensorfile import ITEM_BYTES
 
 CONTEXTS = (128, 512, 2048)
 ELEMENT_BYTES = 4  # a field element on the wire
+WHOLE = GroupChoice(rank=0, precision=12, rotation="none", placement="vault")
 
 
 class _Count(BaseModel):
@@ -164,29 +165,31 @@ def counts_for_shapes(
     kept_bytes: int = 0,
     attention: Sequence[Attention] = (),
     uses: Mapping[str, float] | None = None,
+    whole: Mapping[str, tuple[int, int]] | None = None,
 ) -> SplitReport:
     """Count a split from the groups' shapes, {name: (rows, columns)}, without any weight.
 
     `kept_bytes`: bytes of all that stays whole in the vault, groups that the recipe places there included.
     `uses`: of experts, named `MODULE.WEIGHT.NUMBER`, what part of the tokens they are expected to see.
+    `whole`: more groups, which are in the vault whatever the recipe says: routers.
     """
     groups = []
-    for name, (rows, columns) in shapes.items():
+    for name, (rows, columns) in {**shapes, **(whole or {})}.items():
         use = (uses or {}).get(name)
         labels = () if use is None else (name.rsplit(".", 2)[0],)
-        found = count_group(name, rows, columns, recipe.for_group(name, labels))
-        groups.append(found if use is None else _used(found, use, name.rpartition(".")[0]))
+        choice = WHOLE if name in (whole or {}) else recipe.for_group(name, labels)
+        found = count_group(name, rows, columns, choice)
+        groups.append(found if use is None else used(found, use, name.rpartition(".")[0]))
     return _total(groups, kept_bytes, attention)
 
 
 def report_for(manifest: VaultManifest) -> SplitReport:
     """The report of a split, recomputed from the vault's manifest alone."""
-    whole = GroupChoice(rank=0, precision=12, rotation="none", placement="vault")
     counted: list[tuple[VaultGroup | KeptGroup, GroupReport]] = [
         (g, _repeated(_group(g), g.positions)) for g in manifest.groups
     ]
     kept = [
-        (g, _repeated(count_group(g.name, g.rows, g.columns, whole), g.positions, g.reason))
+        (g, _repeated(count_group(g.name, g.rows, g.columns, WHOLE), g.positions, g.reason))
         for g in manifest.kept
     ]
     groups = [_of_expert(report, group.expert) for group, report in (*counted, *kept)]
@@ -254,7 +257,7 @@ def _repeated(group: GroupReport, positions: int, reason: str = "") -> GroupRepo
     )
 
 
-def _used(group: GroupReport, use: float, exchange: str) -> GroupReport:
+def used(group: GroupReport, use: float, exchange: str) -> GroupReport:
     """What an expert costs per token that sees a part of them; its share of work is the same."""
     macs = group.vault_macs
     return group.model_copy(
@@ -270,7 +273,7 @@ def _used(group: GroupReport, use: float, exchange: str) -> GroupReport:
 
 
 def _of_expert(group: GroupReport, expert: ExpertOf | None) -> GroupReport:
-    return group if expert is None else _used(group, expert.use, f"{expert.module}.{expert.weight}")
+    return group if expert is None else used(group, expert.use, f"{expert.module}.{expert.weight}")
 
 
 def attention_macs(attention: Iterable[Attention], context: int) -> int:

@@ -1,6 +1,7 @@
 """From a budget to a recipe: pure arithmetic on shapes and on what each rank is worth.
 
-Every group is split or whole in the vault; nothing is ever in clear.  Groups of one kind (the same place in
+Every group is split or whole in the vault; nothing is ever in clear.  A piece is a group, or all experts of
+one layer's weight: these are placed alike and share an exchange.  Pieces of one kind (the same place in
 different layers) share a rank, so that the recipe stays short.  The candidates are
 
     which groups are whole in the vault: none, or the cheapest first, counted in multiply-adds or in bytes, up
@@ -18,9 +19,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from sliplm.errors import InputError, RecipeError
-from sliplm.planning.counts import GroupReport, SplitReport, count_group, counts_for_shapes
+from sliplm.planning.counts import SplitReport, count_group, counts_for_shapes, used
 from sliplm.shares.recipe import GroupChoice, Recipe
 from sliplm.shares.rules import Piece, make_recipe
 
@@ -75,7 +77,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a kind: `rank` where it is split, and how many of its groups are whole."""
+    """What was chosen for a kind: `rank` where it is split, and how many of its groups are whole (an expert's
+    weight is a group).
+    """
 
     kind: str
     groups: int
@@ -108,6 +112,7 @@ class Planner:
         worth: kind -> rank -> worth between 0 and 1, not falling with the rank.
         kept_bytes: what stays whole in the vault when every piece is split.
         whole: modules that cannot be split: they get a rule that keeps them in the vault.
+        beside: groups that are in the vault whatever the recipe: name -> (rows, columns).
     """
 
     def __init__(
@@ -116,7 +121,9 @@ class Planner:
         worth: Mapping[str, Mapping[int, float]],
         kept_bytes: int = 0,
         whole: Sequence[str] = (),
+        beside: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
+        self._beside = beside or {}
         self._pieces, self._worth = tuple(pieces), worth
         self._kept_bytes, self._whole = kept_bytes, tuple(whole)
         self._kinds = tuple(dict.fromkeys(piece.kind for piece in pieces))
@@ -125,11 +132,13 @@ class Planner:
             for piece in pieces
             for rank in {*worth[piece.kind], DEFAULT_RANK}
         }
-        self._plain = sum(piece.rows * piece.columns for piece in pieces)
+        self._whole_macs = {piece.name: _count(piece, None).macs for piece in pieces}
+        self._fixed = sum(rows * columns for rows, columns in self._beside.values())
+        self._plain = self._fixed + sum(self._whole_macs.values())
 
     @property
     def plain_macs(self) -> int:
-        """Multiply-adds of the pieces per token, unprotected."""
+        """Multiply-adds of the pieces, and of what is beside them, per token, unprotected."""
         return self._plain
 
     def recommend(self, budget: Budget) -> Recommendation:
@@ -167,15 +176,15 @@ class Planner:
 
         def by_macs(piece: Piece) -> tuple[float, int, float]:
             split = self._floor(piece)
-            return piece.rows * piece.columns - split.vault_macs.total, place[piece.kind], -piece.sensitivity
+            return self._whole_macs[piece.name] - split.macs, place[piece.kind], -piece.sensitivity
 
         def by_bytes(piece: Piece) -> tuple[float, int, float]:
             split = self._floor(piece)
-            return piece.whole_bytes - split.vault_bytes, place[piece.kind], -piece.sensitivity
+            return piece.whole_bytes - split.bytes, place[piece.kind], -piece.sensitivity
 
         return tuple(sorted(self._pieces, key=by_macs)), tuple(sorted(self._pieces, key=by_bytes))
 
-    def _floor(self, piece: Piece) -> GroupReport:
+    def _floor(self, piece: Piece) -> _Cost:
         return self._counts[piece.name, min(self._worth[piece.kind])]
 
     def _placements(self, exchanges: int | None) -> Iterable[frozenset[str]]:
@@ -191,7 +200,7 @@ class Planner:
 
     def _states(self, placed: frozenset[str]) -> list[_State]:
         """The combinations of ranks that no other beats in both multiply-adds and worth."""
-        states = [_State(0.0, 0, 0, 0, (), placed)]
+        states = [_State(0.0, self._fixed, 0, 0, (), placed)]
         for kind in self._kinds:
             pieces = [piece for piece in self._pieces if piece.kind == kind]
             options = [self._option(pieces, rank, placed) for rank in sorted(self._worth[kind])]
@@ -206,8 +215,8 @@ class Planner:
         counts = [self._counts[piece.name, rank] for piece in pieces if piece.name not in placed]
         return _State(
             worth=self._worth[pieces[0].kind].get(rank, 0.0) if counts else 1.0,
-            macs=sum(p.rows * p.columns for p in whole) + sum(c.vault_macs.total for c in counts),
-            bytes=sum(p.whole_bytes for p in whole) + sum(c.vault_bytes for c in counts),
+            macs=sum(self._whole_macs[p.name] for p in whole) + sum(c.macs for c in counts),
+            bytes=sum(p.whole_bytes for p in whole) + sum(c.bytes for c in counts),
             worker_bytes=sum(c.worker_bytes for c in counts),
             ranks=(rank,),
             placed=placed,
@@ -231,7 +240,7 @@ class Planner:
         return max(min(usual), min(fitting, default=0))
 
     def _at(self, placed: frozenset[str], ranks: Mapping[str, int]) -> _State:
-        state = _State(0.0, 0, 0, 0, (), placed)
+        state = _State(0.0, self._fixed, 0, 0, (), placed)
         for kind in self._kinds:
             pieces = [piece for piece in self._pieces if piece.kind == kind]
             state = state.joined(self._option(pieces, ranks[kind], placed))
@@ -267,21 +276,37 @@ class Planner:
         choices = []
         for kind in self._kinds:
             pieces = [piece for piece in self._pieces if piece.kind == kind]
-            inside = sum(piece.name in state.placed for piece in pieces)
-            worth = 1.0 if inside == len(pieces) else self._worth[kind][ranks[kind]]
-            choices.append(Choice(kind, len(pieces), ranks[kind], inside, worth))
+            inside = [piece for piece in pieces if piece.name in state.placed]
+            worth = 1.0 if len(inside) == len(pieces) else self._worth[kind][ranks[kind]]
+            groups, whole = (sum(len(piece.groups) for piece in some) for some in (pieces, inside))
+            choices.append(Choice(kind, groups, ranks[kind], whole, worth))
         return Recommendation(
             recipe=recipe,
-            report=account(self._pieces, recipe, kept),
+            report=account(self._pieces, recipe, kept, self._beside),
             choices=tuple(choices),
             worth=state.worth,
             limit_macs=limit,
         )
 
 
-def account(pieces: Sequence[Piece], recipe: Recipe, kept_bytes: int) -> SplitReport:
-    """What a recipe costs; the recipe is asked by the groups' names."""
-    return counts_for_shapes({p.name: (p.rows, p.columns) for p in pieces}, recipe, kept_bytes=kept_bytes)
+def account(
+    pieces: Sequence[Piece],
+    recipe: Recipe,
+    kept_bytes: int,
+    beside: Mapping[str, tuple[int, int]] | None = None,
+) -> SplitReport:
+    """What a recipe costs; the recipe is asked by the groups' names.  `beside`: as `Planner`."""
+    shapes = {name: (piece.rows, piece.columns) for piece in pieces for name in piece.groups}
+    uses = {name: piece.use for piece in pieces if piece.experts for name in piece.groups}
+    return counts_for_shapes(shapes, recipe, kept_bytes=kept_bytes, uses=uses, whole=beside)
+
+
+class _Cost(NamedTuple):
+    """Of a piece: the vault's multiply-adds a token, and the bytes of its groups in both shares."""
+
+    macs: int
+    bytes: int
+    worker_bytes: int
 
 
 @dataclass(frozen=True)
@@ -318,8 +343,17 @@ def _frontier(states: Iterable[_State]) -> list[_State]:
     return kept
 
 
-def _count(piece: Piece, rank: int) -> GroupReport:
-    rank = min(rank, piece.rows, piece.columns)
+def _count(piece: Piece, rank: int | None) -> _Cost:
+    """A piece that is split at a rank, or whole (None)."""
     usual = Recipe()
-    choice = GroupChoice(rank, usual.precision, usual.rotation, "split")
-    return count_group(piece.name, piece.rows, piece.columns, choice)
+    choice = GroupChoice(
+        min(rank or 0, piece.rows, piece.columns),
+        usual.precision,
+        usual.rotation,
+        "vault" if rank is None else "split",
+    )
+    report = count_group(piece.name, piece.rows, piece.columns, choice)
+    if piece.experts:
+        report = used(report, piece.use, piece.name)
+    times = len(piece.groups)
+    return _Cost(times * report.vault_macs.total, times * report.vault_bytes, times * report.worker_bytes)

@@ -6,7 +6,7 @@ Factors are the secret part of a matrix, in clear: the folder is for whoever may
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,12 +31,14 @@ _OVERSAMPLING, _POWER_STEPS = 16, 4
 
 @dataclass(frozen=True)
 class Factors:
-    """Of one group's stacked matrix W [m, n].
+    """Of one group's stacked matrix W [m, n]; or of a layer's experts, all of one shape.
 
     Attributes:
-        values: float64, singular values, descending: all, or the first ones of a very large matrix.
-        energy: |W|^2, the sum of the squares of all of them.
-        a, b: float32 [m, k] and [k, n], A B the best approximation of each rank up to k by its prefixes.
+        values: float64, singular values, descending: all, or the first ones of a very large matrix.  Of
+            experts the root mean square of each place.
+        energy: |W|^2, the sum of the squares of all of them; of experts the mean.
+        a, b: float32 [m, k] and [k, n], A B the best approximation of each rank up to k by its prefixes.  Of
+            experts [experts, m, k] and [experts, k, n].
         localisation: of what a split at the default rank hides, see `equilibration.localisation`; None where
             the decomposition is not exact.
     """
@@ -46,6 +48,18 @@ class Factors:
     a: Tensor = field(repr=False)
     b: Tensor = field(repr=False)
     localisation: float | None = None
+
+    @classmethod
+    def of_experts(cls, each: Sequence[Factors]) -> Factors:
+        """Those of several matrices of one shape together."""
+        found = [one.localisation for one in each if one.localisation is not None]
+        return cls(
+            torch.stack([one.values for one in each]).square().mean(0).sqrt(),
+            sum(one.energy for one in each) / len(each),
+            torch.stack([one.a for one in each]),
+            torch.stack([one.b for one in each]),
+            max(found, default=None),
+        )
 
     def share(self, rank: int) -> float:
         """The part of the energy that the top `rank` triplets hold."""
@@ -134,18 +148,21 @@ class Library:
             CheckpointError: a weight cannot be read.  ShareError: the folder cannot be written.
         """
         parts = self._subject.parts
-        total = sum(part.group.rows * part.group.columns for part in parts)
+        total = sum(len(part.groups) * part.group.rows * part.group.columns for part in parts)
         done, found = 0, {}
         for i, part in enumerate(parts):
             progress(done, total, part.name)
-            done += part.group.rows * part.group.columns
             path = self._folder / f"{i:05d}.safetensors"
             factors = self._read(path, part)
             if factors is None:
-                subject = self._subject
-                weight = stack(subject.stored.read, part.group)
-                factors = factor(torch.from_numpy(weight).to(device), self._rank)
+                each = []
+                for j, group in enumerate(part.groups):
+                    progress(done + j * group.rows * group.columns, total, group.name)
+                    weight = stack(self._subject.stored.read, group)
+                    each.append(factor(torch.from_numpy(weight).to(device), self._rank))
+                factors = Factors.of_experts(each) if part.experts else each[0]
                 _write(path, part.name, factors)
+            done += len(part.groups) * part.group.rows * part.group.columns
             found[part.name] = factors
         progress(total, total, "")
         return found
@@ -156,9 +173,9 @@ class Library:
         try:
             with safe_open(path, framework="pt") as file:
                 head = json.loads(file.metadata()["sliplm"])
-                if head["group"] != part.name or file.get_slice("b").get_shape()[0] < rank:
+                if head["group"] != part.name or file.get_slice("b").get_shape()[-2] < rank:
                     return None
-                a, b = file.get_slice("a")[:, :rank], file.get_slice("b")[:rank]
+                a, b = file.get_slice("a")[..., :rank], file.get_slice("b")[..., :rank, :]
                 return Factors(file.get_tensor("values"), float(head["energy"]), a, b, head["localisation"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None

@@ -1,8 +1,9 @@
 """The log-likelihood of a text when the top part of some matrices is taken away; no weight is changed.
 
 A hook behind each linear layer takes A_k (B_k x) from its output, which is the output that W - A_k B_k would
-have.  Ranks are nested, so one loaded model and one set of factors serve every variant; several variants go
-through the model side by side in one batch, which is what counts where its weights come from a disk.
+have; fused experts are run here, where each row loses what its expert's matrix would.  Ranks are nested, so
+one loaded model and one set of factors serve every variant; several variants go through the model side by
+side in one batch, which is what counts where its weights come from a disk.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from sliplm.engines.groups import Group
+from sliplm.engines.experts import run_experts
 from sliplm.sensitivity.factors import Factors
+from sliplm.sensitivity.subject import Part
 from sliplm.sensitivity.variants import Variant
 
 
@@ -49,14 +52,14 @@ class Removal:
 
     Args:
         model: in evaluation mode; its weights may be anywhere.
-        groups: those that `factors` has.
+        parts: those that `factors` has.
         device: where the factors go and the tokens start.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        groups: Sequence[Group],
+        parts: Sequence[Part],
         factors: Mapping[str, Factors],
         device: torch.device,
     ) -> None:
@@ -64,20 +67,41 @@ class Removal:
         self._active: Sequence[Mapping[str, int]] = ()  # group -> rank, of each variant in the batch
         self._rows = self._length = 0  # of the batch: windows, and tokens in each
         self._handles = []
+        self._experts: dict[tuple[nn.Module, str], tuple[str, Tensor, Tensor]] = {}
+        self._before: list[tuple[Any, str | None]] = []
         modules = dict(model.named_modules())
-        for group in groups:
-            a, b = (x.to(device) for x in (factors[group.name].a, factors[group.name].b))
+        for each in parts:
+            a, b = (x.to(device) for x in (factors[each.name].a, factors[each.name].b))
+            if (expert := each.group.expert) is not None:
+                self._experts[modules[expert.module], expert.weight] = (each.name, a, b)
+                continue
             first = 0
-            for member in group.members:
+            for member in each.group.members:
                 part = a[first : first + member.rows]
                 first += member.rows
-                hook = self._hook(group.name, part, b)
+                hook = self._hook(each.name, part, b)
                 self._handles.append(modules[member.module].register_forward_hook(hook, with_kwargs=True))
+        for module, _ in self._experts:
+            config: Any = module.config
+            self._before.append((config, config._experts_implementation))
+            config._experts_implementation = self._mine
+        if self._experts:
+            ALL_EXPERTS_FUNCTIONS[self._mine] = self._run_experts
+
+    @property
+    def _mine(self) -> str:
+        """What transformers calls this one's way of running experts."""
+        return f"sliplm-removal-{id(self)}"
 
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+        for config, before in reversed(self._before):
+            config._experts_implementation = before
+        self._before.clear()
+        if self._mine in ALL_EXPERTS_FUNCTIONS:
+            del ALL_EXPERTS_FUNCTIONS[self._mine]
 
     def losses(self, batch: Sequence[Variant], windows: Tensor, rows: int) -> list[Loss]:
         """Measure variants together.
@@ -127,6 +151,31 @@ class Removal:
             return out
 
         return hook
+
+    def _run_experts(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """A layer's experts, each row without what its variant takes away."""
+        if len(self._active) > 1 and hidden.shape[0] != self._rows * self._length:
+            raise MixedRowsError
+        block = max(1, hidden.shape[0] // max(1, len(self._active)))
+
+        def product(weight: str, x: Tensor, chosen: Tensor, token: Tensor) -> Tensor:
+            matrices, first, parts = module.get_parameter(weight), 0, []
+            numbers, counts = torch.unique_consecutive(chosen, return_counts=True)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                rows = slice(first, first + count)
+                first += count
+                matrix = matrices[number] if module.is_transposed else matrices[number].T
+                y = x[rows] @ matrix
+                if (known := self._experts.get((module, weight))) is not None:
+                    name, a, b = known
+                    for i, ranks in enumerate(self._active):
+                        if rank := ranks.get(name, 0):
+                            mine = token[rows] // block == i
+                            y[mine] = self._without(x[rows][mine], y[mine], a[number], b[number], rank)
+                parts.append(y)
+            return torch.cat(parts)
+
+        return run_experts(module, type(module), product, hidden, index, weights)
 
     @staticmethod
     def _without(x: Tensor, out: Tensor, a: Tensor, b: Tensor, rank: int) -> Tensor:

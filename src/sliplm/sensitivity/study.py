@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from sliplm.sensitivity.subject import Part, Subject
 from sliplm.sensitivity.variants import Grid, Variant, variants
 from sliplm.sensitivity.work import Work
 from sliplm.shares.recipe import Recipe, Rule
-from sliplm.shares.rules import Piece, blank, escape
+from sliplm.shares.rules import Piece, blank
 from sliplm.shares.sealing import sealed_bytes
 from sliplm.shares.share import sliplm_version
 
@@ -85,11 +85,10 @@ def _measure(
     converted = work.folder / "offload"
     stored = subject.stored
     model = open_model(stored.checkpoint.path, stored.layout, device, offload, converted)
-    groups = [part.group for part in subject.parts]
     rows = _rows(subject, windows.shape[1], device, offloaded=hasattr(model, "hf_device_map"))
     side_by_side = max(1, rows // len(windows))
     done = 0
-    with closing(Removal(model, groups, factors, device)) as removal:
+    with closing(Removal(model, subject.parts, factors, device)) as removal:
         while done < len(todo):
             batch = todo[done : done + side_by_side]
             tell("losses", done, len(todo), str(batch[0]))
@@ -154,7 +153,7 @@ def _results(
             for v, loss in losses.items()
         ),
         spectra=tuple(_spectrum(part, factors[part.name], grid) for part in subject.parts),
-        costs=tuple(_cost(parts, kept, rank) for rank in sorted({0, *grid.ranks})),
+        costs=tuple(_cost(parts, kept, rank, subject.beside) for rank in sorted({0, *grid.ranks})),
     )
 
 
@@ -185,10 +184,8 @@ def kept_bytes(subject: Subject, consumed: set[str]) -> int:
 
 
 def all_weights(subject: Subject) -> set[str]:
-    """Of all groups that can be split, experts too."""
-    groups = [part.group for part in subject.parts]
-    groups += [g for g in subject.stored.layout.groups if g.expert is not None and subject.stored.holds(g)]
-    return {name for group in groups for name in group.parameters}
+    """Of all groups that can be split."""
+    return {name for part in subject.parts for name in part.parameters}
 
 
 def pieces(subject: Subject, results: Results | None = None) -> tuple[Piece, ...]:
@@ -199,8 +196,8 @@ def pieces(subject: Subject, results: Results | None = None) -> tuple[Piece, ...
     by_layer = results.layer_losses() if results else {}
     found = []
     for part in subject.parts:
-        mine = {member.weight for member in part.group.members}
-        if mine & tied:
+        mine = part.parameters
+        if mine & tied or part.experts:
             whole = kept_bytes(subject, weights - mine) - least
         else:
             entries = [stored.checkpoint.entries[stored.sources.keys[weight]] for weight in mine]
@@ -208,13 +205,15 @@ def pieces(subject: Subject, results: Results | None = None) -> tuple[Piece, ...
         found.append(
             Piece(
                 name=part.name,
-                modules=part.group.modules,
+                modules=part.group.labels,
                 kind=part.kind,
-                pattern=blank(part.name),
+                pattern=blank(part.name) + (".*" if part.experts else ""),
                 rows=part.group.rows,
                 columns=part.group.columns,
                 whole_bytes=whole,
                 sensitivity=by_layer.get(part.layer, 0.0) if part.layer is not None else 0.0,
+                experts=len(part.groups) if part.experts else 0,
+                use=1.0 if part.group.expert is None else part.group.expert.use,
             )
         )
     return tuple(found)
@@ -227,18 +226,19 @@ def make_planner(subject: Subject, results: Results | None, grid: Grid) -> Plann
     else:
         worth = results.worth()
     least = kept_bytes(subject, all_weights(subject))
-    return Planner(pieces(subject, results), worth, least, subject.whole)
+    return Planner(pieces(subject, results), worth, least, subject.whole, subject.beside)
 
 
-def _cost(parts: Sequence[Piece], kept: int, rank: int) -> Cost:
+def _cost(parts: Sequence[Piece], kept: int, rank: int, beside: Mapping[str, tuple[int, int]]) -> Cost:
     """The vault's cost with one rank everywhere, or all of it where a matrix has less."""
     small = [p for p in parts if min(p.rows, p.columns) < rank]
-    rules = tuple(Rule(pattern=escape(p.name), rank=min(p.rows, p.columns)) for p in small)
-    report = account(parts, Recipe(rank=rank, rules=rules), kept)
+    rules = tuple(Rule(pattern=p.own_pattern, rank=min(p.rows, p.columns)) for p in small)
+    report = account(parts, Recipe(rank=rank, rules=rules), kept, beside)
     macs: dict[str, tuple[int, int]] = {}
-    for part, group in zip(parts, report.groups, strict=True):
-        mine, plain = macs.get(part.kind, (0, 0))
-        macs[part.kind] = (mine + group.vault_macs.total, plain + group.plain_macs)
+    kinds = [part.kind for part in parts for _ in part.groups]
+    for kind, group in zip(kinds, report.groups, strict=False):  # what is beside comes last
+        mine, plain = macs.get(kind, (0, 0))
+        macs[kind] = (mine + group.vault_macs.total, plain + group.plain_macs)
     return Cost(
         rank=rank,
         macs=report.vault_macs.total,

@@ -15,20 +15,36 @@ from sliplm.errors import UnsplittableError
 
 @dataclass(frozen=True)
 class Part:
-    """A group that can be split.
+    """A group that can be split, or the experts of one layer's weight, which are studied as one.
 
     Attributes:
+        groups: it, or all of them, by their numbers.
         kind: what groups at the same place of different layers share, short: `q+k+v`, `down`, `lm_head`.
         layer: the first number in its name; None outside the layers.
     """
 
-    group: Group
+    groups: tuple[Group, ...]
     kind: str
     layer: int | None
 
     @property
     def name(self) -> str:
-        return self.group.name
+        return _name(self.groups)
+
+    @property
+    def group(self) -> Group:
+        """The first, whose shape all have."""
+        return self.groups[0]
+
+    @property
+    def experts(self) -> bool:
+        """Whether it is experts."""
+        return self.group.expert is not None
+
+    @property
+    def parameters(self) -> set[str]:
+        """The model's parameters that its weights are read from."""
+        return {name for group in self.groups for name in group.parameters}
 
 
 @dataclass(frozen=True)
@@ -38,12 +54,16 @@ class Subject:
     Attributes:
         parts: the groups that can be split, in the order of a forward pass.
         whole: modules and groups that cannot be split, and so stay in the vault whatever the recipe.
-            Experts of a mixture are in neither: they take the recipe's default.
     """
 
     stored: StoredModel
     parts: tuple[Part, ...]
     whole: tuple[str, ...]
+
+    @property
+    def beside(self) -> dict[str, tuple[int, int]]:
+        """Routers, which are in the vault whatever the recipe, and counted: name -> (rows, columns)."""
+        return {group.name: (group.rows, group.columns) for group in self.stored.layout.routers}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -65,17 +85,24 @@ def open_subject(model_dir: Path) -> Subject:
     """
     check_reads_text(model_dir)
     stored = open_stored(model_dir)
-    groups = stored.layout.groups
-    # experts are split as the recipe's defaults say: to study each would take weeks
-    studied = [group for group in groups if group.expert is None]
-    fit = [group for group in studied if stored.holds(group)]
+    fit: dict[str, list[Group]] = {}
+    for group in stored.layout.groups:
+        if stored.holds(group):
+            fit.setdefault(_name((group,)), []).append(group)
     if not fit:
         raise UnsplittableError(f"{model_dir} has no linear layer that can be split")
-    kinds = kinds_of([group.name for group in fit])
-    parts = tuple(Part(group, kind, _layer(group.name)) for group, kind in zip(fit, kinds, strict=True))
+    parts = tuple(
+        Part(tuple(groups), kind, _layer(name))
+        for (name, groups), kind in zip(fit.items(), kinds_of(list(fit)), strict=True)
+    )
     whole = [name for name in stored.layout.unsplittable]
-    whole += [group.name for group in studied if group not in fit]
+    whole += [group.name for group in stored.layout.groups if _name((group,)) not in fit]
     return Subject(stored, parts, tuple(whole))
+
+
+def _name(groups: Sequence[Group]) -> str:
+    """A group's name; of experts that of their parameter."""
+    return groups[0].name if groups[0].expert is None else groups[0].parameters[0]
 
 
 def kinds_of(names: Sequence[str]) -> list[str]:

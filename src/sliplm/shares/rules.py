@@ -11,15 +11,18 @@ from sliplm.shares.recipe import Recipe, Rule
 
 @dataclass(frozen=True)
 class Piece:
-    """A group that can be split.
+    """A group that can be split, or the experts of one layer, which are split alike.
 
     Attributes:
-        modules: its linear layers.
+        name: the group's; of experts the parameter's, which the groups are named by, with numbers.
+        modules: its linear layers; of experts the labels of the first.
         kind: pieces of one kind get the same rank.
         pattern: a glob that matches the groups of its kind, if there is one.
         whole_bytes: what the vault's file grows by when this group stays whole (0: a tied embedding that is
             there anyway).
         sensitivity: of pieces that cost the same, the most sensitive goes to the vault first.
+        experts: how many groups it is; 0 for one group that is of no expert.
+        use: what part of the tokens each of them is expected to see.
     """
 
     name: str
@@ -30,6 +33,18 @@ class Piece:
     columns: int
     whole_bytes: int
     sensitivity: float = 0.0
+    experts: int = 0
+    use: float = 1.0
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of its groups."""
+        return tuple(f"{self.name}.{i}" for i in range(self.experts)) if self.experts else (self.name,)
+
+    @property
+    def own_pattern(self) -> str:
+        """A glob that matches its groups alone."""
+        return f"{escape(self.name)}.*" if self.experts else escape(self.name)
 
 
 def make_recipe(
@@ -74,20 +89,20 @@ def _kind_rules(pieces: Sequence[Piece], wanted: Mapping[str, int | None], base:
     for piece in pieces:
         rank = wanted[piece.name]
         if rank is None and not mostly_inside:
-            rules.append(Rule(pattern=escape(piece.name), placement="vault"))
+            rules.append(Rule(pattern=piece.own_pattern, placement="vault"))
         elif rank is not None and (mostly_inside or rank != usual):
-            rules.append(Rule(pattern=escape(piece.name), rank=None if rank == usual else rank,
+            rules.append(Rule(pattern=piece.own_pattern, rank=None if rank == usual else rank,
                               placement="split" if mostly_inside else None))  # fmt: skip
     return rules
 
 
 def _exact(piece: Piece, rank: int | None) -> Rule:
-    pattern = escape(piece.name)
+    pattern = piece.own_pattern
     return Rule(pattern=pattern, placement="vault") if rank is None else Rule(pattern=pattern, rank=rank)
 
 
 def _agrees(recipe: Recipe, piece: Piece, rank: int | None) -> bool:
-    choice = recipe.for_group(piece.name, piece.modules)
+    choice = recipe.for_group(piece.groups[0], piece.modules)
     return choice.placement == "vault" if rank is None else (choice.placement, choice.rank) == ("split", rank)
 
 
