@@ -259,9 +259,10 @@ def test_damaged_register(folder: Path, damage: bytes | None) -> None:
 
 def test_authority_that_cannot_sign(folder: Path, tmp_path: Path) -> None:
     key = folder / "authority" / "key.pem"
-    key.chmod(0o644)
-    with pytest.raises(CredentialError, match="readable by others"):
-        authority.revoke(folder, "worker")
+    for mode in (0o644, 0o640, 0o440, 0o620, 0o601):  # what may be mounted for a party may not be for it
+        key.chmod(mode)
+        with pytest.raises(CredentialError, match="signs certificates and is open to others: chmod 600 it"):
+            authority.revoke(folder, "worker")
     key.chmod(0o600)
     whole = key.read_bytes()
     shutil.copyfile(folder / "vault" / "key.pem", key)

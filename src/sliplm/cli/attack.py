@@ -348,11 +348,12 @@ def _tokens(model: Path, file: Path | None) -> Tensor:
 
     from sliplm.attacks.text import tokenise
     from sliplm.examples.text import wikipedia
+    from sliplm.sensitivity.text import read_text
 
     try:
-        text = wikipedia() if file is None else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as a text in UTF-8 ({error})") from error
+        text = wikipedia() if file is None else read_text(file)
+    except OSError as error:
+        raise InputError(f"the example's text cannot be had ({error}): name one with --text") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sliplm.reading import open_regular
 from sliplm.shares.tensorfile import read_header
 
 NAMES_FROM = 120  # characters of a terminal below which a bar has no room for names
@@ -96,7 +97,8 @@ class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
         """Bytes of each group in the worker's share."""
         try:
             header = read_header(self._partial / "worker" / "share.safetensors")
-            journal = (self._partial / "journal").read_bytes().split(b"\n")[1:-1]
+            with open_regular(self._partial / "journal") as file:
+                journal = file.read().split(b"\n")[1:-1]
         except (OSError, ValueError):  # a bar without sizes is better than no split
             return {}
         kept = sum(b'"group"' in line for line in journal)

@@ -16,6 +16,7 @@ from typing import Any
 from sliplm import durable
 from sliplm.closing import Closing
 from sliplm.errors import ShareError
+from sliplm.reading import open_regular
 from sliplm.shares.tensorfile import write_error
 
 LOCK = "lock"
@@ -65,7 +66,8 @@ class WorkFolder(Closing):
         """All lines of the journal, none if there is no journal.  Raises: OSError, ValueError."""
         if not self.path.exists():
             return []
-        *lines, rest = self.path.read_bytes().split(b"\n")
+        with open_regular(self.path) as file:
+            *lines, rest = file.read().split(b"\n")
         if rest:  # what follows the last line end was cut off by a crash
             os.truncate(self.path, sum(len(line) + 1 for line in lines))
         return [json.loads(line) for line in lines]

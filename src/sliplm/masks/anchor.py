@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from sliplm import durable, places
 from sliplm.errors import PoolError
+from sliplm.reading import read_bounded
 
 TOKEN: Final = re.compile("[0-9a-f]{32}")
 """How a token looks, and the id of a pool."""
@@ -149,8 +150,7 @@ def _check(pool_id: str, *tokens: str | None) -> None:
 def _token(path: Path) -> str | None:
     """The token in a file; None without a file."""
     try:
-        with path.open("rb") as file:
-            data = file.read(64)
+        data = read_bounded(path, 64)
     except FileNotFoundError:
         return None
     text = data.decode("ascii", "replace")

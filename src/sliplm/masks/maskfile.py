@@ -28,6 +28,7 @@ from sliplm import durable
 from sliplm.arithmetic.field import Elements, derive_key, uniform_rows
 from sliplm.errors import PoolError
 from sliplm.masks.masks import Dealt, Fresh, Masks, fresh_key
+from sliplm.reading import open_regular
 from sliplm.secrecy import Secret
 
 NAME: Final = re.compile(r"(\d{1,9})-(\d{1,18})-([0-9a-f]{32})\.masks")
@@ -85,7 +86,7 @@ class MaskFile(Secret):
         """
         name = NAME.fullmatch(path.name)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 data = file.read(_HEADER.size + TAG_BYTES)
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
@@ -111,11 +112,8 @@ class MaskFile(Secret):
         """Rows `first` on, which the caller has burnt.  Raises: PoolError; then nothing of them is used."""
         sealed = row_bytes(self.m)
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = memoryview(os.pread(descriptor, rows * sealed, file_bytes(self.m, first)))
-            finally:
-                os.close(descriptor)
+            with open_regular(self.path) as file:
+                data = memoryview(os.pread(file.fileno(), rows * sealed, file_bytes(self.m, first)))
         except OSError as error:
             raise _unusable(self.path, f"cannot be read ({error.strerror})") from error
         if len(data) != rows * sealed:

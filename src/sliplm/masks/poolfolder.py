@@ -27,6 +27,7 @@ from sliplm.errors import PoolError
 from sliplm.masks import maskfile
 from sliplm.masks.anchor import Anchor
 from sliplm.masks.maskfile import MaskFile, Owner, Product
+from sliplm.reading import read_bounded
 from sliplm.secrecy import Secret
 
 STATE: Final = "state.json"
@@ -114,8 +115,7 @@ class Folder(Secret):
         """The state, verified; None where there is none.  Raises: PoolError."""
         path, limit = self.path / STATE, _STATE_BYTES[0] + _STATE_BYTES[1] * len(self.shapes)
         try:
-            with path.open("rb") as file:
-                data = file.read(limit + 1)
+            data = read_bounded(path, limit)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -157,7 +157,7 @@ class Folder(Secret):
             try:
                 found[path] = known.get(path) or MaskFile.open(path, owner, *self.shapes[group])
             except PoolError:
-                if path.exists():  # else a vault has just used it up
+                if os.path.lexists(path):  # else a vault has just used it up
                     raise
         return found
 

@@ -32,10 +32,12 @@ from sliplm.durable import replace
 from sliplm.errors import CredentialError, InputError
 from sliplm.network import keys
 from sliplm.network.keys import AUTHORITY, CERTIFICATE, KEY, REVOKED, Role, fingerprint, now
+from sliplm.reading import read_bounded
 
 DAYS: Final = 365
 AUTHORITY_DAYS: Final = 3650  # the authority outlives what it signs: certificates are rotated under it
 ISSUED: Final = "issued.json"
+MAX_REGISTER_BYTES: Final = 1 << 28
 
 _SKEW: Final = datetime.timedelta(hours=1)  # clocks of two machines differ
 _HOME: Final = "authority"
@@ -306,10 +308,10 @@ def _open(folder: Path) -> Iterator[_Signer]:
     """The authority under `folder`, for this process alone."""
     folder = Path(folder)
     home = folder / _HOME
-    keys.check_mode(home / KEY)
+    _check_signing_key(home / KEY)
     certificate = keys.load_certificate(home / CERTIFICATE)
     try:
-        key = serialization.load_pem_private_key((home / KEY).read_bytes(), None)
+        key = serialization.load_pem_private_key(read_bounded(home / KEY, keys.MAX_FILE_BYTES), None)
     except (OSError, ValueError, TypeError) as error:
         raise CredentialError(
             f"the authority's key {home / KEY} cannot be used: restore it from a copy"
@@ -322,6 +324,14 @@ def _open(folder: Path) -> Iterator[_Signer]:
         raise CredentialError(f"the authority in {folder} expired: make a new one with `slip keys init`")
     with _writing(folder), _locked(home):
         yield _Signer(folder, certificate, key)
+
+
+def _check_signing_key(path: Path) -> None:
+    """Refuse one that anybody else can use: what signs all others stays in its owner's hands, in no mount."""
+    with contextlib.suppress(OSError):  # `check_mode` says what is missing
+        if path.stat().st_mode & 0o077:
+            raise CredentialError(f"{path} signs certificates and is open to others: chmod 600 it")
+    keys.check_mode(path)
 
 
 @contextlib.contextmanager
@@ -351,7 +361,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _read_register(home: Path) -> _Register:
     try:
-        return _Register.model_validate_json((home / ISSUED).read_bytes())
+        return _Register.model_validate_json(read_bounded(home / ISSUED, MAX_REGISTER_BYTES))
     except (OSError, ValidationError) as error:
         raise CredentialError(
             f"{home / ISSUED} cannot be read ({type(error).__name__}): name the folder that `slip keys init` "

@@ -24,6 +24,7 @@ import hashlib
 import logging
 import re
 import ssl
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -282,7 +283,10 @@ def load_certificate(path: Path) -> x509.Certificate:
 def check_mode(path: Path) -> None:
     """Raise CredentialError if a private key's file is missing or others can use it."""
     try:
-        private = is_private(path, path.stat())
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+            raise CredentialError(f"{path} is no regular file of a key: restore it from a copy, or {_INIT}")
+        private = is_private(path, status)
     except OSError as error:
         raise CredentialError(f"{path.parent} is not a key folder ({error}): {_INIT}") from error
     if not private:

@@ -32,6 +32,9 @@ Event = Literal[
 ]
 
 _KEPT: Final = 1000  # records in memory
+_APPENDING: Final = (  # a FIFO must not block
+    os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+)
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +102,7 @@ class AuditLog:
         if self._path is None:
             return
         try:
-            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            handle = os.open(self._path, _APPENDING, 0o600)
             with os.fdopen(handle, "ab") as file:
                 file.write(line)
         except OSError as error:

@@ -22,6 +22,7 @@ from sliplm import durable
 from sliplm.errors import InputError, SlipError
 from sliplm.masks.anchor import file_anchor
 from sliplm.network.transport import UnixAddress, parse_address
+from sliplm.reading import read_bounded
 
 FILE: Final = "quarantine.json"
 _MOST: Final = 2**24  # bytes of the file
@@ -75,14 +76,11 @@ class Quarantine:
 
     def entries(self) -> list[Entry]:
         """All of them, oldest first.  Raises: InputError for a file that cannot be read."""
-        if self.path is None:
+        if self.path is None or not os.path.lexists(self.path):
             return []
         try:
-            with self.path.open("rb") as file:
-                data = file.read(_MOST)
+            data = read_bounded(self.path, _MOST)
             return _ENTRIES.validate_json(data)
-        except FileNotFoundError:
-            return []
         except (OSError, ValidationError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is damaged"
             raise InputError(

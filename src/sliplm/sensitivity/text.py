@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sliplm.errors import CheckpointError, InputError
+from sliplm.reading import open_regular
 
 MAX_TEXT_BYTES = 1 << 30
 _LETTERS = 12  # of a text for each token that is wanted: more than any tokenizer takes on average
@@ -23,7 +25,8 @@ def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise InputError(f"{path} is longer than {MAX_TEXT_BYTES} bytes; give a part of it")
-        return path.read_text(encoding="utf-8")
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as file:
+            return file.read()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Final, Literal
 
 from sliplm.errors import ShareError
+from sliplm.reading import open_regular
 
 Side = Literal["vault", "worker"]
 
@@ -18,7 +20,7 @@ _HEAD: Final = 256  # bytes of a manifest, in which its format stands
 def side_of(folder: Path) -> Side | None:
     """Whose share a folder holds, by the first bytes of its manifest; None if there is none to read."""
     try:
-        with (folder / _MANIFEST).open("rb") as file:
+        with open_regular(folder / _MANIFEST) as file:
             head = file.read(_HEAD)
     except OSError:
         return None
@@ -78,7 +80,7 @@ def _instead(folder: Path) -> str:
         return "is no folder" if folder.exists() else "does not exist"
     if (folder / "certificate.pem").is_file():
         return "holds keys, which go to --keys or ?keys="
-    if (folder / _MANIFEST).exists():
+    if os.path.lexists(folder / _MANIFEST):
         return f"has a {_MANIFEST} that is no split's, or cannot be read"
     if (folder / "config.json").is_file():
         return f"is a model that was not split (slip split {shlex.quote(str(folder))} OUT does)"

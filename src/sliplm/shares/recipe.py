@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sliplm.errors import RecipeError
+from sliplm.reading import read_bounded
 
 RotationKind = Literal["fast", "haar", "none"]
 Placement = Literal["split", "vault"]
@@ -156,8 +157,7 @@ def _short(value: object) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_RECIPE_BYTES + 1)
+        data = read_bounded(path, MAX_RECIPE_BYTES)
     except OSError as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error.strerror})") from error
     if len(data) > MAX_RECIPE_BYTES:

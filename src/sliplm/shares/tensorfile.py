@@ -235,7 +235,7 @@ class SafetensorsWriter(Closing):
 
     def _same(self, header: bytes) -> bool:
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 return os.fstat(file.fileno()).st_size == self.size and file.read(len(header)) == header
         except OSError:
             return False

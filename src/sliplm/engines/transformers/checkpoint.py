@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 from sliplm.engines.transformers.layout import Layout
 from sliplm.engines.transformers.opened import remade
 from sliplm.errors import CheckpointError
+from sliplm.reading import open_regular
 from sliplm.shares.tensorfile import ITEM_BYTES, NUMPY, TensorEntry, read_header
 
 SINGLE = "model.safetensors"
@@ -95,7 +96,7 @@ class Checkpoint:
         entry, file_path = self.entries[key], self._file_of[key]
         left = entry.nbytes if number is None else entry.nbytes // entry.shape[0]
         try:
-            with file_path.open("rb") as file:
+            with open_regular(file_path) as file:
                 file.seek(entry.start + (0 if number is None else number * left))
                 while left:
                     chunk = file.read(min(left, CHUNK_BYTES))
@@ -272,7 +273,7 @@ def _values(dtype: str, data: bytes) -> npt.NDArray[Any]:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor -> file name, from an index of shards."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             index = json.loads(file.read(MAX_INDEX_BYTES))  # what is longer is cut off, and then no JSON
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid index of shards ({error}); copy it again") from error

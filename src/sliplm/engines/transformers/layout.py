@@ -26,6 +26,7 @@ from sliplm.engines.groups import Group, Linear, group_name
 from sliplm.engines.transformers.experts import expert_groups, experts_of, router_groups, routers_of
 from sliplm.engines.transformers.trial import Trial, line, raw, run_trial
 from sliplm.errors import CheckpointError
+from sliplm.reading import read_bounded
 from sliplm.shares.manifest import Attention
 
 
@@ -83,6 +84,9 @@ def discover(model_dir: Path | str) -> Layout:
     )
 
 
+MAX_CONFIG_BYTES = 16 << 20
+
+
 def read_config(model_dir: Path) -> PretrainedConfig:
     """The configuration of a checkpoint folder; code that came with the folder is never run.
 
@@ -123,7 +127,7 @@ def read_config(model_dir: Path) -> PretrainedConfig:
 def own_code(model_dir: Path) -> str:
     """The code that config.json names as its own, such as "configuration_x.Y, modeling_x.Z", if any."""
     try:
-        found = json.loads((model_dir / "config.json").read_bytes()).get("auto_map")
+        found = json.loads(read_bounded(model_dir / "config.json", MAX_CONFIG_BYTES)).get("auto_map")
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     return ", ".join(sorted({str(name) for name in found.values()})) if isinstance(found, dict) else ""

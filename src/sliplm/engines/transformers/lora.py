@@ -22,6 +22,7 @@ from sliplm.engines.groups import Group, Linear
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.engines.transformers.stored import StoredModel
 from sliplm.errors import AdapterError, CheckpointError
+from sliplm.reading import open_regular
 from sliplm.shares.manifest import GroupAdapter
 from sliplm.shares.recipe import problems
 from sliplm.shares.splitting import LowRank
@@ -205,7 +206,7 @@ class _AdapterFile(Checkpoint):
 
 def _read_config(name: str, path: Path) -> _Config:
     try:
-        with (path / CONFIG).open("rb") as file:
+        with open_regular(path / CONFIG) as file:
             fields = json.loads(file.read(MAX_CONFIG_BYTES))
     except OSError as error:
         raise AdapterError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sliplm.arithmetic.field import new_key
 from sliplm.errors import SlipWarning
+from sliplm.reading import open_regular
 from sliplm.shares.sketch import Floats, Likeness, likeness, of_weights
 
 Weights = Iterable[tuple[str, Floats]]
@@ -74,7 +75,7 @@ def named_base(folder: Path) -> tuple[str, str] | None:
     cards = (("README.md", _front_matter), ("adapter_config.json", _adapter), ("config.json", _config))
     for file, read in cards:
         try:
-            with (folder / file).open("rb") as card:
+            with open_regular(folder / file) as card:
                 base = read(card.read(MAX_CARD_BYTES).decode())
         except (OSError, ValueError, RecursionError):  # no such file, or nothing that can be used: no hint
             continue
