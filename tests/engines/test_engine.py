@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +207,25 @@ def test_a_split_layer_has_no_weight_and_is_not_copied(pair: tuple[Any, Any, Cou
         copy.deepcopy(layer)
     with pytest.raises(InputError, match="copied or pickled"):
         pickle.dumps(layer)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda layer, w: setattr(layer, "weight", w),
+        lambda layer, w: layer.register_parameter("weight", w),
+        lambda layer, w: layer.register_buffer("weight", w.data),
+        lambda layer, w: layer.load_state_dict({"weight": w}, strict=False),
+        lambda layer, w: nn.Sequential(layer).load_state_dict({"0.weight": w}),
+        lambda layer, w: torch.func.functional_call(layer, {"weight": w}, (torch.ones(1, 8),)),
+    ],
+)
+def test_a_weight_that_would_change_no_answer_is_refused(
+    pair: tuple[Any, Any, CountingSource], give: Callable[[Any, Any], object]
+) -> None:
+    with torch.no_grad(), pytest.raises(InputError, match="split it again"):
+        give(pair[1].q, nn.Parameter(torch.ones(6, 8)))
+    assert list(pair[1].q.state_dict()) == ["bias"]
 
 
 @pytest.mark.parametrize(
@@ -447,7 +466,7 @@ def test_other_devices_are_refused(llama: Case) -> None:
 
 def test_folders_that_are_no_vault(llama: Case, tmp_path: Path) -> None:
     for folder in (tmp_path, llama.folder / "model", llama.folder / "worker"):
-        with pytest.raises(ShareError, match="folder `vault`"):
+        with pytest.raises(ShareError, match="vault"):
             load(folder, [llama.address])
 
 

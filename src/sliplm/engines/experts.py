@@ -4,14 +4,14 @@ needs, and one for the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sliplm.engines.modules import Floats, Products, check_input, refuse_script
+from sliplm.engines.modules import Floats, Products, Split, check_input, refuse_script
 from sliplm.errors import InputError, ShareError
 from sliplm.shares.manifest import VaultGroup
 
@@ -62,7 +62,7 @@ def run_experts(
     return back.view(tokens, k, -1).sum(dim=1).to(hidden.dtype)
 
 
-class SlipExperts(nn.Module):
+class SlipExperts(Split):
     """The experts of one layer: what their class keeps beside the split weights, and its activation.
 
     Args:
@@ -71,12 +71,14 @@ class SlipExperts(nn.Module):
         source: who multiplies.  It may be set later, before the first call.
     """
 
+    lacks: Collection[str] = ()
     __prepare_scriptable__ = refuse_script
 
     def __init__(
         self, old: nn.Module, split: Mapping[str, Sequence[str]], source: ManyProducts | None
     ) -> None:
         super().__init__()
+        self.lacks = frozenset(split)
         for name, value in vars(old).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
@@ -143,11 +145,6 @@ class SlipExperts(nn.Module):
 
     def __reduce__(self) -> NoReturn:
         raise InputError("a model with split layers cannot be copied or pickled: load its vault folder again")
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_split", ()):
-            raise AttributeError(f"the experts' {name} is split: no party has it")
-        return super().__getattr__(name)
 
 
 def _covered(

@@ -7,7 +7,7 @@ called asks for the whole group's product; the others, called with the same tens
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, Protocol, Self, cast
 
@@ -144,7 +144,45 @@ class GroupProduct:
         raise InputError("a model with split layers cannot be copied or pickled: load its vault folder again")
 
 
-class SlipLinear(nn.Module):
+class Split(nn.Module):
+    """A module without the weights `lacks`: to set or load one is refused, for it would change no answer."""
+
+    lacks: Collection[str]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse(name)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ever; raises InputError for a split weight."""
+        self._refuse(name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As ever; raises InputError for a split weight."""
+        self._refuse(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.lacks:
+            if prefix + name in state_dict:
+                self._refuse(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _refuse(self, name: str) -> None:
+        if name in self.lacks:
+            raise InputError(
+                f"a split layer's {name} cannot be set or loaded, no party has it: change the original and "
+                "split it again"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.lacks:
+            raise AttributeError(f"the {name} of a split layer is split: no party has it")
+        return super().__getattr__(name)
+
+
+class SlipLinear(Split):
     """A linear layer whose weight is split: it has a bias at most, and no `weight`.
 
     Args:
@@ -156,6 +194,7 @@ class SlipLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    lacks = ("weight",)
     __prepare_scriptable__ = refuse_script
 
     def __init__(
@@ -201,11 +240,6 @@ class SlipLinear(nn.Module):
         bias = self._parameters["bias"] is not None
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={bias}, group={self.group.name}"
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError(f"the weight of a layer of {self.group.name} is split: no party has it")
-        return super().__getattr__(name)
 
 
 def result_type(x: Tensor) -> torch.dtype:

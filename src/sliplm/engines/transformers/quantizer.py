@@ -198,7 +198,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in [name for name, module in model.named_modules() if isinstance(module, SlipLinear)]:
             model.all_tied_weights_keys.pop(f"{name}.weight", None)  # no longer there to be tied
         for module in _split_layers(model):
-            module.weight = _initialised()  # GPT-2 and others initialise `c_proj.weight` by name
+            vars(module)["weight"] = _initialised()  # GPT-2 and others initialise `c_proj.weight` by name
         files[:] = [self._opened.path]  # the very list that transformers reads next
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -212,7 +212,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
             names = ", ".join(missing[:5])
             raise ShareError(f"{self._shares[0].path / MODEL} lacks {names}: split the model again")
         for module in _split_layers(model):
-            del module.weight
+            del vars(module)["weight"]
         model.requires_grad_(False)
         source = self._open(*self._shares)
         del self._shares, self._opened  # the vault has taken what it needs of the secrets
