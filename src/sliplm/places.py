@@ -31,6 +31,7 @@ from typing import Final
 from sliplm import forks
 from sliplm.closing import Closing
 from sliplm.errors import PlaceError
+from sliplm.filesystem import because
 
 HOME: Final = "SLIPLM_HOME"
 """The variable that names one folder for everything."""
@@ -130,7 +131,7 @@ def temporary() -> Path:
             own.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise PlaceError(
-                f"{own} cannot be made ({error.strerror}): name another folder in {HOME}"
+                f"{own} cannot be made {because(error, own, f'name another folder in {HOME}')}"
             ) from error
         return own
     try:
@@ -159,8 +160,8 @@ class NewFolder(Closing):
             lock = _alive(self.path)
         except OSError as error:
             raise PlaceError(
-                f"no temporary folder can be made in {where} ({error.strerror}): make room, or name another "
-                f"folder in TMPDIR or {HOME}"
+                f"no temporary folder can be made in {where} {because(error, where, 'check its rights')}, or "
+                f"name another folder in TMPDIR or {HOME}"
             ) from error
         self._end = weakref.finalize(self, _remove, forks.Process(), self.path, lock)
 

@@ -468,7 +468,7 @@ def test_no_room_for_the_entry_loses_no_work(
 ) -> None:
     real = durable.replace
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, **more: bool) -> None:
         if path.suffix == ".entry":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, data)

@@ -78,7 +78,7 @@ class WorkFolder(Closing):
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.write(file, json.dumps(entry).encode() + b"\n")
-                os.fsync(file)
+                durable.sync(file)
             finally:
                 os.close(file)
         except OSError as error:

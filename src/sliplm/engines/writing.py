@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from sliplm import durable
 from sliplm.engines.journal import PARTIAL, Journal
 from sliplm.engines.progress import Update, shown
 from sliplm.engines.source import Source, stack
@@ -294,9 +295,9 @@ def _publish(partial: Path, out: Path) -> None:
         for name in ("worker", "vault"):
             if (partial / name).exists():
                 for folder in (*filter(Path.is_dir, (partial / name).iterdir()), partial / name):
-                    _sync_folder(folder)
+                    durable.sync_folder(folder, lasting=False)
                 (partial / name).rename(out / name)
-        _sync_folder(out)
+        durable.sync_folder(out, lasting=False)
     except OSError as error:
         raise write_error(out, 0, error) from error
 
@@ -314,20 +315,12 @@ def _write_file(path: Path, data: bytes, mode: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
         with os.fdopen(os.open(path, flags, mode), "wb") as file:
-            os.fchmod(file.fileno(), mode)
+            durable.set_mode(file.fileno(), mode)
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            durable.sync(file.fileno())
     except OSError as error:
         raise write_error(path, len(data), error) from error
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _records(folder: Path) -> dict[str, FileRecord]:

@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -145,7 +145,8 @@ def _stored(target: Path) -> Iterator[Path]:
             if sys.platform != "win32":
                 import fcntl
 
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                with suppress(OSError):  # without locks two may build the same, and one of them stays
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 # Under the lock these can only be what a killed process left.
                 for left in target.parent.glob(f"{prefix}*"):
                     shutil.rmtree(left, ignore_errors=True)

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from sliplm import durable, places
 from sliplm.errors import PoolError
+from sliplm.filesystem import because
 from sliplm.reading import read_bounded
 
 TOKEN: Final = re.compile("[0-9a-f]{32}")
@@ -81,8 +82,8 @@ class FileAnchor:
                 os.close(guard)
         except OSError as error:
             raise PoolError(
-                f"the anchor {path} cannot be read or written ({error.strerror}): make room, or name "
-                f"another folder in {places.STATE}"
+                f"the anchor {path} cannot be read or written {because(error, path, 'check its rights')}, or "
+                f"name another folder in {places.STATE}"
             ) from error
 
 

@@ -40,6 +40,7 @@ from typing import Final
 from sliplm import durable, forks
 from sliplm.closing import Closing
 from sliplm.errors import PoolError
+from sliplm.filesystem import because
 from sliplm.masks.anchor import Anchor
 from sliplm.masks.expected import rows_for
 from sliplm.masks.maskfile import MaskFile
@@ -311,8 +312,8 @@ class DiskPool(Secret, Closing):
             self._folder.write_state(self._owner, tokens, positions)
         except OSError as error:  # whichever state is there now, the anchor still holds `base`
             raise PoolError(
-                f"{self._folder.path / STATE} cannot be written ({error.strerror}): make room and try again; "
-                "no mask was handed out"
+                f"{self._folder.path / STATE} cannot be written "
+                f"{because(error, self._folder.path, 'make room and try again')}; no mask was handed out"
             ) from error
         self._tokens, self._settled = tokens, False
         for stock, position in zip(self._stocks, positions, strict=True):

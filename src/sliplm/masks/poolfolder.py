@@ -24,6 +24,7 @@ from sliplm import durable
 from sliplm.arithmetic.field import derive_key
 from sliplm.closing import Closing
 from sliplm.errors import PoolError
+from sliplm.filesystem import because
 from sliplm.masks import maskfile
 from sliplm.masks.anchor import Anchor
 from sliplm.masks.maskfile import MaskFile, Owner, Product
@@ -102,7 +103,9 @@ class Folder(Secret):
         except BlockingIOError:
             raise PoolError(f"{self.path} is in use by another {user}: end it first") from None
         except OSError as error:
-            raise PoolError(f"{self.path} cannot be locked ({error.strerror}): check its rights") from error
+            raise PoolError(
+                f"{self.path} cannot be locked {because(error, self.path, 'check its rights')}"
+            ) from error
 
     def state(self) -> tuple[State, Owner]:
         """The state, verified.  Raises: PoolError when there is none, too."""
@@ -198,7 +201,9 @@ class PoolWriter(Secret, Closing):
         try:
             durable.make_folder(folder.path)
         except OSError as error:
-            raise PoolError(f"{folder.path} cannot be made ({error.strerror}): check its rights") from error
+            raise PoolError(
+                f"{folder.path} cannot be made {because(error, folder.path, 'check its rights')}"
+            ) from error
         self._numbers: list[int] | None = None
         self._locked = folder.lock("deal.lock", "`slip deal`")
         try:
@@ -225,8 +230,8 @@ class PoolWriter(Secret, Closing):
             self._last_numbers()[group] = number
         except OSError as error:
             raise PoolError(
-                f"a batch cannot be written to {self._folder.path} ({error.strerror}): make room; "
-                "what was dealt before is there"
+                f"a batch cannot be written to {self._folder.path} "
+                f"{because(error, self._folder.path, 'make room')}; what was dealt before is there"
             ) from error
 
     def _last_numbers(self) -> list[int]:
@@ -275,7 +280,9 @@ class PoolWriter(Secret, Closing):
         try:
             self._folder.write_state(owner, [token], positions)
         except OSError as error:
-            raise PoolError(f"{self._folder.path} cannot be written ({error.strerror}): make room") from error
+            raise PoolError(
+                f"{self._folder.path} cannot be written {because(error, self._folder.path, 'make room')}"
+            ) from error
         return owner
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
@@ -28,8 +26,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from sliplm import durable
 from sliplm.durable import replace
 from sliplm.errors import CredentialError, InputError
+from sliplm.filesystem import because
 from sliplm.network import keys
 from sliplm.network.keys import AUTHORITY, CERTIFICATE, KEY, REVOKED, Role, fingerprint, now
 from sliplm.reading import read_bounded
@@ -336,14 +336,11 @@ def _check_signing_key(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    handle = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        with durable.locked_folder(home, wait=False):
+            yield
     except BlockingIOError as error:
         raise CredentialError(f"another `slip keys` works in {home}: try again when it is done") from error
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -356,7 +353,9 @@ def _writing(folder: Path) -> Iterator[None]:
             f"{error.filename} exists: keys are never overwritten, choose another folder or name"
         ) from error
     except OSError as error:
-        raise CredentialError(f"keys cannot be written to {folder}: {error}") from error
+        raise CredentialError(
+            f"keys cannot be written to {folder} {because(error, folder, 'check its rights')}"
+        ) from error
 
 
 def _read_register(home: Path) -> _Register:

@@ -35,6 +35,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from sliplm.errors import CredentialError
+from sliplm.filesystem import chmod_advice
 from sliplm.network.trust import check_unwritable, only_grows
 from sliplm.reading import is_private, read_bounded
 
@@ -290,7 +291,7 @@ def check_mode(path: Path) -> None:
     except OSError as error:
         raise CredentialError(f"{path.parent} is not a key folder ({error}): {_INIT}") from error
     if not private:
-        raise CredentialError(f"{path} is readable by others: chmod 600 it, or make new keys")
+        raise CredentialError(f"{path} is readable by others: {chmod_advice(path, '600')}, or make new keys")
 
 
 def _check_own(folder: Path, role: Role) -> Identity:

@@ -8,13 +8,13 @@ was revoked stays revoked.  Not across processes: a process that starts with an 
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 import threading
 from pathlib import Path
 from typing import Final
 
 from sliplm.errors import CredentialError
+from sliplm.filesystem import chmod_advice
 
 _guard: Final = threading.Lock()
 _revoked: Final[dict[bytes, frozenset[int]]] = {}  # by the authority's fingerprint: all that were ever listed
@@ -39,11 +39,11 @@ def check_unwritable(path: Path) -> None:
             f"{path} cannot be read ({error.strerror}): restore it, or make keys with `slip keys init FOLDER`"
         ) from error
     if not fixed and status.st_mode & 0o022:
-        raise CredentialError(f"{path} can be written by others: chmod go-w {shlex.quote(str(path))}")
+        raise CredentialError(f"{path} can be written by others: {chmod_advice(path, 'go-w')}")
     if not fixed and folder.st_mode & 0o022 and not (folder.st_mode & stat.S_ISVTX and kin):
         raise CredentialError(
-            f"{path} can be replaced by others, who can write to its folder: chmod go-w "
-            f"{shlex.quote(str(path.parent))}"
+            f"{path} can be replaced by others, who can write to its folder: "
+            f"{chmod_advice(path.parent, 'go-w')}"
         )
 
 

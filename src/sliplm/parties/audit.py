@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from sliplm.errors import InputError
+from sliplm.filesystem import because
 
 Event = Literal[
     "quarantined",  # lied or broke the protocol: never asked again
@@ -107,5 +108,5 @@ class AuditLog:
                 file.write(line)
         except OSError as error:
             raise InputError(
-                f"the audit file {self._path} cannot be written ({error.strerror}); name another"
+                f"the audit file {self._path} cannot be written {because(error, self._path, 'name another')}"
             ) from error

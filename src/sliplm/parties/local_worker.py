@@ -16,6 +16,7 @@ from typing import Final, Self
 from sliplm import forks, places
 from sliplm.closing import Closing
 from sliplm.errors import WorkerUnavailable
+from sliplm.filesystem import because
 from sliplm.network import authority as authorities
 from sliplm.shares.folders import check_folder
 
@@ -128,10 +129,16 @@ class LocalWorker(Closing):
         command += ["--until-stdin-closes", str(folder)]
         if self._threads is not None:
             command += ["--threads", str(self._threads)]
-        with (folder / "stderr").open("wb") as log:
-            process = self._held.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=worker_environment()
-            )
+        try:
+            with (folder / "stderr").open("wb") as log:
+                process = self._held.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                    env=worker_environment(),
+                )  # fmt: skip
+        except OSError as error:
+            raise WorkerUnavailable(
+                f"the local worker for {self._share} cannot be started {because(error, folder, 'try again')}"
+            ) from error
         line = _first_line(process, time.monotonic() + START_LIMIT)
         try:
             listening = json.loads(line)["listening"]

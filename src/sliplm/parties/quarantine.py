@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sliplm import durable
 from sliplm.errors import InputError, SlipError
+from sliplm.filesystem import because
 from sliplm.masks.anchor import file_anchor
 from sliplm.network.transport import UnixAddress, parse_address
 from sliplm.reading import read_bounded
@@ -131,14 +132,13 @@ class Quarantine:
             return
         try:
             durable.make_folder(self.path.parent)
-            guard = durable.lock(self.path.with_suffix(".lock"), wait=True)
-            try:
-                durable.replace(self.path, _ENTRIES.dump_json(change(self.entries()), indent=1))
-            finally:
-                os.close(guard)
+            with durable.locked_folder(self.path.parent):
+                changed = _ENTRIES.dump_json(change(self.entries()), indent=1)
+                durable.replace(self.path, changed, lasting=False)
         except OSError as error:
             raise InputError(
-                f"the record of quarantined workers {self.path} cannot be written ({error.strerror})"
+                f"the record of quarantined workers {self.path} cannot be written "
+                f"{because(error, self.path, 'check its rights')}"
             ) from error
 
 

@@ -111,7 +111,7 @@ def _write(
     }
     for name, content in texts.items():
         try:
-            durable.replace(out / name, content.encode())
+            durable.replace(out / name, content.encode(), lasting=False)
         except OSError as error:
             raise write_error(out / name, len(content), error) from error
     pictures = [save_png(picture, out) for section in sections for picture in section.pictures]

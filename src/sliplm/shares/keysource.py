@@ -30,6 +30,7 @@ from typing import Any, Literal, Self
 
 from sliplm import durable, places
 from sliplm.errors import CredentialError
+from sliplm.filesystem import because, chmod_advice
 from sliplm.reading import is_private
 
 KEY_BYTES = 32
@@ -178,17 +179,25 @@ def _make(path: Path) -> bool:
             with os.fdopen(os.open(unfinished, flags, 0o600), "wb") as file:
                 file.write(secrets.token_hex(KEY_BYTES).encode() + b"\n")
                 file.flush()
-                os.fsync(file.fileno())
-            os.link(unfinished, path)  # unlike a rename, it replaces nothing
-            durable.sync_folder(path.parent)
+                durable.sync(file.fileno())
+            try:
+                os.link(unfinished, path)  # unlike a rename, it replaces nothing
+            except FileExistsError:
+                raise
+            except OSError:  # no links there: whoever reads it meanwhile may find half of it, and says so
+                with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+                    file.write(unfinished.read_bytes())
+                    file.flush()
+                    durable.sync(file.fileno())
+            durable.sync_folder(path.parent, lasting=False)
         finally:
             unfinished.unlink(missing_ok=True)
     except FileExistsError:
         return False
     except OSError as error:
         raise CredentialError(
-            f"the key file {path} cannot be made ({error.strerror}): make room, or name another file in "
-            f"{places.KEY_FILE}, or {_HOW}"
+            f"the key file {path} cannot be made {because(error, path, 'check the rights of its folder')}, "
+            f"or name another file in {places.KEY_FILE}, or {_HOW}"
         ) from error
     return True
 
@@ -213,7 +222,7 @@ def _check_private(path: Path, status: os.stat_result) -> None:
     if status.st_uid not in (0, os.geteuid()):
         raise CredentialError(f"{path} belongs to another user; make a copy of your own, with mode 0600")
     if not is_private(path, status):
-        raise CredentialError(f"{path} is open to group or others: chmod 600 {shlex.quote(str(path))}")
+        raise CredentialError(f"{path} is open to group or others: {chmod_advice(path, '600')}")
 
 
 def _environment(name: str) -> bytes:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sliplm import durable, places
 from sliplm.arithmetic.field import new_key
 from sliplm.errors import LedgerError
+from sliplm.filesystem import because
 from sliplm.reading import read_bounded
 from sliplm.shares.keysource import Key
 from sliplm.shares.manifest import Hex
@@ -30,8 +31,6 @@ from sliplm.shares.sealing import Argon2Numbers, default_numbers, stretch
 
 FILE: Final = "passphrase.json"
 MAX_FILE_BYTES: Final = 4096
-
-_ELSEWHERE: Final = f"make room, or name another folder in {places.LEDGER}"
 
 
 class _Salt(BaseModel):
@@ -94,8 +93,9 @@ def writing(ledger: Path, own: Path | None, owner: Key) -> Iterator[None]:
             os.close(guard)
     except OSError as error:
         raise LedgerError(
-            f"the ledger {ledger} cannot be written ({error.strerror or error}), and no share goes out "
-            f"without an entry; {_ELSEWHERE}, and run the same command again: finished work is kept"
+            f"no share goes out without an entry, and the ledger {ledger} cannot be written "
+            f"{because(error, ledger, 'make room there')}, or name another folder in {places.LEDGER}; then "
+            "run the same command again: finished work is kept"
         ) from error
 
 

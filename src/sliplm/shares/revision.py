@@ -92,7 +92,7 @@ class Revision(Secret, Closing):
                     durable.write(beside(self.folder / name, self.folder), data)
                 for name in gone:
                     _put_beside(self.folder, name)
-                durable.sync_folder(self.folder)
+                durable.sync_folder(self.folder, lasting=False)
                 seal_manifest(self.folder, self._data_key, text)
             except BaseException:
                 with contextlib.suppress(OSError, ShareError):  # what cannot be done now, the next one does
@@ -121,10 +121,10 @@ def _settle(folder: Path, manifest: VaultManifest, data: bytes) -> None:
             if path.parent != folder:
                 path.parent.mkdir(mode=0o700, exist_ok=True)
             other.replace(path)
-            durable.sync_folder(path.parent)
+            durable.sync_folder(path.parent, lasting=False)
     for left in folder.glob(f".*{durable.PART}"):
         durable.remove(left)
-    durable.sync_folder(folder)
+    durable.sync_folder(folder, lasting=False)
 
 
 def _put_beside(folder: Path, name: str) -> None:

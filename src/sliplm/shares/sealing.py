@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sliplm import durable
 from sliplm.arithmetic.field import derive_key, new_key
 from sliplm.errors import CredentialError, SealError, ShareError
+from sliplm.filesystem import because
 from sliplm.reading import read_bounded
 from sliplm.shares.folders import wrong_folder
 from sliplm.shares.keysource import Key, KeySpec, find
@@ -257,10 +258,10 @@ def _manifest_mac(data_key: bytes, manifest: bytes) -> bytes:
 def _write(folder: Path, seal: Seal) -> None:
     path = folder / SEAL
     try:
-        durable.replace(path, seal.model_dump_json(indent=1).encode())
+        durable.replace(path, seal.model_dump_json(indent=1).encode(), lasting=False)
     except OSError as error:
         raise ShareError(
-            f"{path}: cannot be written ({error.strerror}); make room or check the folder"
+            f"{path}: cannot be written {because(error, path, 'make room or check the folder')}"
         ) from error
 
 

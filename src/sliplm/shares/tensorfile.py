@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -21,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from sliplm import durable
 from sliplm.closing import Closing
 from sliplm.errors import ShareError
+from sliplm.filesystem import because, is_missing
 from sliplm.reading import open_regular
 
 MAX_HEADER_BYTES = 16 << 20  # of a file of which nothing is known
@@ -124,7 +127,13 @@ def read_header(
 def map_file(file: BufferedReader, entries: Mapping[str, TensorEntry]) -> dict[str, npt.NDArray[Any]]:
     """Read-only views of the tensors of a file through one memory map; nothing is read yet."""
     file.seek(0)
-    whole = np.memmap(file, dtype=np.uint8, mode="r")
+    try:
+        whole: npt.NDArray[np.uint8] = np.memmap(file, dtype=np.uint8, mode="r")
+    except OSError as error:
+        if not is_missing(error):
+            raise
+        whole = np.memmap(file, dtype=np.uint8, mode="c")  # some file systems map privately alone
+        whole.flags.writeable = False
     return {
         name: whole[e.start : e.start + e.nbytes].view(NUMPY[e.dtype]).reshape(e.shape)
         for name, e in entries.items()
@@ -224,7 +233,7 @@ class SafetensorsWriter(Closing):
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         try:
-            os.fdatasync(self._fd)
+            durable.sync(self._fd)
         except OSError as error:
             raise write_error(self.path, self.size, error) from error
 
@@ -240,10 +249,19 @@ class SafetensorsWriter(Closing):
         except OSError:
             return False
 
+    def _reserve(self) -> None:
+        """Find out now that the disk is full, and not after an hour, where the file system can tell."""
+        try:
+            os.posix_fallocate(self._fd, 0, self.size)
+        except OSError as error:
+            if not is_missing(error):
+                raise
+            os.ftruncate(self._fd, self.size)
+
     def _start(self, header: bytes, mode: int) -> None:
         try:
-            os.fchmod(self._fd, mode)
-            os.posix_fallocate(self._fd, 0, self.size)  # a full disk is found now, not after an hour
+            durable.set_mode(self._fd, mode)
+            self._reserve()
             os.pwrite(self._fd, header, 0)
         except OSError as error:
             self.close()
@@ -256,17 +274,18 @@ def write_error(path: Path, needed: int, error: OSError) -> ShareError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = free_bytes(path)
         return ShareError(
-            f"{path}: no room for this file: {needed} bytes needed, {free} free; "
-            "make room or choose another folder, then run the same command again: finished work is kept"
+            f"{path}: no room for this file: {needed} bytes needed, {free} free "
+            f"{because(error, path, 'make room')}; then run the same command again: finished work is kept"
         )
-    return ShareError(f"{path}: cannot be written ({error.strerror or error}); check the folder")
+    return ShareError(f"{path}: cannot be written {because(error, path, 'check the folder')}")
 
 
 def free_bytes(path: Path) -> int:
     """Free bytes of the disk that would hold `path`."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    found = shutil.disk_usage(path)
+    return found.free if found.total else sys.maxsize  # some network file systems do not say
 
 
 def _entries(header: dict[str, Any], base: int, size: int, any_type: bool) -> dict[str, TensorEntry]:

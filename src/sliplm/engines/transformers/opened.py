@@ -19,6 +19,7 @@ from torch import nn
 
 from sliplm import places
 from sliplm.errors import ShareError
+from sliplm.filesystem import because
 from sliplm.shares.share import MODEL, VaultShare, open_tensors
 from sliplm.shares.tensorfile import lay_out
 
@@ -63,7 +64,8 @@ class OpenedModel:
             self.close()
             if isinstance(error, OSError | MemoryError):
                 raise ShareError(
-                    f"{vault.path / MODEL} cannot be opened in memory ({error}); make room"
+                    f"{vault.path / MODEL} cannot be opened in memory ({error}): make room there, and let "
+                    f"TMPDIR name a folder on a file system that has links"
                 ) from error
             raise
         self.path = str(link)
@@ -77,7 +79,8 @@ def _folder_of(files: Mapping[str, bytes]) -> places.NewFolder:
             (folder.path / name).write_bytes(data)
     except OSError as error:
         raise ShareError(
-            f"verified files cannot be put into a temporary folder ({error}); make room"
+            "verified files cannot be put into a temporary folder "
+            f"{because(error, places.temporary(), 'name another one in TMPDIR')}"
         ) from error
     return folder
 
