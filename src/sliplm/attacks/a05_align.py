@@ -115,10 +115,15 @@ def polar(x: Tensor) -> Tensor:
 def second_moments(
     model: PreTrainedModel, shares: Mapping[str, ShareView], windows: Tensor
 ) -> dict[str, Tensor]:
-    """E[x x^T] of what each group reads on these windows of tokens: group -> float32 [n, n]."""
+    """E[x x^T] of what each group reads on these windows of tokens: group -> float32 [n, n].
+
+    Not of experts, whose inputs no layer shows: they are aligned by singular vectors alone.
+    """
     found: dict[str, Tensor] = {}
     handles = []
     for view in shares.values():
+        if view.members[0].expert is not None:
+            continue
         module = model.get_submodule(view.members[0].module)
 
         def note(_: nn.Module, args: tuple[Tensor, ...], name: str = view.name) -> None:

@@ -37,16 +37,18 @@ class Distil:
             copies = neighbours(shapes, case.known)
             return Start(copies, whole=True, rates=(3e-4, 1e-3, 3e-3)) if copies else None
         generator = torch.Generator().manual_seed(seed)
+        parts = [part for members in case.groups.values() for part in members]
+        inputs = {part.parameter: -2 if part.transposed else -1 for part in parts if part.expert is not None}
         state = {
-            name: torch.randn(shape, generator=generator) / shape[1] ** 0.5
+            name: torch.randn(shape, generator=generator) / shape[inputs.get(name, -1)] ** 0.5
             for name, shape in shapes.items()
-            if len(shape) == 2 and name not in case.known
+            if (len(shape) == 2 or name in inputs) and name not in case.known
         }
         if variant == "scaled":
             return Start(state, whole=True, rates=(3e-4, 1e-3, 3e-3))
         deltas = {}
         for name, members in case.groups.items():
-            n = shapes[f"{members[0].module}.weight"][0 if members[0].transposed else 1]
+            n = shapes[members[0].parameter][-2 if members[0].transposed else -1]
             left = torch.zeros(sum(member.rows for member in members), _RANK)
             right = torch.randn(_RANK, n, generator=generator) / n**0.5
             deltas[name] = Delta(left, right, None, frozenset({"left", "right"}))
@@ -64,7 +66,7 @@ def neighbours(shapes: Mapping[str, torch.Size], known: Mapping[str, Tensor]) ->
     """For unknown matrices that of the same kind in the nearest block that is known: parameter -> value."""
     found = {}
     for name, shape in shapes.items():
-        if name in known or len(shape) != 2:
+        if name in known or len(shape) not in (2, 3):
             continue
         same = [each for each in known if _kind(each) == _kind(name) and known[each].shape == shape]
         if same:

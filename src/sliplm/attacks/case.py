@@ -46,11 +46,31 @@ def layers(name: str, numbers: range, depth: int) -> Placement:
 
 @dataclass(frozen=True)
 class Part:
-    """A linear layer's rows in its group's matrix; `transposed`: its weight is kept as [n, rows] (GPT-2)."""
+    """A linear layer's rows in its group's matrix; `transposed`: its weight is kept as [n, rows] (GPT-2).
+
+    Of an expert `module` is the fused parameter's own name, [experts, rows, n], and `expert` its number.
+    """
 
     module: str
     rows: int
     transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The model's parameter that holds its weight."""
+        return f"{self.module}.weight" if self.expert is None else self.module
+
+    @property
+    def key(self) -> str:
+        """What guesses call its weight: an expert's is a part of a parameter."""
+        return self.parameter if self.expert is None else f"{self.module}.{self.expert}"
+
+    def of(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Its weight [rows, n] in a model with these parameters."""
+        whole = self.expert is None or self.key in state
+        weight = state[self.key] if whole else state[self.parameter][self.expert]
+        return weight.T if self.transposed else weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +91,16 @@ class ShareView:
     level: bool = False
 
     def parts(self, matrix: Tensor | None = None) -> dict[str, Tensor]:
-        """Parameter name -> weight, from the rows of `matrix` [m, n] (the share's own if None)."""
+        """`Part.key` -> weight, from the rows of `matrix` [m, n] (the share's own if None)."""
         pieces = torch.split(self.matrix if matrix is None else matrix, [part.rows for part in self.members])
         return {
-            f"{part.module}.weight": piece.T if part.transposed else piece
+            part.key: piece.T if part.transposed else piece
             for part, piece in zip(self.members, pieces, strict=True)
         }
 
     def stack(self, state: Mapping[str, Tensor]) -> Tensor:
         """The group's matrix [m, n] of a model with these parameters, where the share's is."""
-        weights = ((state[f"{part.module}.weight"], part.transposed) for part in self.members)
-        return torch.cat([w.T if flip else w for w, flip in weights]).to(self.matrix.device)
+        return torch.cat([part.of(state) for part in self.members]).to(self.matrix.device)
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ class Case:
     second: Mapping[str, ShareView] | None = None
 
     def guess(self) -> dict[str, Tensor]:
-        """The shares taken for weights: parameter -> value."""
+        """The shares taken for weights: `Part.key` -> value."""
         return {name: part for view in self.shares.values() for name, part in view.parts().items()}
 
 
@@ -133,7 +152,8 @@ class Start:
     """What an attack knows before it trains.
 
     Attributes:
-        state: guesses for protected parameters; a missing one starts as in an untrained model.
+        state: guesses for protected parameters, or for single experts of one (`Part.key`); a missing one
+            starts as in an untrained model.
         deltas: low-rank parts by group.
         whole: train the protected groups whole.  Protected parameters outside all groups (norms, embeddings)
             are unknown to every attacker and always trained.

@@ -17,6 +17,7 @@ from sliplm.attacks.folder import AGAIN, key_of
 from sliplm.attacks.relatives import Relative, perturbed, read_model
 from sliplm.attacks.text import Text
 from sliplm.errors import CheckpointError
+from sliplm.shares.manifest import VaultGroup
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.share import open_vault, open_worker
 from sliplm.shares.splitting import GroupSecrets
@@ -143,7 +144,7 @@ class Scene:
         known = {}
         if placement.patterns is not None:
             every = dict(self.victim.named_parameters(remove_duplicate=False))  # tied ones by all their names
-            hidden = {id(every[name]) for view in protected.values() for name in view.parts()}
+            hidden = {id(every[part.parameter]) for view in protected.values() for part in view.members}
             known = {name: p.detach() for name, p in every.items() if id(p) not in hidden}
         second = None
         if recipe + AGAIN in self._recipes:
@@ -161,18 +162,22 @@ class Scene:
             self._views[name] = {
                 group.name: ShareView(
                     group.name,
-                    tuple(self._part(member.module, member.rows) for member in group.members),
+                    self._members(group),
                     _dequantised(worker.matrices[group.name], vault.groups[group.name], self.device),
                     group.rank,
                     group.rotation != "none",
                 )
                 for group in vault.manifest.groups
-                if group.expert is None  # a mixture's experts are not attacked here, see LIMITATIONS
             }
         return self._views[name]
 
-    def _part(self, module: str, rows: int) -> Part:
-        return Part(module, rows, isinstance(self.victim.get_submodule(module), Conv1D))
+    def _members(self, group: VaultGroup) -> tuple[Part, ...]:
+        """The layers of a group; that he knows which expert a secret number stands for is granted."""
+        if (expert := group.expert) is not None:
+            transposed = bool(self.victim.get_submodule(expert.module).is_transposed)
+            return (Part(f"{expert.module}.{expert.weight}", group.rows, transposed, expert.number),)
+        modules = [(self.victim.get_submodule(m.module), m) for m in group.members]
+        return tuple(Part(m.module, m.rows, isinstance(module, Conv1D)) for module, m in modules)
 
     def _relative(self, name: str) -> dict[str, Tensor]:
         """Parameter -> value of a public relative."""

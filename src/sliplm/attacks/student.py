@@ -28,9 +28,20 @@ def build_student(case: Case, start: Start, device: torch.device, seed: int) -> 
     if not start.whole:
         for members in case.groups.values():
             for member in members:
-                model.get_parameter(f"{member.module}.weight").requires_grad_(False)
+                model.get_parameter(member.parameter).requires_grad_(False)
+    experts: dict[str, dict[int, LowRank]] = {}
     for group, delta in start.deltas.items():
-        _add_delta(model, case.groups[group], delta, device)
+        members = case.groups[group]
+        if (number := members[0].expert) is not None:
+            part = LowRank(_factors(delta, device), slice(None), members[0].transposed)
+            experts.setdefault(members[0].parameter, {})[number] = part
+        else:
+            _add_delta(model, members, delta, device)
+    for name, parts in experts.items():
+        owner, _, leaf = name.rpartition(".")
+        parametrize.register_parametrization(
+            model.get_submodule(owner), leaf, ManyLowRank(parts), unsafe=True
+        )
     return model
 
 
@@ -40,8 +51,18 @@ def filled_model(case: Case, state: Mapping[str, Tensor], device: torch.device) 
         model = blank_model(case.config)
     with torch.no_grad():
         for name, value in {**state, **case.known}.items():
-            model.get_parameter(name).copy_(value)
+            _place(model, name).copy_(value)
     return model
+
+
+def _place(model: PreTrainedModel, name: str) -> Tensor:
+    """A parameter, or an expert's part of one (`Part.key`)."""
+    fused, _, number = name.rpartition(".")
+    if number.isdigit() and name not in dict(model.named_parameters(remove_duplicate=False)):
+        part: Tensor = model.get_parameter(fused)[int(number)]
+        return part
+    whole: Tensor = model.get_parameter(name)
+    return whole
 
 
 class LowRank(nn.Module):
@@ -59,16 +80,34 @@ class LowRank(nn.Module):
         return weight + (part.T if self.transposed else part)
 
 
-def _add_delta(model: PreTrainedModel, members: tuple[Part, ...], delta: Delta, device: torch.device) -> None:
-    factors = {
+class ManyLowRank(nn.Module):
+    """The same for experts, whose weights lie in one parameter: number -> what is added to its part."""
+
+    def __init__(self, parts: Mapping[int, LowRank]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({str(number): part for number, part in parts.items()})
+
+    def forward(self, weight: Tensor) -> Tensor:
+        each = [
+            self.parts[str(i)](one) if str(i) in self.parts else one for i, one in enumerate(weight.unbind())
+        ]
+        return torch.stack(each)
+
+
+def _factors(delta: Delta, device: torch.device) -> dict[str, nn.Parameter]:
+    return {
         name: nn.Parameter(value.to(device, copy=True), requires_grad=name in delta.train)
         for name, value in (("left", delta.left), ("core", delta.core), ("right", delta.right))
         if value is not None
     }
+
+
+def _add_delta(model: PreTrainedModel, members: tuple[Part, ...], delta: Delta, device: torch.device) -> None:
+    factors = _factors(delta, device)
     first = 0
     for member in members:
         part = LowRank(factors, slice(first, first + member.rows), member.transposed)
-        weight = model.get_parameter(f"{member.module}.weight")
+        weight = model.get_parameter(member.parameter)
         for module in model.modules():  # a tied weight has a second user, which must see the same matrix
             if module._parameters.get("weight") is weight:
                 parametrize.register_parametrization(module, "weight", part, unsafe=True)
