@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,11 +18,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import families
 import sliplm
-from sliplm.errors import ShareError
+from sliplm.engines.transformers.answer import Conversation, answer, encode
+from sliplm.errors import InputError, ShareError
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.quarantine import Entry
 from terminal import Terminal
@@ -195,3 +201,99 @@ def test_tables_of_the_benches_at_eighty_columns(monkeypatch: pytest.MonkeyPatch
         assert first in text
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= 80
+
+
+# --- generate ---------------------------------------------------------------------------------------------
+
+
+def test_generate_says_what_it_waits_for(out: Path) -> None:
+    with Terminal([*SLIP, "generate", str(out), "--prompt", "Hi", "--max-new-tokens", "3"], ENV) as terminal:
+        assert terminal.status() == 0
+        said = terminal.text
+    steps = ["loading", "starting a worker, opening the vault", "tokens, and dealing masks"]
+    places = [said.index(step) for step in steps]
+    assert places == sorted(places)
+    assert re.search(r"\d+ tokens, \S+ a second; \d+ exchanges", said)
+    assert max(map(len, terminal.lines)) <= 80
+
+
+def test_a_conversation_on_a_terminal(out: Path) -> None:
+    """Two questions and Ctrl-D; the second answer is that to all that was said."""
+    with Terminal([*SLIP, "generate", str(out), "--max-new-tokens", "4"], ENV) as terminal:
+        terminal.wait_for("> ")
+        terminal.send("one\n")
+        terminal.wait_for("> ", 2)
+        terminal.send("\n")  # nothing is said
+        terminal.wait_for("> ", 3)
+        terminal.send("two\n")
+        terminal.wait_for("> ", 4)
+        terminal.send("\x04")
+        assert terminal.status() == 0
+        assert "Ctrl-D ends it" in terminal.text
+        assert re.search(r"\d+ tokens, \S+ a second", terminal.text)
+
+
+def test_ctrl_c_ends_a_conversation(out: Path) -> None:
+    with Terminal([*SLIP, "generate", str(out)], ENV) as terminal:
+        terminal.wait_for("> ")
+        terminal.send("\x03")
+        assert terminal.status() == 130
+        assert "interrupted" in terminal.text
+        assert "Traceback" not in terminal.text
+
+
+def test_a_prompt_from_standard_input(out: Path) -> None:
+    def ask(text: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
+        command = [*SLIP, "generate", str(out), "--max-new-tokens", "4", *options]
+        return subprocess.run(command, env=ENV, input=text, capture_output=True, timeout=180, check=False)
+
+    plain = ask(b"", "--prompt", "Hello\nyou", "--json")
+    document = json.loads(plain.stdout)
+    for done in (ask(b"Hello\nyou\n", "--json"), ask(b"Hello\nyou\r\n", "--prompt", "-", "--json")):
+        assert json.loads(done.stdout) == document | {
+            name: json.loads(done.stdout)[name] for name in ("tokens_per_second", "bytes", "counters")
+        }
+    talk = ask(b"one\n\ntwo\n", "--chat")
+    assert talk.returncode == 0
+    assert b"\x1b" not in talk.stdout + talk.stderr
+    assert talk.stdout.count(b"\n") >= 2
+
+
+def test_prompts_that_are_none(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for data, options, said in (
+        (b"\xff\xfe", [], "standard input is no text in UTF-8"),
+        (b"", ["--no-chat"], "the prompt is empty"),
+        (b"", ["--prompt", "a\udcff"], "the prompt is not UTF-8"),
+        (b"x", ["--chat", "--json"], "--json is for one answer"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        assert run_here(monkeypatch, ["generate", out, "--max-new-tokens", 1, *options]) == 2
+        shown = capsys.readouterr()
+        assert said in shown.err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run_here(monkeypatch, ["generate", out]) == 2
+    assert "there is no prompt: give --prompt TEXT" in capsys.readouterr().err
+
+
+def test_a_conversation_reads_nothing_twice_and_answers_as_if_it_did(out: Path) -> None:
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(259)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.chat_template = "{% for m in messages %} w7 {{ m.content }} {% endfor %} w7"
+    with sliplm.open(out) as split:
+        talk = Conversation(split, tokenizer, 5, 0.0)
+        messages: list[dict[str, str]] = []
+        for text in ("w11 w12 w13 w14", "w21 w22", "w31"):
+            before = split.slip.counters.rows
+            found = talk.say(text)
+            read = split.slip.counters.rows - before
+            messages.append({"role": "user", "content": text})
+            again = answer(split, tokenizer, encode(tokenizer, messages), new_tokens=5)
+            assert again.tokens == found.tokens
+            if len(messages) > 1:
+                assert read < split.slip.counters.rows - before - read
+            messages.append({"role": "assistant", "content": found.text})
+        with pytest.raises(InputError, match=r"the conversation has \d+ tokens, and the model takes 128"):
+            talk.say("w1 " * 200)

@@ -29,8 +29,8 @@ class Terminal:
         self._end, theirs = os.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
         self._process = subprocess.Popen(
-            command, env={**own, "TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs,
-            start_new_session=True,
+            ["setsid", "--ctty", *command],  # Ctrl-C is a signal where the terminal is its own
+            env={**own, "TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs,
         )  # fmt: skip
         os.close(theirs)
         self._raw = b""

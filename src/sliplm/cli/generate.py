@@ -10,20 +10,28 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sliplm.cli.screen import console, print_json, printable, quiet, showing_warnings, size
+from sliplm.cli.prompt import messages, read_prompt
+from sliplm.cli.screen import Waiting, console, print_json, printable, quiet, showing_warnings, size
 from sliplm.errors import InputError
+from sliplm.shares.folders import side_of
+from sliplm.shares.keysource import find
 
 
 def command(
     out: Annotated[Path, typer.Argument(help="A split's folder; or its vault folder, with --worker.")],
     *,
-    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What to say to the model; - reads standard input, as a pipe does "
+        "without it. On a terminal without it: a conversation."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Send a chat message, or continue the prompt as plain text. "
-        "By default a chat message if the model has a chat template."),
+        "By default a chat message if the model has a chat template. --chat without a prompt holds a "
+        "conversation, a line a message."),
     ] = None,
     worker: Annotated[
         list[str] | None,
@@ -81,50 +89,85 @@ def command(
 ) -> None:  # fmt: skip
     """Generate text with a split model: the vault runs here, the products come from a worker.
 
+    On another machine than the one that split, bring the vault folder and the key that sealed it.
+
     Example: slip generate out --prompt "Why is the sky blue?"
+
+    Example: slip generate out
+
+    Example: slip generate out < question.txt
 
     Example: slip generate out/vault --worker "gpu.example:7400?keys=keys/vault" --prompt "Hello"
 
     Example: slip generate out/vault --worker A --worker B --dealer C --audit audit.jsonl --prompt Hi
     """
-    quiet()
-    from sliplm.engines.transformers.answer import answer, encode, load_tokenizer
-    from sliplm.engines.transformers.companions import has_tokenizer
-    from sliplm.engines.transformers.load import can_generate
-
+    text = read_prompt(prompt, chat)
+    if text is None and json:
+        raise InputError("--json is for one answer: give a --prompt, or a text on standard input")
     vault = out / "vault" if (out / "vault").is_dir() else out
-    options = {
+    options: dict[str, Any] = {
         "share": share, "dealers": dealer or [], "pool": pool, "anchor": anchor, "fallback": fallback,
         "audit": audit, "pad_to": pad_to, "key": key, "adapter": adapter,
     }  # fmt: skip
+    with Waiting() as waiting, showing_warnings(waiting.say):
+        waiting.on("loading torch and transformers")
+        quiet()
+        made = _check(vault, tokenizer)
+        if key is not None:
+            waiting.over()  # a passphrase may be asked for
+            options["key"] = find(key)
+        begun = "opening the vault" if worker else "starting a worker, opening the vault"
+        waiting.on(begun)
+        with _model(out, vault, worker or [], options) as model:
+            made = made or _tokenizer(model)
+            if text is None:
+                _converse(model, made, waiting, max_new_tokens, temperature)
+                return
+            _once(model, made, waiting, text, chat, max_new_tokens, temperature, json=json)
+
+
+def _check(vault: Path, tokenizer: Path | None) -> Any:
+    """Refuse what cannot generate before anything is opened; the tokenizer that was named, or None."""
+    from sliplm.engines.transformers.answer import load_tokenizer
+    from sliplm.engines.transformers.companions import has_tokenizer
+    from sliplm.engines.transformers.load import can_generate
+
     if not can_generate(vault):
         raise InputError(
             f"{vault} holds a model that does not generate text, such as an encoder: call it in Python, by "
             "sliplm.open or sliplm.load (a plain PyTorch module: sliplm.open_module)"
         )
-    if tokenizer is None and (vault / "config.json").is_file() and not has_tokenizer(vault):
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    if side_of(vault) == "vault" and not has_tokenizer(vault):
         raise InputError(
             f"no tokenizer came with the checkpoint that was split into {vault}: name a folder that has the "
             "model's, with --tokenizer FOLDER; or call the model in Python, which takes token ids"
         )
-    made = None if tokenizer is None else load_tokenizer(tokenizer)
-    with showing_warnings(), _model(out, vault, worker or [], options) as model:
-        made = made or load_tokenizer(model.slip.files)
-        inputs = encode(made, prompt, chat)
-        printer = _Printer(sys.stderr if json else sys.stdout)
-        found = answer(
-            model, made, inputs, new_tokens=max_new_tokens, temperature=temperature, show=printer.show
-        )
-        printer.show(found.text)
-        counters = model.slip.counters.as_dict()
-    traffic = counters["bytes_sent"] + counters["bytes_received"]
-    printer.end()
-    console(json=True).print(
-        f"{len(found.tokens)} tokens, {found.tokens_per_second:.1f} a second; "
-        f"{counters['exchanges']} exchanges, {size(traffic)}"
-        + (f"; {counters['rows_lossy']} rows lost precision" if counters["rows_lossy"] else ""),
-        style="dim",
-    )
+    return None
+
+
+def _tokenizer(model: Any) -> Any:
+    from sliplm.engines.transformers.answer import load_tokenizer
+
+    return load_tokenizer(model.slip.files)
+
+
+def _once(
+    model: Any, tokenizer: Any, waiting: Waiting, text: str, chat: bool | None, new_tokens: int,
+    temperature: float, *, json: bool,
+) -> None:  # fmt: skip
+    """Answer one prompt."""
+    from sliplm.engines.transformers.answer import answer, encode
+
+    inputs = encode(tokenizer, text, chat)
+    waiting.on(f"reading {inputs['input_ids'].shape[1]} tokens, and dealing masks for them")
+    printer = _Printer(sys.stderr if json else sys.stdout, waiting)
+    found = answer(model, tokenizer, inputs, new_tokens=new_tokens, temperature=temperature,
+                   show=printer.show)  # fmt: skip
+    printer.end(found.text)
+    counters = model.slip.counters.as_dict()
+    _say_what_it_took(counters, len(found.tokens), found.tokens_per_second)
     if json:
         print_json(
             {
@@ -133,10 +176,35 @@ def command(
                 "prompt_tokens": found.prompt_tokens,
                 "tokens_per_second": found.tokens_per_second,
                 "exchanges": counters["exchanges"],
-                "bytes": traffic,
+                "bytes": counters["bytes_sent"] + counters["bytes_received"],
                 "counters": counters,
             }
         )
+
+
+def _converse(model: Any, tokenizer: Any, waiting: Waiting, new_tokens: int, temperature: float) -> None:
+    """Answer message after message."""
+    from sliplm.engines.transformers.answer import Conversation
+
+    talk, tokens, seconds = Conversation(model, tokenizer, new_tokens, temperature), 0, 0.0
+    waiting.over()
+    waiting.say("A conversation: each line is a message; Ctrl-D ends it.", "dim")
+    for message in messages():
+        waiting.on("reading, and dealing masks")
+        printer = _Printer(sys.stdout, waiting)
+        found = talk.say(message, printer.show)
+        printer.end(found.text)
+        tokens, seconds = tokens + len(found.tokens), seconds + found.decode_seconds
+    _say_what_it_took(model.slip.counters.as_dict(), tokens, tokens / seconds if seconds else 0.0)
+
+
+def _say_what_it_took(counters: dict[str, Any], tokens: int, speed: float) -> None:
+    traffic = counters["bytes_sent"] + counters["bytes_received"]
+    console(json=True).print(
+        f"{tokens} tokens, {speed:.1f} a second; {counters['exchanges']} exchanges, {size(traffic)}"
+        + (f"; {counters['rows_lossy']} rows lost precision" if counters["rows_lossy"] else ""),
+        style="dim",
+    )
 
 
 @contextmanager
@@ -158,18 +226,21 @@ def _model(out: Path, vault: Path, workers: list[str], options: dict[str, Any]) 
 
 
 class _Printer:
-    """Writes what is new of a growing text."""
+    """Writes what is new of a growing text, which is not waited for any more."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, waiting: Waiting) -> None:
         self._stream = stream
+        self._waiting = waiting
         self._written = ""
 
     def show(self, text: str) -> None:
+        self._waiting.over()
         if text.startswith(self._written):  # tokenizers may change their mind about the last letters
             self._stream.write(printable(text[len(self._written) :]))
             self._stream.flush()
             self._written = text
 
-    def end(self) -> None:
+    def end(self, text: str) -> None:
+        self.show(text)
         self._stream.write("\n")
         self._stream.flush()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -132,6 +133,34 @@ def percent(share: float) -> str:
 def printable(text: str) -> str:
     """Without control characters: a model's text must not drive the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+class Waiting(contextlib.AbstractContextManager["Waiting"]):
+    """What is being waited for, on stderr where it is a terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._status: Status | None = None
+
+    def __exit__(self, *_: object) -> None:
+        self.over()
+
+    def on(self, what: str) -> None:
+        """Show it, in place of what was shown."""
+        if self._status is None:
+            self._status = self._console.status("")
+            self._status.start()
+        self._status.update(Text(what, style="dim"))
+
+    def over(self) -> None:
+        """Take it away."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def say(self, text: str, style: str) -> None:
+        """Print a line above it."""
+        self._console.print(Text(text, style=style), soft_wrap=True)
 
 
 def _say(text: str, style: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from sliplm.engines.transformers.opened import private_folder
 from sliplm.errors import InputError, ShareError
+
+Message = dict[str, str]
+"""`role`: user or assistant, and `content`."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +66,31 @@ def load_tokenizer(source: Path | str | Mapping[str, bytes]) -> PreTrainedTokeni
         ) from error
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None = None) -> dict[str, Tensor]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], chat: bool | None = None
+) -> dict[str, Tensor]:
     """A prompt as the arguments of `generate`.
 
     Args:
-        chat: as a user's message in the model's chat template; None if it has one.
+        prompt: a text, or the messages of a conversation.
+        chat: a text as a user's message in the model's chat template; None if it has one.
 
     Raises:
-        InputError: the prompt is empty, or there is no chat template.
+        InputError: the prompt is empty or no text, or there is no chat template.
     """
     has_template = bool(tokenizer.chat_template)
-    if chat and not has_template:
-        raise InputError("this model has no chat template: leave --chat out, or use --no-chat")
-    if has_template if chat is None else chat:
-        message = [{"role": "user", "content": prompt}]
+    talk = chat or not isinstance(prompt, str)
+    if talk and not has_template:
+        raise InputError("this model has no chat template: give a --prompt, without --chat, to be continued")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        "".join(message["content"] for message in messages).encode()
+    except UnicodeEncodeError as error:
+        raise InputError("the prompt is not UTF-8: write it in a terminal or file that is") from error
+    if talk or (has_template and chat is None):
         try:
             found = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         except TemplateError as error:
             raise InputError(
@@ -106,20 +118,90 @@ def answer(
         inputs: as `encode` returns them.
         show: called with the whole text so far after every token; the time it takes is not counted.
     """
+    return _answer(model, tokenizer, inputs, new_tokens, temperature, show, None)[0]
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Tensor],
+    new_tokens: int,
+    temperature: float,
+    show: Callable[[str], None],
+    cache: Cache | None,
+) -> tuple[Answer, Cache | None]:
+    """As `answer`; `cache` is what the model has read of the first of `inputs`, and then of all it can."""
     stream = _Stream(tokenizer, show)
-    sampling: dict[str, Any] = (
+    options: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
+    if cache is not None:
+        options["past_key_values"] = cache
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
-        model.generate(**inputs, **sampling, max_new_tokens=new_tokens, pad_token_id=pad, streamer=stream)
-    return Answer(
+        made = model.generate(
+            **inputs, **options, max_new_tokens=new_tokens, pad_token_id=pad, streamer=stream,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    found = Answer(
         text=stream.text,
         tokens=tuple(stream.tokens),
         prompt_tokens=inputs["input_ids"].shape[1],
         first_seconds=stream.seconds[0],
         decode_seconds=sum(stream.seconds[1:]),
     )
+    return found, _continued(getattr(made, "past_key_values", None))
+
+
+def _continued(cache: Any) -> Cache | None:
+    """The same if a model can read on from it, many tokens at once: attention's can, a recurrent state may
+    not.
+    """
+    plain = type(cache) is DynamicCache and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+    return cache if plain else None
+
+
+class Conversation:
+    """Messages that go back and forth; what the model has read of them, it does not read again.
+
+    Args:
+        new_tokens: of each answer at most.
+        temperature: as of `answer`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int, temperature: float
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._new_tokens, self._temperature = new_tokens, temperature
+        self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._messages: list[Message] = []
+        self._read: list[int] = []  # tokens that the cache stands for
+        self._cache: Cache | None = None
+
+    def say(self, text: str, show: Callable[[str], None] = lambda text: None) -> Answer:
+        """The model's answer to a message.
+
+        Raises:
+            InputError: there is no chat template, or all that was said is more than the model takes.
+        """
+        messages = [*self._messages, {"role": "user", "content": text}]
+        inputs = encode(self._tokenizer, messages)
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        room = self._new_tokens if self._longest is None else min(self._new_tokens, self._longest - len(ids))
+        if room < 1:
+            raise InputError(
+                f"the conversation has {len(ids)} tokens, and the model takes {self._longest}: begin another"
+            )
+        known = self._cache if ids[: len(self._read)] == self._read and len(self._read) < len(ids) else None
+        found, cache = _answer(self._model, self._tokenizer, inputs, room, self._temperature, show, known)
+        self._messages = [*messages, {"role": "assistant", "content": found.text}]
+        self._read = [*ids, *found.tokens[:-1]]  # the last one is made and not read
+        whole = cache is not None and cache.get_seq_length() == len(self._read)
+        self._cache = cache if whole else None
+        return found
 
 
 @dataclass
