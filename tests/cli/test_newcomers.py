@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -297,3 +298,120 @@ def test_a_conversation_reads_nothing_twice_and_answers_as_if_it_did(out: Path) 
             messages.append({"role": "assistant", "content": found.text})
         with pytest.raises(InputError, match=r"the conversation has \d+ tokens, and the model takes 128"):
             talk.say("w1 " * 200)
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--prepare", "{file}/x"],
+        ["plan", "{none}", "{file}"],
+        ["split", "{none}", "{file}"],
+        ["attack", "{none}", "{file}"],
+        ["inspect", "{none}"],
+        ["ledger", "list", "--key", "file:{none}"],
+        ["ledger", "forget", "00", "--key", "file:{none}"],
+        ["ledger", "add", "{none}"],
+        ["keys", "init", "{file}"],
+        ["keys", "issue", "{none}", "x"],
+        ["keys", "list", "{none}"],
+        ["keys", "revoke", "{none}", "x"],
+        ["keys", "rotate", "{none}", "x"],
+        ["keys", "reseal", "{none}"],
+        ["quarantine", "list"],
+        ["quarantine", "clear", "x:1"],
+        ["worker", "{none}"],
+        ["deal", "{none}", "{file}", "--status"],
+        ["generate", "{none}", "--prompt", "x"],
+        ["reseal", "{none}"],
+        ["generate", "{none}", "--max-new-tokens", "0"],
+        ["split", "--no-such-option"],
+        ["inspect"],
+        ["split", "{none}", "{file}", "--precision", "many"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_errors_of_every_command_with_json(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line for people on stderr; on stdout one document, nothing before it, nothing after it."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SLIPLM_STATE", str(tmp_path / "state"))
+    if arguments[0] == "demo":
+        monkeypatch.setattr("sliplm.examples.demo.smollm2", lambda: tmp_path / "none")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "quarantine.json").write_text("[" if arguments[1:2] == ["list"] else "[]")
+    places = {"none": tmp_path / "none", "file": tmp_path / "file"}
+    words = [word.format(**places) for word in arguments]
+    assert run_here(monkeypatch, [*words, "--json"]) == 2
+    shown = capsys.readouterr()
+    [line] = shown.out.splitlines()
+    document = json.loads(line)
+    assert set(document) == {"error", "message"}
+    assert document["message"]
+    assert shown.err.strip()
+    assert run_here(monkeypatch, words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.strip()
+
+
+def test_a_crash_shows_no_variables(model: Path, tmp_path: Path) -> None:
+    """A bug of ours in the middle of a split: the traceback has lines of code, and no key."""
+    key = "5ec7e7" * 10 + "abcd"
+    (tmp_path / "key").write_text(key)
+    (tmp_path / "key").chmod(0o600)
+    script = (
+        "import sys\n"
+        "import sliplm.engines.writing as writing\n"
+        "from sliplm.cli import main\n"
+        "def crash(*args, **options):\n"
+        "    secret = open(sys.argv[1]).read()\n"
+        "    raise RuntimeError('a bug')\n"
+        "writing.make_seal = crash\n"
+        "path = sys.argv[1]\n"
+        "sys.argv[1:] = ['split', sys.argv[2], sys.argv[3], '--key', 'file:' + path]\n"
+        "key = open(path).read()\n"
+        "sys.argv[0] = 'slip'\n"
+        "sys.argv.insert(1, path)\n"
+        "del sys.argv[1]\n"
+        "main()\n"
+    )
+    script = script.replace("open(sys.argv[1]).read()", "key")
+    words = [str(tmp_path / "key"), str(model), str(tmp_path / "out")]
+    with Terminal([sys.executable, "-c", script, *words], ENV) as terminal:
+        assert terminal.status() == 1
+        said = terminal.text
+    assert "RuntimeError: a bug" in said
+    assert "Traceback" in said
+    assert "5ec7e7" not in said
+    assert "locals" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "{out}"],
+        ["inspect", "{none}"],
+        ["split"],
+        ["worker", "{out}/worker", "--listen", "127.0.0.1:0"],  # it has no keys
+    ],
+)
+def test_a_caller_in_python_has_his_handlers_back(
+    arguments: list[str], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run_here(monkeypatch, [word.format(out=out, none=tmp_path / "none") for word in arguments])
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_DFL, signal.SIG_IGN, before[2]]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -2,13 +2,14 @@
 
 May import everything; nothing imports it.  Begin with `split`; `screen` has what all commands print.
 
-An error of sliplm becomes one red line on stderr and exit status 2; with --json the last line on stdout
-is a JSON document {"error": CLASS, "message": TEXT}.  Ctrl-C ends with status 130, SIGTERM with 143,
-SIGHUP with 129; what was open is closed by then.
+An error of sliplm becomes one red line on stderr and exit status 2, and so does a wrong command line; with
+--json the last line on stdout is then a JSON document {"error": CLASS, "message": TEXT}.  Ctrl-C ends with
+status 130, SIGTERM with 143, SIGHUP with 129; what was open is closed by then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +42,7 @@ from sliplm.cli import (
 from sliplm.errors import SlipError
 from sliplm.shares.share import sliplm_version
 
+USAGE = 2  # exit status where the command line is wrong, and of every error of ours
 CLOSING = 15.0  # seconds that a command has to close what it opened
 
 OWNER, RUN, TRY = "For the model's owner", "To run a split model", "To try it"
@@ -60,7 +63,8 @@ app = typer.Typer(
     name="slip",
     cls=_Commands,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False,  # a traceback is Python's own, which shows no variables: they are secret
+    pretty_exceptions_show_locals=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
@@ -102,10 +106,12 @@ app.command("deal", rich_help_panel=RUN)(deal.command)
 app.command("generate", rich_help_panel=RUN)(generate.command)
 
 
-def _end_in_order() -> None:
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
     """Have signals end a command as an error does: what it has open is closed, keys made for it are deleted.
 
-    `timeout` and others send a signal twice at once: the second must not cut the closing short.
+    `timeout` and others send a signal twice at once: the second must not cut the closing short.  A caller in
+    Python has his own handlers back afterwards, unless a signal ends the process.
     """
     last = -math.inf
 
@@ -115,22 +121,39 @@ def _end_in_order() -> None:
             last = time.monotonic()
             sys.exit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's wish stands
-            signal.signal(number, end)
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGHUP)
+        ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup's stands
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours if last == -math.inf else ():
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _report(kind: str, message: str) -> None:
+    """With --json an error is a document on stdout too, the last line there."""
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps({"error": kind, "message": message}) + "\n")
+        sys.stdout.flush()
 
 
 def main() -> None:
     """Run the command line."""
     # torch's idle threads would spin in the way of a worker on this machine; read when torch is loaded, later
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    _end_in_order()
-    try:
-        app()
-    except SlipError as error:
-        Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        if "--json" in sys.argv:
-            sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}) + "\n")
-        sys.exit(2)
+    with _ending_in_order():
+        try:
+            app()
+        except SlipError as error:
+            Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+            _report(type(error).__name__, str(error))
+            sys.exit(USAGE)
+        except SystemExit as ended:
+            wrong: Any = ended.__context__  # what was wrong with the command line, if that was it
+            if ended.code == USAGE and hasattr(wrong, "format_message"):
+                _report("UsageError", wrong.format_message())
+            raise

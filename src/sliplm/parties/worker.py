@@ -402,8 +402,6 @@ def run(
     Raises ShareError, KernelError, and what `Worker.serve` raises.
     """
     worker = Worker(open_worker(share_dir), threads, role=role)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop())
     if until_stdin_closes is not None:
         orphan = (until_stdin_closes, worker.stop)
         threading.Thread(target=_wait_for_end_of_input, args=orphan, daemon=True).start()
@@ -413,7 +411,13 @@ def run(
         sys.stdout.write(f"{line if json_ready else f'listening on {address}'}\n")
         sys.stdout.flush()
 
-    worker.serve(listen, keys, ready)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: worker.stop()) for number in numbers]
+    try:
+        worker.serve(listen, keys, ready)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _wait_for_end_of_input(folder: Path, then: Callable[[], None]) -> None:
