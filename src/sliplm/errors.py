@@ -19,7 +19,8 @@
     ├── KernelError             no kernel on this machine computes exact products
     ├── CredentialError         keys or certificates are missing, readable by others, revoked or refused
     │   ├── AttestationError    the evidence of what runs at the other end is missing or refused
-    │   └── PassingCredentialError  our own keys, or a date, cannot be used for now
+    │   └── PassingCredentialError  our own keys, or a date, cannot be used for now, or the peer refuses ours
+    │       └── OwnEvidenceError    (an AttestationError too) our own evidence cannot be made, or is refused
     ├── WireError               bytes from a peer that break the protocol
     ├── WorkerError             a worker cannot serve
     │   ├── WorkerUnavailable   nobody listens there, or the connection broke
@@ -144,10 +145,15 @@ class AttestationError(CredentialError):
 
 
 class PassingCredentialError(CredentialError):
-    """Keys that cannot be used for now: a file of ours is absent, a date has passed, a clock is wrong.
+    """Keys that cannot be used for now: a file of ours is absent, a date has passed, a clock is wrong, the
+    peer refuses our certificate, or a verifier of ours fails.
 
     It proves no guilt of the peer's: it is asked again after a pause.
     """
+
+
+class OwnEvidenceError(AttestationError, PassingCredentialError):
+    """Our own evidence cannot be made, takes too long, or is refused by the peer."""
 
 
 class WireError(SlipError):

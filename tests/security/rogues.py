@@ -748,7 +748,7 @@ class CuriousAndSilent(Curious):
 class CuriousAndRude(Curious):
     """Asks for evidence, and refuses it, whatever it is."""
 
-    error = errors.AttestationError
+    ends, error = "lost", errors.OwnEvidenceError
 
     def judge(self, connection: Connection, side: WorkerSide) -> None:
         """A refusal."""

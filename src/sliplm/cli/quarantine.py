@@ -8,13 +8,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from sliplm import places
 from sliplm.cli.screen import console, print_json, printable
 from sliplm.errors import InputError
-from sliplm.parties.quarantine import Quarantine
+from sliplm.parties.quarantine import FILE, Quarantine
 
 app = typer.Typer(help="Workers and dealers that lied to your vaults.", no_args_is_help=True)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def _own() -> Quarantine:
+    """The user's record; unlike a vault, this command is nothing without one.  Raises: PlaceError."""
+    return Quarantine(places.anchors() / FILE)
 
 
 @app.callback()
@@ -32,7 +38,7 @@ def list_entries(json: _Json = False) -> None:
 
     Example: slip quarantine list
     """
-    own = Quarantine.own()
+    own = _own()
     entries = own.entries()
     if json:
         print_json({"file": str(own.path), "quarantined": [entry.model_dump() for entry in entries]})
@@ -57,7 +63,7 @@ def clear(
 
     Example: slip quarantine clear gpu.example:7400
     """
-    gone = Quarantine.own().clear(address)
+    gone = _own().clear(address)
     if not gone:
         raise InputError(f"{address} is not quarantined: see `slip quarantine list`")
     if json:

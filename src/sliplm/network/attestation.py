@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import time
 from collections.abc import Collection
 from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from sliplm.errors import AttestationError, InputError
+from sliplm.errors import AttestationError, InputError, OwnEvidenceError, PassingCredentialError
 
 MAX_EVIDENCE: Final = 64 * 2**10  # bytes
 BINDING_BYTES: Final = 64
@@ -58,6 +59,42 @@ def binding(role: str, spki_sha256: bytes, nonce: bytes) -> bytes:
     if len(spki_sha256) != 32 or len(nonce) != 32:
         raise InputError("a binding is over a SHA-256 of 32 bytes and a nonce of 32 bytes")
     return hashlib.sha512(_fields(_BINDING_LABEL, role.encode(), spki_sha256, nonce)).digest()
+
+
+def own_evidence(attester: Attester, binding: bytes, deadline: float) -> bytes:
+    """Evidence of ours, by `deadline`, a value of time.monotonic().
+
+    Raises OwnEvidenceError for whatever goes wrong: it is no fault of the peer's.
+    """
+    try:
+        made = bytes(memoryview(attester.evidence(binding)))
+    except Exception as error:  # an attester may be a program, a device, a service
+        raise OwnEvidenceError(
+            f"our own evidence cannot be made ({type(error).__name__}: {error}): mend the attester"
+        ) from error
+    if len(made) > MAX_EVIDENCE:
+        raise OwnEvidenceError(
+            f"our own evidence has {len(made)} bytes, and {MAX_EVIDENCE} fit: mend the attester"
+        )
+    if time.monotonic() > deadline:
+        raise OwnEvidenceError("our own evidence took longer than the limit of a wait: mend the attester")
+    return made
+
+
+def judge(verifier: Verifier, evidence: bytes, binding: bytes) -> None:
+    """Judge the peer's evidence.
+
+    Raises AttestationError if it is refused; PassingCredentialError if the verifier itself fails, which says
+    nothing of the peer.
+    """
+    try:
+        verifier.verify(evidence, binding)
+    except AttestationError:
+        raise
+    except Exception as error:
+        raise PassingCredentialError(
+            f"the peer's evidence cannot be judged here ({type(error).__name__}: {error}): mend the verifier"
+        ) from error
 
 
 class NullAttester:

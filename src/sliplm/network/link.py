@@ -14,7 +14,7 @@ import numpy as np
 from sliplm import forks
 from sliplm.arithmetic.field import Elements
 from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerUnavailable
-from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding
+from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding, judge, own_evidence
 from sliplm.network.keys import Serving
 from sliplm.network.transport import Connection, anchored, connect
 from sliplm.protocol.frames import NONCE_BYTES, Party
@@ -269,10 +269,10 @@ class Link:
         if not isinstance(welcome, Welcome):
             raise WireError(f"{self.address} did not greet")
         theirs = NO_SPKI if connection.identity is None else connection.identity.spki
-        self._verifier.verify(welcome.evidence, binding(self._role, theirs, nonce))
+        judge(self._verifier, welcome.evidence, binding(self._role, theirs, nonce))
         if welcome.wants_evidence:
             ours = NO_SPKI if connection.own is None else connection.own.spki
-            evidence = self._attester.evidence(binding("vault", ours, welcome.nonce))
+            evidence = own_evidence(self._attester, binding("vault", ours, welcome.nonce), deadline)
             connection.send(side.evidence(evidence), deadline=deadline)
             connection.receive(side, deadline=deadline)  # ACCEPT: the side lets nothing else through
         return welcome

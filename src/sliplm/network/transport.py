@@ -49,6 +49,12 @@ _KEEPALIVE: Final = (  # a connection that a network has forgotten ends within s
     (socket.TCP_KEEPCNT, 3),
     (socket.TCP_USER_TIMEOUT, 5000),  # milliseconds for which sent bytes may stay unacknowledged
 )
+_REFUSALS: Final = (  # of our certificate, by a word of OpenSSL's reason, and what to do; the last for others
+    ("EXPIRED", "compare the clocks of both machines; if they are right, `slip keys rotate` makes a new one"),
+    ("UNKNOWN_CA", "both key folders must come from one `slip keys init`: copy ours again, or the peer's"),
+    ("REVOKED", "`slip keys rotate` makes a new one in place of a revoked one"),
+    ("", "use the key folder of our role, from the `slip keys init` that the peer's comes from"),
+)
 _FAREWELL: Final = 1.0  # seconds for the last words to reach a peer
 
 EventT_co = TypeVar("EventT_co", covariant=True)
@@ -378,15 +384,15 @@ def _unverified(error: ssl.SSLCertVerificationError, peer: str) -> CredentialErr
 
 def _alerted(reason: str, peer: str) -> CredentialError:
     """Why the peer refuses ours, or showed none."""
-    if "EXPIRED" in reason:
-        return PassingCredentialError(
-            f"{peer} refuses our certificate as expired: compare the clocks of both machines; if "
-            "they are right, make a new one with `slip keys rotate`"
+    said = reason.lower().replace("_", " ")
+    if "ALERT" not in reason:
+        return CredentialError(
+            f"{peer} shows no certificate that counts ({said}): "
+            "both key folders must come from one `slip keys init`, not have expired and not be revoked"
         )
-    who = f"{peer} refuses our certificate" if "ALERT" in reason else f"{peer} shows none that counts"
-    return CredentialError(
-        f"{who} ({reason.lower().replace('_', ' ')}): "
-        "both key folders must come from one `slip keys init`, not have expired and not be revoked"
+    advice = next(advice for word, advice in _REFUSALS if word in reason)
+    return PassingCredentialError(
+        f"{peer} refuses our certificate ({said}), so it is ours that is wrong there: {advice}"
     )
 
 

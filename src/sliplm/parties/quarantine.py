@@ -18,10 +18,9 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from sliplm import durable
-from sliplm.errors import InputError, SlipError
+from sliplm import durable, places
+from sliplm.errors import InputError, PlaceError, SlipError
 from sliplm.filesystem import because
-from sliplm.masks.anchor import file_anchor
 from sliplm.network.transport import UnixAddress, parse_address
 from sliplm.reading import read_bounded
 
@@ -70,19 +69,21 @@ class Quarantine:
     def own(cls) -> Quarantine:
         """The user's own, beside the anchors of pools; without a place for these it keeps nothing."""
         try:
-            return cls(file_anchor().folder / FILE)
-        except (SlipError, RuntimeError) as error:
+            return cls(places.anchors() / FILE)
+        except PlaceError as error:
             logger.warning("who lies is forgotten when this process ends: %s", error)
             return cls()
 
     def entries(self) -> list[Entry]:
         """All of them, oldest first.  Raises: InputError for a file that cannot be read."""
-        if self.path is None or not os.path.lexists(self.path):
+        if self.path is None:
             return []
         try:
             data = read_bounded(self.path, _MOST)
             return _ENTRIES.validate_json(data)
         except (OSError, ValidationError) as error:
+            if isinstance(error, FileNotFoundError) and not self.path.is_symlink():
+                return []
             why = error.strerror if isinstance(error, OSError) else "it is damaged"
             raise InputError(
                 f"the record of quarantined workers {self.path} cannot be read ({why}): put it right, or "

@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -38,12 +38,22 @@ from sliplm.errors import (
     AttestationError,
     CredentialError,
     MismatchError,
+    PassingCredentialError,
     SlipError,
     WireError,
     WorkerError,
     WorkerFault,
 )
-from sliplm.network.attestation import NO_SPKI, Attester, NullAttester, NullVerifier, Verifier, binding
+from sliplm.network.attestation import (
+    NO_SPKI,
+    Attester,
+    NullAttester,
+    NullVerifier,
+    Verifier,
+    binding,
+    judge,
+    own_evidence,
+)
 from sliplm.network.keys import Identity, Revocations, Serving, serving_role
 from sliplm.network.listener import Listener, listen
 from sliplm.network.transport import Connection
@@ -219,13 +229,17 @@ class Worker:
         if visit is not None:
             self._seat(visit)
         nonce, wanted = secrets.token_bytes(NONCE_BYTES), not isinstance(self._verifier, NullVerifier)
-        mine = self._attester.evidence(binding(self.role, _spki(connection.own), hello.nonce))
+        with _own_fault():
+            mine = own_evidence(
+                self._attester, binding(self.role, _spki(connection.own), hello.nonce), deadline
+            )
         connection.send(side.welcome(nonce, mine, wants_evidence=wanted), deadline=deadline)
         if wanted:
             shown = connection.receive(side, deadline=deadline)
             if not isinstance(shown, Evidence):
                 raise WireError("the vault showed no evidence")
-            self._verifier.verify(shown.evidence, binding("vault", _spki(connection.identity), nonce))
+            with _own_fault():
+                judge(self._verifier, shown.evidence, binding("vault", _spki(connection.identity), nonce))
             connection.send(side.accept(), deadline=deadline)
 
     def _check_asked(self, event: Multiply | Several | Deal) -> None:
@@ -361,6 +375,16 @@ class Worker:
         for visit in visits:
             if visit.thread is not None:
                 visit.thread.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextlib.contextmanager
+def _own_fault() -> Iterator[None]:
+    """A fault of our own attester or verifier is said to be ours, and why is for our log alone."""
+    try:
+        yield
+    except PassingCredentialError as error:
+        logger.error("%s", error)  # noqa: TRY400
+        raise WorkerFault("the worker cannot show or judge evidence now: see its log") from error
 
 
 def _least_wanted(strangers: Sequence[_Visit]) -> _Visit:

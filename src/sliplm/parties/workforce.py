@@ -3,7 +3,8 @@
 state        how it comes about                                    asked again
 up
 lost         nobody listens, the connection broke, or our own      when nobody else is left, or once a
-             keys or a date are at fault                           probe in the background finds it
+             keys, evidence, verifier or a date are at fault,      probe in the background finds it
+             or it refuses our certificate or evidence
 suspended    no answer in time, a refusal, an answer cut short     after a pause that doubles each time
 quarantined  a wrong product, a broken protocol, wrong keys,       never, unless the operator says so
              wrong split, a revoked certificate                    (`rejoin`)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from sliplm.errors import AttestationError, InputError, MismatchError, SlipError, WireError, WorkerFault
+from sliplm.errors import (
+    AttestationError,
+    InputError,
+    MismatchError,
+    OwnEvidenceError,
+    SlipError,
+    WireError,
+    WorkerFault,
+)
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind
 from sliplm.protocol.side import Bytes, Rows, Shape, Side, State, Table, Way
@@ -26,7 +34,7 @@ VAULT_TABLE: Final[Table] = {
 
 _REFUSALS: Final[dict[wire.FaultCode, type[SlipError]]] = {
     wire.FaultCode.MISMATCH: MismatchError,
-    wire.FaultCode.EVIDENCE: AttestationError,
+    wire.FaultCode.EVIDENCE: OwnEvidenceError,
 }
 
 
@@ -122,14 +130,18 @@ class VaultSide(Side):
     def payload(self, data: Bytes) -> Welcome | Accept | Product:
         """The event that these bytes complete.
 
-        Raises WireError, MismatchError (a worker of another split), AttestationError (it refuses our
-        evidence), WorkerFault; the side is then closed.
+        Raises WireError, MismatchError (a worker of another split), OwnEvidenceError (it refuses our
+        evidence), AttestationError (it does so after it had taken it), WorkerFault; the side is then closed.
         """
+        late = self.state is State.ASKED
         try:
             header = self._end(data)
             if header.kind is Kind.FAULT:
                 code, text = wire.parse_fault(header.group, data)
-                raise _REFUSALS.get(code, WorkerFault)(f"the worker refuses ({code.name.lower()}): {text}")
+                kind = _REFUSALS.get(code, WorkerFault)
+                if late and kind is OwnEvidenceError:
+                    kind = AttestationError
+                raise kind(f"the worker refuses ({code.name.lower()}): {text}")
             if header.kind is Kind.WELCOME:
                 return self._welcome(data)
             if header.kind is Kind.ACCEPT:
