@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
