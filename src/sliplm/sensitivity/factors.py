@@ -157,7 +157,8 @@ class Library:
             if factors is None:
                 each = []
                 for j, group in enumerate(part.groups):
-                    progress(done + j * group.rows * group.columns, total, group.name)
+                    if j:
+                        progress(done + j * group.rows * group.columns, total, group.name)
                     weight = stack(self._subject.stored.read, group)
                     each.append(factor(torch.from_numpy(weight).to(device), self._rank))
                 factors = Factors.of_experts(each) if part.experts else each[0]
