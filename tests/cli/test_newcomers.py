@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import families
 import sliplm
 from sliplm.engines.transformers.answer import Conversation, answer, encode
-from sliplm.errors import InputError, ShareError
+from sliplm.errors import InputError, ShareError, SlipWarning
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.quarantine import Entry
 from terminal import Terminal
@@ -415,3 +415,16 @@ def test_a_caller_in_python_has_his_handlers_back(
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_lost_key_is_not_replaced_without_a_word(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIPLM_KEY_FILE", str(tmp_path / "key"))
+    monkeypatch.setenv("SLIPLM_LEDGER", str(tmp_path / "ledger"))
+    with pytest.warns(SlipWarning, match="was made just now. Keep a copy") as first:
+        sliplm.split(model, tmp_path / "one", sliplm.Recipe(rank=2))
+    assert "another key" not in str(first[0].message)
+    (tmp_path / "key").unlink()
+    with pytest.warns(SlipWarning, match=r"has splits under another key.* put it back"):
+        sliplm.split(model, tmp_path / "two", sliplm.Recipe(rank=2))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sliplm.cli.screen import console, print_json
+from sliplm.cli.screen import console, print_json, warn_of_new_key
 from sliplm.errors import LedgerError
 from sliplm.network import authority
 from sliplm.network.authority import Issued
@@ -151,6 +151,8 @@ def reseal(
     from sliplm.shares.sealing import reseal as change
 
     new = change(vault, key, new_key)
+    if new.made:
+        warn_of_new_key()
     if (vault / VAULT_FILE).exists():
         try:
             add(vault, new)

@@ -14,6 +14,7 @@ Nothing here writes them anywhere but into the key file.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import re
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from sliplm import durable, places
-from sliplm.errors import CredentialError
+from sliplm.errors import CredentialError, PlaceError
 from sliplm.filesystem import because, chmod_advice
 from sliplm.reading import is_private
 
@@ -145,8 +146,17 @@ def described(key: KeySpec) -> str:
 
 
 def new_key_file() -> str:
-    """What its owner is told of a key file that was made just now."""
-    return f"{default_path()} was made just now. Keep a copy of it: without it the vault share is lost."
+    """What its owner is told of a key file that was made just now; above all if an earlier one may be lost."""
+    told = f"{default_path()} was made just now. Keep a copy of it: without it the vault share is lost."
+    with contextlib.suppress(PlaceError):
+        earlier = places.ledger()
+        if any(earlier.glob("*/*.entry")):
+            told += (
+                f" {earlier} has splits under another key. If that one was in this file, put it back: the "
+                "vaults that it sealed do not open with the new one, and their models can be split again "
+                "unnoticed."
+            )
+    return told
 
 
 def default_path() -> Path:
