@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,7 @@ from sliplm.attacks.folder import prepare
 from sliplm.attacks.former import DEFAULT
 from sliplm.attacks.pages import write_report
 from sliplm.attacks.relatives import distance, perturbed, tune
+from sliplm.attacks.runner import run as run_plan
 from sliplm.attacks.runs import Line, Run, Runs
 from sliplm.attacks.scene import Scene
 from sliplm.attacks.schedule import Job, Plan, Schedule
@@ -671,6 +674,54 @@ def test_what_makes_no_sense_is_told(
     done = CliRunner().invoke(app, [*command(model, tmp_path / "out", text), *given])
     assert isinstance(done.exception, InputError)
     assert word in str(done.exception)
+
+
+@pytest.fixture
+def odd(campaign: tuple[Path, Path, Path], tmp_path: Path) -> Path:
+    """The model with fewer tokens than its tokenizer makes."""
+    model, _, _ = campaign
+    shutil.copytree(model, tmp_path / "odd")
+    found = AutoModelForCausalLM.from_pretrained(model)
+    found.resize_token_embeddings(20)
+    found.save_pretrained(tmp_path / "odd")
+    return tmp_path / "odd"
+
+
+def test_another_vocabulary_is_told_before_anything_is_made(
+    campaign: tuple[Path, Path, Path], odd: Path, tmp_path: Path
+) -> None:
+    model, text, _ = campaign
+    for given, word in (
+        (command(odd, tmp_path / "out", text), "and the model has 20: give the folder"),
+        ([*command(model, tmp_path / "out", text), "--relative", f"kin={odd}"], "is no relative of"),
+    ):
+        done = CliRunner().invoke(app, given)
+        assert isinstance(done.exception, InputError), done.exception
+        assert word in str(done.exception)
+    assert not (tmp_path / "out" / "splits").exists()
+
+
+def test_what_fails_in_a_process_is_told_as_it_is(campaign: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Not that a pool broke: here the splits are gone that the processes open."""
+    model, _, out = campaign
+    windows = Text.of(torch.randint(3, 20, (64 * 16,)), 16, 2)
+    opened = partial(Scene, model / "none", out / "splits", windows, {})
+    plan = Plan((), (0.001,), 1)
+    with pytest.raises(OSError, match="none"):
+        run_plan(opened, plan, tmp_path / "runs.jsonl", lambda _: None, [torch.device("cpu")])
+
+
+def test_untrained_rows_are_there_once(campaign: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, text, _ = campaign
+    given = [*command(model, tmp_path / "out", text), "--untrained", "--budget", "1%,2%,2%"]
+    done = CliRunner().invoke(app, given)
+    assert done.exception is None, done.exception
+    rows = [line.split() for line in done.output.splitlines() if " default " in f" {line} "]
+    assert rows
+    assert len({tuple(row) for row in rows}) == len(rows)
+    found = json.loads((tmp_path / "out" / "attack.json").read_text())["cells"]
+    places = [tuple(cell[name] for name in ("recipe", "placement", "access", "relative")) for cell in found]
+    assert len(set(places)) == len(places)
 
 
 def test_results_of_another_text_or_recipe_are_not_mixed(

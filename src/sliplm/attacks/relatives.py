@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sliplm.attacks.device import autocast
+from sliplm.engines.transformers.checkpoint import Checkpoint
+from sliplm.errors import InputError
 
 Relative = Path | float
 """A checkpoint folder; or how far a perturbed copy is (of each parameter, in Frobenius norm)."""
@@ -56,6 +58,34 @@ def distance(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     with torch.no_grad():
         wrong = sum(float((state[name] - other[name]).square().sum()) for name in names)
         return float((wrong / sum(float(other[name].square().sum()) for name in names)) ** 0.5)
+
+
+def check_related(model_dir: Path, relatives: Mapping[str, Relative]) -> None:
+    """Check that checkpoints are of the model's shape, before anything is made.
+
+    Raises:
+        InputError: one has other tensors, a larger vocabulary for instance.
+        CheckpointError: as `Checkpoint`.
+    """
+    ours = _shapes(model_dir)
+    for name, folder in relatives.items():
+        if not isinstance(folder, Path) or not folder.exists():
+            continue  # noise, or a fine-tune that is made later
+        theirs = _shapes(folder)
+        other = [key for key in ours if theirs.get(key, ours[key]) != ours[key]]
+        if other:
+            what = f"its {other[0]} has the shape {theirs[other[0]]}, not {ours[other[0]]}"
+        elif not ours.keys() & theirs.keys():
+            what = "they have no tensor of the same name"
+        else:
+            continue
+        raise InputError(
+            f"{name}, {folder}, is no relative of {model_dir}: {what}; name a model of the same configuration"
+        )
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(entry.shape) for key, entry in Checkpoint(folder).entries.items()}
 
 
 def read_model(folder: Path) -> PreTrainedModel:

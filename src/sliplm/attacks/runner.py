@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ def run(
     return complete
 
 
-_CHILD: dict[str, _Stage] = {}  # of a child process: what its initialiser opened
+_CHILD: dict[str, Any] = {}  # of a child process: its stage, and how it is opened
 
 
 def _open_child(
@@ -81,16 +82,25 @@ def _open_child(
     device = free.get()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # steps are recorded on the current device's stream
-    _CHILD["stage"] = _Stage(open_scene(device), Runs(path), plan)
+    # not here: what fails in an initialiser breaks the pool, and nobody hears why
+    _CHILD["open"] = lambda: _Stage(open_scene(device), Runs(path), plan)
+
+
+def _stage() -> _Stage:
+    """Raises: as `Scene`."""
+    if "stage" not in _CHILD:
+        _CHILD["stage"] = _CHILD["open"]()
+    stage: _Stage = _CHILD["stage"]
+    return stage
 
 
 def _original_in_child() -> None:
-    _CHILD["stage"].original()
+    _stage().original()
 
 
 def _in_child(job: Job) -> tuple[bool, list[Run]]:
     made: list[Run] = []
-    stage = _CHILD["stage"]
+    stage = _stage()
     stage.runs.reload()  # the line's choice at a smaller budget may have been made elsewhere
     return stage.carry_out(job, made.append), made
 

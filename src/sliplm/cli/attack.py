@@ -121,7 +121,7 @@ def command(
     from sliplm.attacks.campaign import lines, standard_recipes
     from sliplm.attacks.device import devices
     from sliplm.attacks.folder import AGAIN, claim, prepare
-    from sliplm.attacks.relatives import tune
+    from sliplm.attacks.relatives import check_related, tune
     from sliplm.attacks.runner import run
     from sliplm.attacks.runs import Runs
     from sliplm.attacks.scene import Scene
@@ -142,7 +142,10 @@ def command(
             )
         recipes = {name: given for name, given in recipes.items() if name.removesuffix(AGAIN) in kept}
     kin = dict(_named_relative(given, out) for given in relative or [])
-    budgets = tuple(sorted(_share("--budget", part) for part in budget.split(",")))
+    budgets = tuple(sorted({_share("--budget", part) for part in budget.split(",")}))
+    if untrained:  # what is known before training is the same for all
+        budgets = budgets[:1]
+    check_related(model, kin)
     places = [_placement(given, model) for given in placement or ["all"]]
     kinds = [_access(kind) for kind in access.split(",")]
     plan = Plan(
@@ -347,6 +350,7 @@ def _tokens(model: Path, file: Path | None) -> Tensor:
     from transformers import AutoTokenizer
 
     from sliplm.attacks.text import tokenise
+    from sliplm.engines.transformers.layout import read_config
     from sliplm.examples.text import wikipedia
     from sliplm.sensitivity.text import read_text
 
@@ -358,4 +362,11 @@ def _tokens(model: Path, file: Path | None) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{model} has no tokenizer that can be used: give a complete checkpoint") from error
-    return tokenise(tokenizer, text)
+    tokens = tokenise(tokenizer, text)
+    known = getattr(read_config(model).get_text_config(), "vocab_size", None)
+    if known is not None and len(tokens) and int(tokens.max()) >= known:
+        raise InputError(
+            f"the tokenizer of {model} makes tokens up to {int(tokens.max())}, and the model has {known}: "
+            "give the folder the tokenizer that belongs to the model"
+        )
+    return tokens

@@ -146,7 +146,7 @@ def described(key: KeySpec) -> str:
 
 
 def new_key_file() -> str:
-    """What its owner is told of a key file that was made just now; above all if an earlier one may be lost."""
+    """What its owner is told of a key file that was made just now, and that an earlier one may be lost."""
     told = f"{default_path()} was made just now. Keep a copy of it: without it the vault share is lost."
     with contextlib.suppress(PlaceError):
         earlier = places.ledger()
