@@ -179,6 +179,10 @@ def test_experts_refuse_what_they_cannot_do(mixture: Path) -> None:
 
     with pytest.raises(ShareError, match="4 experts"):
         replace_experts(plain, read_vault_manifest(mixture / "out" / "vault").groups, None)
+    rows = torch.zeros(2, 64), torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2)
+    for strict in (False, True):
+        with pytest.raises(InputError, match="cannot be traced or exported"):
+            torch.export.export(experts, rows, strict=strict)
 
 
 def test_more_groups_than_messages_can_number_are_refused_before_the_split(

@@ -120,9 +120,13 @@ def test_other_numbers_of_tokens_are_refused(model: Any) -> None:
 def test_a_model_is_compiled_and_not_recorded(model: Any) -> None:
     model.float()
     assert torch.equal(torch.compile(model, backend="eager")(tokens(9)).logits, logits(model))
-    for record in (torch.jit.trace, torch.export.export):
+    for record, strict in (
+        (torch.jit.trace, False),
+        (torch.export.export, False),
+        (torch.export.export, True),
+    ):
         with pytest.raises(InputError, match="cannot be traced or exported"):
-            record(model, (tokens(9),), strict=False)
+            record(model, (tokens(9),), strict=strict)
     with pytest.raises(InputError, match="cannot be scripted"):
         torch.jit.script(model)
 
@@ -171,10 +175,11 @@ def test_a_module_is_compiled(two: tuple[nn.Module, nn.Module]) -> None:
         (lambda module, x: torch.jit.script(module.b), "cannot be scripted"),
         (lambda module, x: torch.jit.script(nn.Sequential(module, nn.ReLU())), "cannot be scripted"),
         (lambda module, x: torch.export.export(module, (x,)), "cannot be traced or exported"),
+        (lambda module, x: torch.export.export(module, (x,), strict=True), "cannot be traced or exported"),
         (lambda module, x: torch.func.vmap(module)(x), "a batch in the place of vmap"),
         (lambda module, x: torch.func.grad(lambda x: module(x).sum())(x), "torch.func"),
     ],
-    ids=["trace", "script", "script-layer", "script-around", "export", "vmap", "grad"],
+    ids=["trace", "script", "script-layer", "script-around", "export", "strict", "vmap", "grad"],
 )
 def test_what_has_no_values_is_refused(
     two: tuple[nn.Module, nn.Module], use: Callable[[Any, Tensor], Any], word: str

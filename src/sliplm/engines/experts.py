@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sliplm.engines.modules import Floats, Products, Split, check_input, refuse_script
+from sliplm.engines.modules import Floats, Products, Split, check_input, refuse_recording, refuse_script
 from sliplm.errors import InputError, ShareError
 from sliplm.shares.manifest import VaultGroup
 
@@ -102,6 +102,8 @@ class SlipExperts(Split):
         Raises:
             InputError, WorkerError: as `SlipLinear.forward`.
         """
+        if torch.compiler.is_exporting():
+            refuse_recording("of experts")
         if torch.compiler.is_compiling():
             whole = torch.compiler.disable(self.forward)  # type: ignore[no-untyped-call]
             return cast(Tensor, whole(hidden_states, top_k_index, top_k_weights))

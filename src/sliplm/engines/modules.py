@@ -251,8 +251,8 @@ def result_type(x: Tensor) -> torch.dtype:
 
 def check_input(group: str, x: Tensor, fits: bool, wanted: str) -> None:
     """Raise InputError unless x fits, is floating point, on the CPU, needs no gradient and has values."""
-    if torch._C._is_tracing() or torch.compiler.is_exporting():
-        raise InputError(f"group {group} cannot be traced or exported: {NOT_TRACED}. Call the model itself")
+    if torch.compiler.is_exporting() or torch._C._is_tracing():
+        refuse_recording(group)
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or isinstance(x, FakeTensor):
         raise InputError(
             f"group {group} needs the values of its input, which torch.func (vmap, grad, jvp) and fake "
@@ -267,6 +267,16 @@ def check_input(group: str, x: Tensor, fits: bool, wanted: str) -> None:
         raise InputError(
             f"group {group} has no gradient, so a split model cannot be trained: call it in torch.no_grad()"
         )
+
+
+def refuse_recording(group: str) -> NoReturn:
+    """Raise InputError: no tracer sees what a worker answers."""
+    raise InputError(f"group {group} cannot be traced or exported: {NOT_TRACED}. Call the model itself")
+
+
+# A strict export runs it instead of reading it, and so ends with this error instead of one of the compiler's;
+# torch.compiler.assume_constant_result says so too, and loads the whole compiler for that.
+refuse_recording._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def replace(
