@@ -2,11 +2,12 @@
 
 A tiny split model, two workers and a dealer as processes of their own with TLS, each behind a proxy of this
 bench.  At random moments of a seed: connections are cut, a worker or the dealer does not answer the network
-for a while, certificates are replaced and the old ones revoked, a process restarts, a key file vanishes.
-Every answer is compared with the quantised model, bit for bit; a failure may last as long as its trouble and
-two seconds.  Descriptors, threads and memory of the vault's process are compared between both halves.
+for a while, certificates are replaced and the old ones revoked, or expire first, a process restarts, a key
+file vanishes.  Every answer is compared with the quantised model, bit for bit; a failure may last as long as
+its trouble and two seconds.  Descriptors, threads and memory, of the vault's process (with this bench in it)
+and of the worker that never restarts, are compared between both halves.
 
-    python bench/soak.py [60] [--seed 0] [--away 10]
+    python bench/soak.py [--minutes 60] [--seed 0] [--away 10]
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import Progress
@@ -48,7 +51,8 @@ from sliplm.shares.share import open_vault, open_worker
 GRACE = 2.0
 CALM = (4.0, 8.0)  # seconds between two troubles: longer than the grace, so that each is judged
 START_LIMIT = 120.0
-PARTIES = ("worker", "second", "dealer1")
+PARTIES = ("worker", "second", "dealer")  # the second worker never restarts
+SHORT_LIFE = 2.0  # seconds of a certificate that is to expire
 
 
 class Proxy:
@@ -141,19 +145,9 @@ class Party:
     def start(self) -> None:
         """Returns once it listens."""
         command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "sliplm",
-            "worker",
-            str(self._share),
-            "--json",
-            "--threads",
-            "1",
-        ]
-        command += ["--listen", "127.0.0.1:0", "--keys", str(self._keys)]
-        if self.name == "dealer1" and "dealer" in keys.ROLES:
-            command += ["--role", "dealer"]
+            sys.executable, "-P", "-m", "sliplm", "worker", str(self._share), "--json", "--threads", "1",
+            "--listen", "127.0.0.1:0", "--keys", str(self._keys),
+        ]  # fmt: skip
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, env=worker_environment()
@@ -167,6 +161,12 @@ class Party:
             raise ChildProcessError(self._log.read_text()[-2000:])
         self.proxy.target = int(json.loads(line)["listening"].rpartition(":")[2])
 
+    def sample(self) -> Sample:
+        """As `sample`, of this process."""
+        if self._process is None:
+            raise ChildProcessError(f"{self.name} does not run")
+        return sample(str(self._process.pid))
+
     def stop(self, how: int = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(how)
@@ -178,6 +178,22 @@ class Party:
     def close(self) -> None:
         self.stop(signal.SIGKILL)
         self.proxy.close()
+
+
+class Sample(NamedTuple):
+    """What a process holds; bytes are resident."""
+
+    descriptors: int
+    threads: int
+    bytes: int
+
+
+def sample(process: str = "self") -> Sample:
+    """Of a process, by its number."""
+    folder = Path("/proc") / process
+    descriptors, threads = (sum(1 for _ in (folder / of).iterdir()) for of in ("fd", "task"))
+    pages = int((folder / "statm").read_text().split()[1])
+    return Sample(descriptors, threads, pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 @dataclass
@@ -196,12 +212,13 @@ class Found:
     requests: int = 0
     wrong: int = 0
     failed: int = 0
+    slowest: float = 0.0  # seconds of a request that was answered, also while there was trouble
     longest_beyond: float = 0.0  # seconds that a failure lasted after all troubles it met had ended
     late: list[str] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     troubles: list[Trouble] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
-    samples: list[tuple[int, int, int]] = field(default_factory=list)  # descriptors, threads, bytes
+    samples: dict[str, list[Sample]] = field(default_factory=lambda: {"vault": [], "worker": []})
 
     def failure(self, begun: float, ended: float, why: str) -> None:
         """No request was answered between these moments: no calm between two troubles may be within it
@@ -220,25 +237,21 @@ class Found:
             if calm >= ended:
                 return
 
-    def halves(self) -> list[tuple[int, int]]:
+    def halves(self, whose: str) -> tuple[Sample, Sample]:
         """The most of each resource in the first half, its start left out, and in the second."""
-        n = len(self.samples)
-        first, second = self.samples[n // 8 : n // 2], self.samples[n // 2 :]
-        return [
-            (max(a), max(b)) for a, b in zip(zip(*first, strict=True), zip(*second, strict=True), strict=True)
-        ]
+        samples = self.samples[whose]
+        n = len(samples)
+        first, second = samples[n // 8 : n // 2], samples[n // 2 :]
+        return Sample(*map(max, *first)), Sample(*map(max, *second))
 
     def flat(self) -> bool:
         """Whether nothing grows: a few descriptors and threads are connections under way."""
-        (fds, fds2), (threads, threads2), (memory, memory2) = self.halves()
-        return fds2 <= fds + 4 and threads2 <= threads + 2 and memory2 <= memory * 1.05 + (8 << 20)
-
-
-def sample() -> tuple[int, int, int]:
-    """Descriptors, threads and resident bytes of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    descriptors = sum(1 for _ in Path("/proc/self/fd").iterdir())
-    return descriptors, threading.active_count(), pages * os.sysconf("SC_PAGE_SIZE")
+        return all(
+            second.descriptors <= first.descriptors + 4
+            and second.threads <= first.threads + 2
+            and second.bytes <= first.bytes * 1.02 + (4 << 20)
+            for first, second in map(self.halves, self.samples)
+        )
 
 
 class Troubles:
@@ -270,8 +283,9 @@ class Troubles:
             "connections cut": self._cut,
             "network silent": self._hole,
             "certificate replaced": self._rotate,
-            "worker restarts": lambda: self._restart(self._chance.choice(PARTIES[:2])),
-            "dealer restarts": lambda: self._restart("dealer1"),
+            "certificate expired": self._expire,
+            "worker restarts": lambda: self._restart("worker"),
+            "dealer restarts": lambda: self._restart("dealer"),
             "key file away": self._key_away,
         }
         while True:
@@ -298,6 +312,16 @@ class Troubles:
 
     def _rotate(self) -> None:
         authority.rotate(self._home, self._chance.choice(("vault", *PARTIES)), days=1)
+
+    def _expire(self) -> None:
+        name = self._chance.choice(("vault", *PARTIES))
+        past = keys.now() - timedelta(days=1) + timedelta(seconds=SHORT_LIFE)
+        with unittest.mock.patch("sliplm.network.authority.now", return_value=past):
+            authority.rotate(self._home, name, days=1)
+        self._over.wait(SHORT_LIFE + 1)
+        self._cut()  # what is connected may stay so
+        self._over.wait(self._chance.uniform(1, 4))
+        authority.rotate(self._home, name, days=1)
 
     def _restart(self, name: str) -> None:
         party = self._parties[name]
@@ -326,7 +350,6 @@ def scene(folder: Path) -> Iterator[tuple[Path, Path, dict[str, Party]]]:
     home = folder / "keys"
     authority.init(home)
     authority.issue(home, "worker", "second")
-    authority.issue(home, "dealer" if "dealer" in keys.ROLES else "worker", "dealer1")  # type: ignore[arg-type]
     parties = {name: Party(folder / "out" / "worker", home, name) for name in PARTIES}
     try:
         for party in parties.values():
@@ -345,15 +368,20 @@ def soak(folder: Path, seconds: float, seed: int = 0, away: float = 10.0) -> Fou
         local = LocalProducts(share, open_worker(out / "worker"))
         terms = Terms(
             [parties[name].address for name in PARTIES[:2]],
-            dealers=[parties["dealer1"].address], ahead=64, timeout=2.0,
+            dealers=[parties["dealer"].address], ahead=64, timeout=2.0,
         )  # fmt: skip
         with Vault(share, terms) as vault, Progress(console=console) as progress:
             task = progress.add_task("soak", total=seconds)
+            for address in terms.workers:
+                vault.rejoin(address)  # else the second is connected to when the first fails
             with Troubles(parties, home, found, seed, away) as troubles:
                 begun = time.monotonic()
                 while time.monotonic() < begun + seconds and troubles.error is None:
                     _until_answered(vault, local, chance, found)
-                    progress.update(task, completed=time.monotonic() - begun)
+                    if (passed := time.monotonic() - begun) > len(found.samples["vault"]):  # each second
+                        found.samples["vault"].append(sample())
+                        found.samples["worker"].append(parties["second"].sample())
+                    progress.update(task, completed=passed)
                     time.sleep(0.02)
             found.quarantined = vault.quarantined
             if troubles.error is not None:
@@ -368,7 +396,7 @@ def _until_answered(vault: Vault, local: LocalProducts, chance: np.random.Genera
     x = chance.standard_normal((int(chance.integers(1, 5)), n)).astype(np.float32)
     begun, failed, why = time.monotonic(), False, ""
     while True:
-        found.requests += 1
+        found.requests, asked = found.requests + 1, time.monotonic()
         try:
             answer = vault.product(name, x)
         except SlipError as error:
@@ -376,24 +404,24 @@ def _until_answered(vault: Vault, local: LocalProducts, chance: np.random.Genera
             why = f"{type(error).__name__}: {str(error)[:300]}"
             found.errors[type(error).__name__] += 1
         else:
+            found.slowest = max(found.slowest, time.monotonic() - asked)
             found.wrong += not np.array_equal(answer, local.product(name, x))
             break
-        found.samples.append(sample())
         if time.monotonic() > begun + 40:
             break
         time.sleep(0.1)
-    found.samples.append(sample())
     if failed:
         found.failure(begun, time.monotonic(), why)
 
 
 def document(found: Found, seconds: float, seed: int) -> dict[str, Any]:
     """What the last line says."""
-    halves = dict(zip(("descriptors", "threads", "bytes"), found.halves(), strict=True))
+    halves = {whose: [half._asdict() for half in found.halves(whose)] for whose in found.samples}
     return {
         "bench": "soak", "machine": machine(), "seconds": seconds, "seed": seed,
         "requests": found.requests, "wrong": found.wrong, "failed": found.failed,
         "longest_beyond_trouble": round(found.longest_beyond, 2), "late": found.late,
+        "slowest_answer": round(found.slowest, 2),
         "errors": dict(found.errors), "troubles": dict(Counter(t.kind for t in found.troubles)),
         "quarantined": found.quarantined, "halves": halves, "flat": found.flat(),
     }  # fmt: skip
@@ -402,18 +430,25 @@ def document(found: Found, seconds: float, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Run, print, and end with 1 where something was not as it has to be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("seconds", type=float, nargs="?", default=60.0)
+    parser.add_argument("--minutes", type=float, default=1.5, help="how long; a release is soaked for 60")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--away", type=float, default=10.0, help="seconds for which a key file is away")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(Path(folder), args.seconds, args.seed, args.away)
-    said = document(found, args.seconds, args.seed)
-    table = Table(title=f"{args.seconds:.0f} s of trouble", width=80)
+        found = soak(Path(folder), 60 * args.minutes, args.seed, args.away)
+    said = document(found, 60 * args.minutes, args.seed)
+    table = Table(title=f"{args.minutes:g} minutes of trouble", width=80)
     for heading in ("what", "count"):
         table.add_column(heading, overflow="fold")
-    for name in ("requests", "wrong", "failed", "longest_beyond_trouble", "troubles", "halves", "late"):
+    for name in ("requests", "wrong", "failed", "longest_beyond_trouble", "slowest_answer"):
         table.add_row(name.replace("_", " "), str(said[name]))
+    table.add_row("late", "; ".join(found.late[:3]) or "0")
+    for kind, count in said["troubles"].items():
+        table.add_row(f"trouble: {kind}", str(count))
+    for whose in found.samples:
+        first, second = found.halves(whose)
+        for resource, before, after in zip(Sample._fields, first, second, strict=True):
+            table.add_row(f"{whose}: most {resource}, each half", f"{before:,}, {after:,}")
     console.print(table)
     finish(said)
     if found.wrong or found.late or found.quarantined or not found.flat():

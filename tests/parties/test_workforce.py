@@ -468,6 +468,7 @@ def test_no_probe_brings_back_a_quarantined_worker(
 
             monkeypatch.setattr("sliplm.parties.workforce._PAUSES", (1e6, 1e6))
             monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (1e6, 1e6))
+            monkeypatch.setattr("sliplm.parties.workforce._ALONE", (1e6, 1e6))
             force.failed(link, trouble("gone", address))
             assert member.state == before
             monkeypatch.setattr(link, "open", meanwhile)

@@ -208,6 +208,10 @@ class MaskPool(Secret):
                 return joined(parts)
             age = self.renewals
             late = self._make(group, missing, False, True)
+            if self._failure is not None:  # somebody deals again
+                with self._change:
+                    self._failure = None
+                    self._change.notify_all()
             if age == self.renewals and self._fallen.isdisjoint(
                 late.marks
             ):  # else: before a snapshot, a fall
@@ -316,8 +320,8 @@ class MaskPool(Secret):
                 with self._change:
                     self._failure = error
                     self._change.notify_all()
-                    self._change.wait_for(lambda: self._closed, pause)
-                pause = min(2 * pause, _PAUSES[1])
+                    again = self._change.wait_for(lambda: self._closed or self._failure is None, pause)
+                pause = _PAUSES[0] if again else min(2 * pause, _PAUSES[1])
                 continue
             pause, self._failure = _PAUSES[0], None
             self._keep(group, batch, age)

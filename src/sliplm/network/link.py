@@ -13,7 +13,7 @@ import numpy as np
 
 from sliplm import forks
 from sliplm.arithmetic.field import Elements
-from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerUnavailable
+from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerTimeout, WorkerUnavailable
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding, judge, own_evidence
 from sliplm.network.keys import Serving
 from sliplm.network.transport import Connection, anchored, connect
@@ -77,6 +77,7 @@ class Link:
         self.spki: bytes | None = None  # of the certificate that it showed last
         self.greeted = False  # whether it ever greeted as it should
         self.marks: set[bytes] = set()  # of whoever has greeted here, see `Connection.marks`
+        self.unanswered = 0  # questions in a row that it took, and never answered
         self._peer: str | None = None
         self._split_id, self._shapes, self._timeout, self._greet = split_id, shapes, timeout, greet
         self._attester, self._verifier = attester, verifier
@@ -164,11 +165,16 @@ class Link:
     def bar(self, kind: type[WorkerError], why: str) -> None:
         """From any thread: ask it nothing more; whoever waits for it gets an error of this kind."""
         self.barred = kind, why
+        self.cut()
+
+    def cut(self) -> None:
+        """From any thread: end the connection that there is; whoever waits on it connects anew."""
         connection = self.connection
         if connection is not None and self._process.here:
             connection.abort()  # whoever waits on it wakes up and drops it
             if self._lock.acquire(blocking=False):
-                self._drop()
+                if self.connection is connection:
+                    self._drop()
                 self._lock.release()
 
     def admit(self) -> None:
@@ -226,18 +232,24 @@ class Link:
                 self._drop()
                 self._check()
                 if error.torn:
+                    self.unanswered += 1
                     raise
                 self._count_break(error)
                 if fresh:
                     raise
                 fresh = True
                 continue
+            except (WorkerTimeout, WorkerFault):
+                self.unanswered += 1
+                self._drop()
+                raise
             except BaseException:
                 self._drop()
                 raise
             if not isinstance(answer, Product):
                 self._drop()
                 raise WireError(f"{self.address} answered a question with a greeting")
+            self.unanswered = 0
             return answer
 
     def _connected(self) -> Connection:
@@ -282,6 +294,7 @@ class Link:
         self._broke.append(time.monotonic())
         if len(self._broke) == _BREAKS and self._broke[-1] - self._broke[0] < _BREAKS_WITHIN:
             self._broke.clear()
+            self.unanswered += 1
             raise WorkerFault(
                 f"{self.address} breaks the connection again and again", self.address
             ) from error

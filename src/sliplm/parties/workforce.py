@@ -4,10 +4,12 @@ state        how it comes about                                    asked again
 up
 lost         nobody listens, the connection broke, or our own      when nobody else is left, or once a
              keys, evidence, verifier or a date are at fault,      probe in the background finds it
-             or it refuses our certificate or evidence
-suspended    no answer in time, a refusal, an answer cut short     after a pause that doubles each time
+             or it refuses our certificate or evidence, or its
+             certificate was revoked while it was connected
+suspended    no answer in time, a refusal, an answer cut short     after a pause that doubles each time;
+                                                                   where nobody else serves, it is short
 quarantined  a wrong product, a broken protocol, wrong keys,       never, unless the operator says so
-             wrong split, a revoked certificate                    (`rejoin`)
+             wrong split, a certificate that was revoked           (`rejoin`)
 drained      the operator's wish                                   after `rejoin`
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -52,6 +55,7 @@ FAILURES: Final = (WorkerError, WireError, CredentialError, MismatchError)
 
 _PAUSES: Final = (1.0, 60.0)  # seconds before a lost one is probed: the first time, at most
 _SUSPENSIONS: Final = (5.0, 300.0)  # seconds for which a stalled one is left alone
+_ALONE: Final = (1.0, 300.0)  # the same where nobody else serves: if it left no question unanswered, at most
 _ROUND: Final = 0.25  # seconds between two looks at revocations and probes
 _STOP_LIMIT: Final = 5.0
 
@@ -84,7 +88,11 @@ class _Member:
     link: Link
     state: State = "up"
     reason: str = ""
-    until: float = -math.inf  # time.monotonic() before which it is not probed or asked
+    until: float = -math.inf  # time.monotonic() before which it is not probed
+    soon: float = -math.inf  # the same where nobody else serves
+    probed: bool = False  # by a thread, now
+    early: bool = False  # that probe came before `until`
+    cut: int | None = None  # serial number of the certificate whose connection was ended last
     strikes: int = 0
     served: int = 0
     last: int = 0  # number of the exchange that it served last
@@ -216,17 +224,16 @@ class Workforce:
             member.last = self._exchanges
             member.strikes = 0
 
-    def failed(self, link: Link, error: SlipError, group: str | None = None) -> None:
-        """An exchange went wrong: decide what becomes of the worker, and record it."""
+    def failed(self, link: Link, error: SlipError, group: str | None = None, *, probe: bool = False) -> None:
+        """An exchange, or a probe, went wrong: decide what becomes of the worker, and record it."""
         member = self._by_address[link.address]
         event, state, pauses, kind = _verdict(error)
         with self._lock:
             if member.state in ("quarantined", "drained") or self._closing.is_set():
                 return  # decided already
-            again = member.state == state == "lost"
+            again = (member.state == state == "lost") or (probe and state != "quarantined")
             member.state, member.reason = state, str(error)
-            member.until = time.monotonic() + min(pauses[0] * 2.0**member.strikes, pauses[1])
-            member.strikes = min(member.strikes + 1, _DOUBLINGS)
+            self._set_pauses(member, pauses, early=probe and member.early)
             if kind is not None:
                 link.bar(kind, f"{self._role} {link.address} is {state}: {error}")
         if state == "quarantined" and _lied(link, error):
@@ -235,6 +242,16 @@ class Workforce:
             self._record(member, event, str(error), group)
         if state == "quarantined":
             self.fallen(link)
+
+    def _set_pauses(self, member: _Member, pauses: tuple[float, float], *, early: bool) -> None:
+        """When it is probed again; an early probe makes no pause longer."""
+        now, left = time.monotonic(), min(member.link.unanswered, _DOUBLINGS)
+        member.until = now + min(pauses[0] * 2.0**member.strikes, pauses[1])
+        if not early:
+            member.strikes = min(member.strikes + 1, _DOUBLINGS)
+        alone = min(_ALONE[0] * 2.0 ** max(0, left - 1), _ALONE[1])
+        part = 0.5 + secrets.randbelow(512) / 1024  # many vaults do not come back in step
+        member.soon = min(now + part * alone, member.until) if member.state == "suspended" else member.until
 
     def drain(self, address: str) -> None:
         """Let the exchange under way end, close the connection, and ask it nothing more until `rejoin`.
@@ -346,10 +363,11 @@ class Workforce:
         while not self._closing.wait(_ROUND):
             self._look_for_revocations()
             now = time.monotonic()
-            due = [m for m in self._members if m.state in ("lost", "suspended") and m.until <= now]
-            for member in due:
-                member.until = math.inf  # one probe at a time
-                threading.Thread(target=self._probe, args=(member,), daemon=True).start()
+            alone = not any(member.state == "up" for member in self._members)
+            for member in self._members:
+                waiting = member.state in ("lost", "suspended") and not member.probed
+                if waiting and (member.soon if alone else member.until) <= now:
+                    self._start_probe(member, now)
 
     def _look_for_revocations(self) -> None:
         for member in self._members:
@@ -363,34 +381,49 @@ class Workforce:
             self.taken_back(listed - before)
 
     def _end_revoked(self, member: _Member, revocations: keys.Revocations) -> None:
+        """Cut a connection under a certificate that was revoked: the next handshake shows whether the peer
+        has a new one.
+        """
         connection = member.link.connection
         if connection is None or connection.identity is None:
             return
-        if connection.identity.serial in revocations:
-            reason = f"the certificate {connection.identity.name} was revoked"
-            with self._lock:
-                if member.state == "quarantined":
-                    return
-                member.state, member.reason, member.until = "quarantined", reason, math.inf
-                member.link.bar(
-                    VerificationError, f"{self._role} {member.link.address} is quarantined: {reason}"
-                )
+        name, serial = connection.identity.name, connection.identity.serial
+        if serial not in revocations:
+            return
+        reason = f"the certificate {name}, serial {serial:x}, was revoked"
+        with self._lock:
+            if member.state == "up":
+                member.state, member.reason = "lost", reason
+                member.until = member.soon = -math.inf  # at once
+        if serial != member.cut:
             self._record(member, "revoked", reason, None)
-            self.fallen(member.link)
+        member.cut = serial
+        member.link.cut()
+
+    def _start_probe(self, member: _Member, now: float) -> None:
+        member.probed, member.early = True, member.until > now
+        member.until = member.soon = now + _PAUSES[1]  # should the probe end as nobody has foreseen
+        try:
+            threading.Thread(target=self._probe, args=(member,), daemon=True).start()
+        except RuntimeError:  # out of threads: those in use come back some time
+            member.probed = False
 
     def _probe(self, member: _Member) -> None:
         """Connect to one that was lost or suspended; whoever greets is asked again."""
         link = member.link
-        with self._lock:
-            if member.state not in ("lost", "suspended"):
-                return  # quarantined or drained since it was found due
-            link.admit()
         try:
-            link.open()
-        except FAILURES as error:
-            self.failed(link, error)
-        else:
-            self._back(member, "lost", "suspended")
+            with self._lock:
+                if member.state not in ("lost", "suspended"):
+                    return  # quarantined or drained since it was found due
+                link.admit()
+            try:
+                link.open()
+            except FAILURES as error:
+                self.failed(link, error, probe=True)
+            else:
+                self._back(member, "lost", "suspended")
+        finally:
+            member.probed = False
 
 
 def _next(up: Sequence[_Member], now: float) -> _Member:
