@@ -156,6 +156,42 @@ def test_pauses_double(shares: Shares, group: str, tmp_path: Path) -> None:
                 assert member.strikes == strikes
 
 
+def test_a_worker_alone_is_looked_for_sooner_but_not_asked_for_ever(
+    shares: Shares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside others it rests long; alone, as long as it has left questions unanswered; a look in vain is no
+    question, and is not written down.
+    """
+    monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (1e6, 1e6))
+    with (
+        serving(Logging(shares[1]), tmp_path / "a") as first,
+        serving(Logging(shares[1]), tmp_path / "b") as other,
+    ):
+        with Vault(shares[0], Terms([first, other], shares[1], ahead=0)) as vault:
+            force = vault._workers
+            member, link = force._members[0], force.links[0]
+            silent = WorkerTimeout("silent", first)
+            force.failed(link, silent)
+            time.sleep(2)
+            assert state(vault, first) == "suspended", "another serves"
+            vault.drain(other)
+            eventually(lambda: state(vault, first) == "up")
+        with Vault(shares[0], Terms([first], shares[1], ahead=0)) as vault:
+            force = vault._workers
+            member, link = force._members[0], force.links[0]
+            monkeypatch.setattr(force, "_start_probe", lambda *_: None)
+            for unanswered, most in ((0, 1), (1, 1), (2, 2), (5, 16), (9, 256), (10**6, 300)):
+                link.unanswered = unanswered
+                force.failed(link, silent)
+                now = time.monotonic()
+                assert now + most / 2 - 1 < member.soon <= now + most
+            strikes, said = member.strikes, len(vault.audit.records)
+            for error in (silent, WorkerUnavailable("gone", first), silent):
+                member.early = True
+                force.failed(link, error, probe=True)
+            assert (member.strikes, len(vault.audit.records)) == (strikes, said)
+
+
 def test_a_lost_worker_is_found_again_without_a_request(shares: Shares, group: str, tmp_path: Path) -> None:
     x = inputs(shares, group)
     with serving(Logging(shares[1]), tmp_path / "b") as second:

@@ -870,10 +870,10 @@ class Revoked(OtherTls):
 
 
 class RevokedInUse(Stalling):
-    """Its certificate is revoked while the vault waits for its answer."""
+    """Its certificate is revoked while the vault waits for its answer; it is let in again with a new one."""
 
     tls = True
-    timeout, ends, error = LIMIT, "quarantined", errors.VerificationError
+    timeout, ends, error = LIMIT, "lost", errors.WorkerUnavailable
 
     def lie(self, connection: Connection, side: WorkerSide, asked: Asked, x: Array, y: Array) -> None:
         """Say nothing: the vault must hang up by itself."""

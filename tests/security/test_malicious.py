@@ -122,16 +122,18 @@ def states(vault: Vault) -> list[str]:
 
 
 def about(vault: Vault, address: str) -> list[Record]:
-    """What the audit says of somebody."""
-    return [r for r in vault.audit.records if r.address == address and r.event != "masks renewed"]
+    """What the audit says of somebody; that a certificate was revoked, if nothing came of it yet."""
+    found = [r for r in vault.audit.records if r.address == address and r.event != "masks renewed"]
+    return found[1:] if [r.event for r in found[:1]] == ["revoked"] and len(found) > 1 else found
 
 
 def named(record: Record, rogue: Rogue, role: str, group: str, over_tls: bool) -> bool:
     """Does this record say who did what, and nothing that a terminal would obey?"""
-    event = "revoked" if "revoked" in record.reason and record.group is None else rogue.ends
+    of_revocation = "revoked" in record.reason and record.group is None
     return (
-        (record.event, record.role) == (event, role)
-        and (record.group == group or event == "revoked")
+        record.event in (("revoked", rogue.ends) if of_revocation else (rogue.ends,))
+        and record.role == role
+        and (record.group == group or of_revocation)
         and len(record.reason) > 10
         and record.reason.isprintable()
         and (record.peer or "").startswith("rogue, serial ") == over_tls
