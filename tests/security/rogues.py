@@ -869,20 +869,22 @@ class Revoked(OtherTls):
         super().heal()
 
 
-class RevokedInUse(Stalling):
-    """Its certificate is revoked while the vault waits for its answer; it is let in again with a new one."""
+class RevokedInUse(OtherTls):
+    """Its certificate is revoked while the vault waits for its answer, and it shows the same again."""
 
-    tls = True
-    timeout, ends, error = LIMIT, "lost", errors.WorkerUnavailable
+    timeout = LIMIT
+    _owner = threading.Lock()
 
     def lie(self, connection: Connection, side: WorkerSide, asked: Asked, x: Array, y: Array) -> None:
         """Say nothing: the vault must hang up by itself."""
-        authority.revoke(self.means.keys, "rogue")
-        super().lie(connection, side, asked, x, y)
+        with self._owner:
+            authority.revoke(self.means.keys, "rogue")
+        self.over.wait(LIMIT)
 
     def heal(self) -> None:
         """The owner gives it new keys."""
-        authority.rotate(self.means.keys, "rogue")
+        with self._owner:  # who may be at the last folder still
+            authority.rotate(self.means.keys, "rogue")
         super().heal()
 
 
