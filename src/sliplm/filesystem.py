@@ -34,7 +34,7 @@ def kind(path: Path) -> str:
         there = path.absolute()
         while not os.path.lexists(there):
             there = there.parent
-        real = os.fsencode(there.resolve())
+        real = os.fsencode(os.path.realpath(there))  # unlike resolve, links that go round are no error
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return ""

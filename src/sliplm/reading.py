@@ -44,7 +44,7 @@ def is_private(path: Path, status: os.stat_result) -> bool:
         return False
     if not status.st_mode & 0o040:
         return True
-    home = path.resolve(strict=True).parent  # behind the links of a mounted secret
+    home = Path(os.path.realpath(path, strict=True)).parent  # behind the links of a mounted secret
     folder = home.stat().st_mode
     given = status.st_uid == 0 or bool(os.statvfs(home).f_flag & os.ST_RDONLY)
     if folder & 0o077 and (folder & 0o022 or not given):
