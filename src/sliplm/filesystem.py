@@ -1,14 +1,16 @@
-"""What a file system cannot do, and the words for it: no locks, no room, read-only, nothing that lasts.
+"""What a file system cannot do, and the words for it; and file names that are no text.
 
 Whether to go on without is decided where it is asked; here is only which errors mean "cannot", not "may not".
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +23,27 @@ _MODELESS: Final = frozenset(
     ("vfat", "msdos", "exfat", "ntfs", "ntfs3", "fuseblk", "cifs", "smb3", "vboxsf", "drvfs", "9p", "hgfs")
 )
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
+
+
+def readable(name: str | os.PathLike[str]) -> str:
+    """A file's name as text that JSON and models hold: names are bytes, and need not be UTF-8."""
+    return os.fspath(name).encode(errors="backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def utf8_name(folder: Path) -> Iterator[Path]:
+    """A folder under a name that is UTF-8, for libraries that take no other, to the end of the block.
+
+    Raises: OSError, where it has no such name and cannot be opened.
+    """
+    if readable(folder) == os.fspath(folder):
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def is_missing(error: OSError) -> bool:

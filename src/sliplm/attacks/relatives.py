@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from sliplm.attacks.device import autocast
 from sliplm.engines.transformers.checkpoint import Checkpoint
 from sliplm.errors import InputError
+from sliplm.filesystem import utf8_name
 
 Relative = Path | float
 """A checkpoint folder; or how far a perturbed copy is (of each parameter, in Frobenius norm)."""
@@ -49,7 +50,9 @@ def tune(model_dir: Path, out: Path, device: torch.device) -> None:
         optimiser.zero_grad()
         cross_entropy(logits.float(), part[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-    model.save_pretrained(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with utf8_name(out) as named:
+        model.save_pretrained(named)
 
 
 def distance(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -90,15 +93,17 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def read_model(folder: Path) -> PreTrainedModel:
     """A causal language model in float32, for inference."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    with utf8_name(folder) as named:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            named, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     return model.eval()
 
 
 def _source_code(model_dir: Path, count: int) -> Tensor:
     """Tokens of Python's standard library, `count` at most: int64 [tokens]."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    with utf8_name(model_dir) as named:
+        tokenizer = AutoTokenizer.from_pretrained(named, local_files_only=True, trust_remote_code=False)
     found: list[int] = []
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         found += tokenizer(file.read_text(encoding="utf-8", errors="replace"))["input_ids"]

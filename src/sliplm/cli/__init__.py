@@ -10,7 +10,6 @@ status 130, SIGTERM with 143, SIGHUP with 129; what was open is closed by then.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,7 +39,9 @@ from sliplm.cli import (
     split,
     worker,
 )
+from sliplm.cli.screen import print_json, say, settle_streams
 from sliplm.errors import SlipError
+from sliplm.filesystem import because
 from sliplm.shares.share import sliplm_version
 
 USAGE = 2  # exit status where the command line is wrong, and of every error of ours
@@ -73,7 +75,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sliplm {sliplm_version()}")
+        say(f"sliplm {sliplm_version()}")
         raise typer.Exit
 
 
@@ -137,23 +139,31 @@ def _ending_in_order() -> Iterator[None]:
 def _report(kind: str, message: str) -> None:
     """With --json an error is a document on stdout too, the last line there."""
     if "--json" in sys.argv:
-        sys.stdout.write(json.dumps({"error": kind, "message": message}) + "\n")
-        sys.stdout.flush()
+        print_json({"error": kind, "message": message})
 
 
 def main() -> None:
     """Run the command line."""
     # torch's idle threads would spin in the way of a worker on this machine; read when torch is loaded, later
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    settle_streams()
     with _ending_in_order():
         try:
             app()
-        except SlipError as error:
-            Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
-            _report(type(error).__name__, str(error))
+        except (SlipError, OSError) as error:
+            text = _of_the_system(error) if isinstance(error, OSError) else str(error)
+            Console(stderr=True).print(Text(f"error: {text}", style="red"), soft_wrap=True)
+            _report(type(error).__name__, text)
             sys.exit(USAGE)
         except SystemExit as ended:
             wrong: Any = ended.__context__  # what was wrong with the command line, if that was it
             if ended.code == USAGE and hasattr(wrong, "format_message"):
                 _report("UsageError", wrong.format_message())
             raise
+
+
+def _of_the_system(error: OSError) -> str:
+    """What went wrong with a file or connection, where nobody knew better."""
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    what = "a file or connection failed" if named is None else str(named)
+    return f"{what} {because(error, named or Path.cwd(), 'see what is wrong there')}"

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from sliplm.cli.screen import console, number, percent, print_json, quiet
 from sliplm.errors import InputError
+from sliplm.filesystem import readable, utf8_name
 from sliplm.shares.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -194,7 +195,9 @@ def _finish(
     found = summarise(runs.done.values())
     result = document(found, fitted, based, complete=complete)
     (out / "attack.json").write_text(encode(result, indent=1) + "\n", encoding="utf-8")
-    page = write_report(out, model.resolve().name, found, complete=complete, fitted=fitted, based=based)
+    page = write_report(
+        out, readable(model.resolve().name), found, complete=complete, fitted=fitted, based=based
+    )
     screen.print(_tables(found))
     screen.print(Text(f"{page}\n{out / 'attack.json'}", style="dim"), soft_wrap=True)
     if not complete:
@@ -359,7 +362,8 @@ def _tokens(model: Path, file: Path | None) -> Tensor:
     except OSError as error:
         raise InputError(f"the example's text cannot be had ({error}): name one with --text") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        with utf8_name(model) as named:
+            tokenizer = AutoTokenizer.from_pretrained(named, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{model} has no tokenizer that can be used: give a complete checkpoint") from error
     tokens = tokenise(tokenizer, text)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sliplm.cli.screen import console, print_json, warn_of_new_key
+from sliplm.cli.screen import console, print_json, say, warn_of_new_key
 from sliplm.errors import LedgerError
 from sliplm.network import authority
 from sliplm.network.authority import Issued
@@ -46,9 +46,9 @@ def init(
     if json:
         print_json(made)
         return
-    typer.echo(f"{made['vault']} goes to the vault, {made['worker']} to the worker,")
-    typer.echo(f"{made['dealer']} to a dealer, if another machine deals masks;")
-    typer.echo(f"keep {made['authority']} offline.")
+    say(f"{made['vault']} goes to the vault, {made['worker']} to the worker,")
+    say(f"{made['dealer']} to a dealer, if another machine deals masks;")
+    say(f"keep {made['authority']} offline.")
 
 
 @app.command("issue")
@@ -67,7 +67,7 @@ def issue(
     if json:
         print_json({"name": name, "role": role, "folder": str(made)})
         return
-    typer.echo(f"{made} goes to the {role} {name}.")
+    say(f"{made} goes to the {role} {name}.")
 
 
 @app.command("list")
@@ -105,7 +105,7 @@ def revoke(
         print_json({"revoked": [entry.model_dump(mode="json") for entry in revoked]})
         return
     for entry in revoked:
-        typer.echo(f"revoked: {entry.role} {entry.name}, serial {entry.serial}")
+        say(f"revoked: {entry.role} {entry.name}, serial {entry.serial}")
     _remind(folder)
 
 
@@ -126,7 +126,7 @@ def rotate(
     if json:
         print_json(made.model_dump(mode="json"))
         return
-    typer.echo(f"{folder / name} holds a new key, certificate {made.serial}; the old ones are revoked.")
+    say(f"{folder / name} holds a new key, certificate {made.serial}; the old ones are revoked.")
     _remind(folder)
 
 
@@ -158,11 +158,11 @@ def reseal(
             add(vault, new)
         except LedgerError as error:  # the vault is sealed all the same
             again = f"slip ledger add {shlex.quote(str(vault))}"
-            typer.echo(f"not noted in the ledger: {error}; then: {again}", err=True)
+            say(f"not noted in the ledger: {error}; then: {again}", err=True)
     if json:
         print_json({"resealed": str(vault)})
         return
-    typer.echo(f"{vault} opens with the new key.")
+    say(f"{vault} opens with the new key.")
 
 
 def _state(entry: Issued) -> str:
@@ -172,4 +172,4 @@ def _state(entry: Issued) -> str:
 
 
 def _remind(folder: Path) -> None:
-    typer.echo(f"Copy {folder / 'authority' / 'revoked.pem'} to the key folders on other machines.")
+    say(f"Copy {folder / 'authority' / 'revoked.pem'} to the key folders on other machines.")

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sliplm.cli.screen import console, print_json, printable
+from sliplm.cli.screen import console, print_json, printable, say
 from sliplm.shares import ledger
 from sliplm.shares.keysource import find
 from sliplm.shares.ledger import Entry, Ledger
@@ -44,7 +44,7 @@ def list_entries(key: _Key = None, json: _Json = False) -> None:
         print_json({"ledger": str(own.folder), "splits": list(map(_document, entries)), "damaged": damaged})
         return
     if not entries and not damaged:
-        typer.echo(f"{own.folder} has no split under this key.")
+        say(f"{own.folder} has no split under this key.")
         return
     table = Table("id", "date", "model", "groups", "recipe", "folder", box=None, pad_edge=False)
     table.columns[-1].overflow = "fold"
@@ -70,9 +70,7 @@ def forget(
     if json:
         print_json({"forgotten": gone})
         return
-    typer.echo(
-        f"forgotten: split {gone[:8]}. If a copy of its worker share is left, that model is split twice."
-    )
+    say(f"forgotten: split {gone[:8]}. If a copy of its worker share is left, that model is split twice.")
 
 
 @app.command("add")
@@ -89,7 +87,7 @@ def add(
     if json:
         print_json(_document(entry))
         return
-    typer.echo(printable(f"noted: {entry}"))
+    say(printable(f"noted: {entry}"))
 
 
 def _document(entry: Entry) -> dict[str, object]:

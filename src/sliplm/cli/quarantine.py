@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sliplm import places
-from sliplm.cli.screen import console, print_json, printable
+from sliplm.cli.screen import console, print_json, printable, say
 from sliplm.errors import InputError
 from sliplm.parties.quarantine import FILE, Quarantine
 
@@ -44,9 +44,10 @@ def list_entries(json: _Json = False) -> None:
         print_json({"file": str(own.path), "quarantined": [entry.model_dump() for entry in entries]})
         return
     if not entries:
-        typer.echo("Nobody was caught lying.")
+        say("Nobody was caught lying.")
         return
     table = Table("address", "key", "role", "date", "reason", box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
     table.columns[-1].overflow = "fold"
     for entry in entries:
         words = (entry.address, (entry.spki or "")[:16], entry.role, entry.time[:10], entry.reason)
@@ -69,4 +70,4 @@ def clear(
     if json:
         print_json({"cleared": [entry.model_dump() for entry in gone]})
         return
-    typer.echo(printable(f"cleared: {address}. Vaults that run have to be told: model.slip.rejoin(address)."))
+    say(printable(f"cleared: {address}. Vaults that run have to be told: model.slip.rejoin(address)."))

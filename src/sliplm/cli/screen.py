@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -32,9 +33,32 @@ def console(*, json: bool = False) -> Console:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One line on stdout."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    """One line on stdout; in ASCII where stdout, or UTF-8, cannot hold its names."""
+    text = json.dumps(document, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(document)
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """A line on stdout, or stderr, in the encoding that it has."""
+    stream = sys.stderr if err else sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+def settle_streams() -> None:
+    """Let what a terminal's encoding cannot hold be written as \\xNN or \\uNNNN, and never be an error."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quiet() -> None:

@@ -17,6 +17,7 @@ from sliplm.errors import FetchError
 from sliplm.examples.fetch import cache_dir
 from sliplm.examples.smollm2 import smollm2
 from sliplm.examples.text import PROMPTS, wikipedia
+from sliplm.filesystem import utf8_name
 from sliplm.planning.counts import SplitReport, report_for
 from sliplm.shares.keysource import Key, find
 from sliplm.shares.manifest import FORMAT_VERSION
@@ -167,9 +168,10 @@ def trio(prepared: Prepared) -> Iterator[Trio]:
     from sliplm.engines.transformers.answer import load_tokenizer
     from sliplm.engines.transformers.thief import thief
 
-    original = AutoModelForCausalLM.from_pretrained(
-        prepared.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    with utf8_name(prepared.model) as folder:
+        original = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     stolen = thief(prepared.model, prepared.out)
     # no background dealing: masks are dealt between the measurements, and counted apart
     with sliplm.open(prepared.out, ahead=0) as hybrid:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sliplm import durable, places
 from sliplm.errors import InputError, PlaceError, SlipError
-from sliplm.filesystem import because
+from sliplm.filesystem import because, readable
 from sliplm.network.transport import UnixAddress, parse_address
 from sliplm.reading import read_bounded
 
@@ -143,13 +143,13 @@ class Quarantine:
 
 
 def plain(address: str) -> str:
-    """An address without the keys that one uses there, a Unix socket's path absolute."""
+    """An address without the keys that one uses there, a Unix socket's path absolute, as JSON can hold it."""
     with contextlib.suppress(InputError):
         target = parse_address(address)
         if isinstance(target, UnixAddress):
-            return f"unix:{target.path.absolute()}"
-        return str(target)
-    return address
+            return readable(f"unix:{target.path.absolute()}")
+        return readable(str(target))
+    return readable(address)
 
 
 def _is(entry: Entry, address: str | None, spki: bytes | None) -> bool:

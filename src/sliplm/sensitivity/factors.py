@@ -18,6 +18,7 @@ from torch import Tensor
 from sliplm.arithmetic.equilibration import equilibrated, localisation
 from sliplm.durable import replace
 from sliplm.engines.source import stack
+from sliplm.filesystem import utf8_name
 from sliplm.sensitivity.subject import Part, Subject
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.splitting import EXACT_SVD
@@ -172,7 +173,7 @@ class Library:
         """A file's factors, cut to the rank; None where it is missing, damaged or of too small a rank."""
         rank = min(self._rank, part.group.rows, part.group.columns)
         try:
-            with safe_open(path, framework="pt") as file:
+            with utf8_name(path.parent) as named, safe_open(named / path.name, framework="pt") as file:
                 head = json.loads(file.metadata()["sliplm"])
                 if head["group"] != part.name or file.get_slice("b").get_shape()[-2] < rank:
                     return None

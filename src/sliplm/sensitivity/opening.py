@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sliplm.engines.transformers.layout import Layout
 from sliplm.errors import CheckpointError, InputError
+from sliplm.filesystem import utf8_name
 from sliplm.report import need
 
 ROOM = 1.25  # a model, and what a forward pass takes beside it
@@ -63,7 +64,8 @@ def open_model(
         folder.mkdir(mode=0o700, exist_ok=True)
         options |= {"offload_folder": str(folder), **_places(device)}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, **options)
+        with utf8_name(model_dir) as named:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(named, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"transformers cannot load {model_dir}: {error}") from error
     model.eval().requires_grad_(False)

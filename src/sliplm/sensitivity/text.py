@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sliplm.errors import CheckpointError, InputError
+from sliplm.filesystem import utf8_name
 from sliplm.reading import open_regular
 
 MAX_TEXT_BYTES = 1 << 30
@@ -43,7 +44,8 @@ def windows_of(model_dir: Path, text: str, tokens: int, window: int) -> Tensor:
         InputError: the text is too short for one window.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        with utf8_name(model_dir) as named:
+            tokenizer = AutoTokenizer.from_pretrained(named, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
             f"{model_dir} has no tokenizer that transformers can load; put the model's tokenizer files there"

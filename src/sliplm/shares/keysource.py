@@ -293,7 +293,12 @@ def _ask(twice: bool) -> bytes:
         if twice and getpass.getpass("The same again: ") != first:
             raise CredentialError("the two passphrases differ; run the command again")
         return first.encode()
-    except (EOFError, OSError, UnicodeEncodeError) as error:
+    except UnicodeError as error:
+        raise CredentialError(
+            "what was typed is no text in the encoding of this terminal: set LC_ALL=C.UTF-8, or give "
+            "passphrase:file:PATH"
+        ) from error
+    except (EOFError, OSError) as error:
         raise CredentialError("no passphrase was given; run the command again") from error
 
 

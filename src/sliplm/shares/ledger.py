@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sliplm import durable, places
 from sliplm.arithmetic.field import derive_key
 from sliplm.errors import LedgerError, SealError
+from sliplm.filesystem import readable
 from sliplm.secrecy import Secret
 from sliplm.shares.keysource import Key, KeySpec, find
 from sliplm.shares.manifest import Hex, Name, Several, Size, SplitId
@@ -300,9 +301,9 @@ def register(
     entry = Entry(
         split_id=split_id,
         date=_now(),
-        source=_text(source),
+        source=readable(source)[:4096],
         recipe=in_words(recipe),
-        folder=_text(str(folder.absolute())),
+        folder=readable(folder.absolute())[:4096],
         sketch_key=ledger.sketch_key.hex(),
         groups=tuple(GroupEntry.of(one) for one in sketches[ledger.sketch_key]),
     )
@@ -348,11 +349,6 @@ def _refusal(close: list[tuple[Entry, Likeness]]) -> str:
 
 def _label(split_id: str) -> str:
     return f"ledger/{split_id}"
-
-
-def _text(name: str) -> str:
-    """A file's name as JSON can hold it: names need not be Unicode."""
-    return name.encode(errors="replace").decode()[:4096]
 
 
 def _now() -> str:

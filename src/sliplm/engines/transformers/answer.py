@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sliplm.engines.transformers.opened import private_folder
 from sliplm.errors import InputError, ShareError
+from sliplm.filesystem import utf8_name
 
 Message = dict[str, str]
 """`role`: user or assistant, and `content`."""
@@ -58,7 +60,8 @@ def load_tokenizer(source: Path | str | Mapping[str, bytes]) -> PreTrainedTokeni
         with private_folder(source) as folder:
             return load_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        with utf8_name(Path(source)) as folder:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library of tokenizers has no kind of its own for a damaged file
         raise ShareError(
             f"{source} has no tokenizer that can be used: name a folder that has the model's (slip generate "
@@ -78,15 +81,14 @@ def encode(
     Raises:
         InputError: the prompt is empty or no text, or there is no chat template.
     """
+    if isinstance(prompt, str):
+        prompt = _utf8(prompt)
     has_template = bool(tokenizer.chat_template)
     talk = chat or not isinstance(prompt, str)
     if talk and not has_template:
         raise InputError("this model has no chat template: give a --prompt, without --chat, to be continued")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        "".join(message["content"] for message in messages).encode()
-    except UnicodeEncodeError as error:
-        raise InputError("the prompt is not UTF-8: write it in a terminal or file that is") from error
+    messages = [{**message, "content": _utf8(message["content"])} for message in messages]
     if talk or (has_template and chat is None):
         try:
             found = tokenizer.apply_chat_template(
@@ -101,6 +103,18 @@ def encode(
     if found["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty: give a text to continue")
     return {name: found[name].long() for name in ("input_ids", "attention_mask")}
+
+
+def _utf8(prompt: str) -> str:
+    """A prompt as Unicode; a command's arguments may come as bytes in disguise.  Raises: InputError."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(prompt).decode()
+        except UnicodeError:
+            raise InputError("the prompt is not UTF-8: write it in a terminal or file that is") from None
+    return prompt
 
 
 def answer(

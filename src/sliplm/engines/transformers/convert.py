@@ -15,6 +15,7 @@ from sliplm.engines.transformers.finetune import plan_against, refuse_without_ba
 from sliplm.engines.transformers.origin import compare, warn_of_named_base, warn_of_relatives
 from sliplm.engines.transformers.plan import Plan, make_plan, warn_of_whole
 from sliplm.engines.writing import refuse_existing, write_split
+from sliplm.filesystem import readable
 from sliplm.planning.counts import SplitReport
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.recipe import Recipe
@@ -90,7 +91,7 @@ def _relatives(plan: Plan, public: Path | str | Iterable[Path | str]) -> dict[st
     """How close the model is to public ones, with the warnings that this calls for."""
     proven = all(choice.rotation == "haar" for _, choice in plan.split)
     folders = [public] if isinstance(public, str | Path) else list(public)
-    plans = {str(folder): make_plan(Path(folder), Recipe(placement="vault")) for folder in folders}
+    plans = {readable(folder): make_plan(Path(folder), Recipe(placement="vault")) for folder in folders}
     if not plans:
         if not proven and plan.base is None:
             warn_of_named_base(plan.stored.checkpoint.path, level=3)

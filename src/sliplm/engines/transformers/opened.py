@@ -13,13 +13,14 @@ import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
 
 from sliplm import places
 from sliplm.errors import ShareError
-from sliplm.filesystem import because
+from sliplm.filesystem import because, utf8_name
 from sliplm.shares.share import MODEL, VaultShare, open_tensors
 from sliplm.shares.tensorfile import lay_out
 
@@ -31,9 +32,8 @@ def private_folder(files: Mapping[str, bytes]) -> Iterator[Path]:
     Raises:
         ShareError: there is no room for them.
     """
-    folder = _folder_of(files)
-    with folder:
-        yield folder.path
+    with _folder_of(files) as folder, utf8_name(folder.path) as named:
+        yield named
 
 
 class OpenedModel:
@@ -51,11 +51,11 @@ class OpenedModel:
     """
 
     def __init__(self, vault: VaultShare) -> None:
-        own = _folder_of(vault.files)
-        self.folder = own.path
+        own, held = _folder_of(vault.files), ExitStack()
+        self.folder = held.enter_context(utf8_name(own.path))
         self._descriptor = os.memfd_create("sliplm-model", os.MFD_CLOEXEC)
         # also when loading fails halfway and nobody calls close
-        self.close = weakref.finalize(self, _forget, self._descriptor, own)
+        self.close = weakref.finalize(self, _forget, self._descriptor, own, held)
         try:
             _decrypt(vault, self._descriptor)
             link = self.folder / MODEL
@@ -106,6 +106,7 @@ def _decrypt(vault: VaultShare, descriptor: int) -> None:
     open_tensors(vault.path / MODEL, vault.data_key, specs, places)
 
 
-def _forget(descriptor: int, folder: places.NewFolder) -> None:
+def _forget(descriptor: int, folder: places.NewFolder, held: ExitStack) -> None:
     os.close(descriptor)
+    held.close()
     folder.close()

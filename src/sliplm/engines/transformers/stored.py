@@ -13,6 +13,7 @@ from sliplm.engines.groups import Group
 from sliplm.engines.transformers.checkpoint import Checkpoint, Sources, locate
 from sliplm.engines.transformers.layout import Layout, discover
 from sliplm.errors import CheckpointError
+from sliplm.filesystem import readable
 from sliplm.shares.manifest import SourceModel
 
 
@@ -28,7 +29,7 @@ class StoredModel:
     def source(self) -> SourceModel:
         """Its folder, class and size, for the manifest."""
         return SourceModel(
-            name=self.checkpoint.path.resolve().name,
+            name=readable(self.checkpoint.path.resolve().name),
             config_class=type(self.layout.config).__name__,
             parameters=sum(math.prod(shape) for shape in self.layout.parameters.values()),
         )

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sliplm.engines.transformers.layout import architecture, read_config
 from sliplm.errors import ShareError
+from sliplm.filesystem import utf8_name
 from sliplm.shares.manifest import ExpertOf
 from sliplm.shares.share import open_worker, read_vault_manifest
 
@@ -45,9 +46,10 @@ def thief(model_dir: Path | str, out_dir: Path | str, *, model_class: Any = None
         read_vault_manifest(Path(out_dir) / "vault").groups,
     )
     model_class = model_class or architecture(read_config(Path(model_dir))) or AutoModelForCausalLM
-    model: PreTrainedModel = model_class.from_pretrained(
-        model_dir, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    with utf8_name(Path(model_dir)) as folder:
+        model: PreTrainedModel = model_class.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     tied = getattr(model.get_input_embeddings(), "weight", None)
     modules = dict(model.named_modules())
     for group in groups:
