@@ -304,6 +304,21 @@ def test_dealing_for_tokens_gives_experts_what_they_are_expected_to_need(eight: 
         assert vault._supply.memory.available(vault.groups.index(name)) == rows_for(100, 0.5) + 5
 
 
+def test_inspect_shows_experts_together(tmp_path: Path) -> None:
+    """A row for a weight of all layers' experts, and what part of the tokens they see."""
+    small = SMALL | {"num_hidden_layers": 2}
+    split(families.make("qwen3_moe", tmp_path / "model", **small), tmp_path / "out", RECIPE)
+    shown = {
+        side: CliRunner().invoke(app, ["inspect", str(tmp_path / "out" / side)], env={"COLUMNS": "100"})
+        for side in ("vault", "worker")
+    }
+    for name, result in shown.items():
+        assert result.output.count(" x8 ") == 2, result.output
+        assert [result.output.count(f"experts.{w}_proj") for w in ("gate_up", "down")] == [1, 1]
+        assert result.output.count("for 50 % of the") == (2 if name == "vault" else 0), result.output
+    assert "hide_routing" in shown["worker"].output
+
+
 def test_a_thief_of_the_worker_share_has_no_model(mixture: Path) -> None:
     model = thief(mixture / "model", mixture / "out")
     plain = AutoModelForCausalLM.from_pretrained(mixture / "model", dtype=torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-import re
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -135,6 +134,8 @@ def _quality(same: Sequence[GroupReport]) -> str:
 
 def _size(group: GroupReport) -> str:
     times = f", {number(group.positions)} times" if group.positions > 1 else ""
+    if group.exchange:
+        times = f", for {percent(group.use)} of the tokens"
     return f"{group.rows} x {group.columns}{times}"
 
 
@@ -208,6 +209,11 @@ def _worker(screen: Console, share: WorkerShare, all_groups: bool, json: bool) -
         f"{len(groups)} integer matrices, {size(total)}; and, while it serves, uniform field elements: how "
         "many, and when. No scale, basis, removed part, embedding, norm or bias; no token; no tokenizer."
     )
+    if not public and any(group.name.rpartition(".")[2].isdigit() for group in groups):
+        screen.print(
+            "Of a mixture it sees which experts are chosen, by secret numbers, unless the vault is loaded "
+            "with hide_routing."
+        )
     if public:
         screen.print(
             "\nBy its split id these matrices are a public model's, in clear: they hide nothing. To see that "
@@ -230,8 +236,11 @@ def fold(groups: Sequence[T], look: Callable[[T], Hashable], all_groups: bool) -
 
 def pattern(names: Sequence[str]) -> str:
     """One name for names that differ in numbers only: model.layers.{0..29}.mlp.down_proj."""
-    columns = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(_range(column) for column in columns)
+    return ".".join(_pieces(names))
+
+
+def _pieces(names: Sequence[str]) -> list[str]:
+    return [_range(column) for column in zip(*(name.split(".") for name in names), strict=True)]
 
 
 def _range(parts: Sequence[str]) -> str:
@@ -248,7 +257,7 @@ def _range(parts: Sequence[str]) -> str:
 
 
 # what differs between groups that look the same
-_OWN = {"name", "error", "svd_error", "localisation", "vault_macs", "change", "left_out"}
+_OWN = {"name", "error", "svd_error", "localisation", "vault_macs", "change", "left_out", "exchange"}
 _RANKED = {"rank", "vault_bytes", "vault_macs_share"}  # and where the ranks follow from an energy
 
 
@@ -257,9 +266,10 @@ def _look(group: GroupReport) -> Hashable:
 
 
 def _name(same: Sequence[Any]) -> Text:
-    """The name on two lines, broken after its last number."""
-    name = pattern([group.name for group in same])
-    match = re.fullmatch(r"(.*[0-9}]\.)?(.*)", name)
-    first, rest = (match[1] or "", match[2]) if match else ("", name)
-    count = f" x{len(same)}" if len(same) > 1 else ""
-    return Text(first, style="dim").append(count + ("\n" if first else "")).append(rest, style="not dim bold")
+    """The name on two lines, broken after the last number that is not its end."""
+    pieces = _pieces([group.name for group in same])
+    numbers = [i for i, piece in enumerate(pieces[:-1], 1) if piece[-1:].isdigit() or piece[-1:] == "}"]
+    first, rest = pieces[: numbers[-1] if numbers else 0], pieces[numbers[-1] if numbers else 0 :]
+    count = (f" x{len(same)}" if len(same) > 1 else "") + ("\n" if first else "")
+    head = Text("".join(f"{piece}." for piece in first), style="dim")
+    return head.append(count).append(".".join(rest), style="not dim bold")

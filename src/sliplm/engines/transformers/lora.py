@@ -144,7 +144,8 @@ def read_adapter(name: str, path: Path, model: StoredModel) -> Adapter:
     """
     config = _read_config(name, path)
     file = _AdapterFile(name, path)
-    linears = {member.module: member for group in model.layout.groups for member in group.members}
+    layers = (group for group in model.layout.groups if group.expert is None)  # experts are no modules
+    linears = {member.module: member for group in layers for member in group.members}
     names, own = _Names(model), dict[str, str]()
     keys: dict[str, dict[str, str]] = {}
     _check_gathered(name, file)
