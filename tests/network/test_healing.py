@@ -18,7 +18,14 @@ from typing import Any
 
 import pytest
 
-from sliplm.errors import InputError, PassingCredentialError, WorkerTimeout, WorkerUnavailable
+from sliplm.errors import (
+    CredentialError,
+    InputError,
+    PassingCredentialError,
+    SlipError,
+    WorkerTimeout,
+    WorkerUnavailable,
+)
 from sliplm.network import authority, keys
 from sliplm.network.listener import listen
 from sliplm.network.transport import (
@@ -77,6 +84,43 @@ def test_dates_of_the_peers_certificate_point_at_the_clocks(code: int) -> None:
     error.verify_code, error.verify_message = code, "certificate is not yet valid"
     found = translate(error, "peer")
     assert isinstance(found, PassingCredentialError) and "clock" in str(found)
+
+
+@pytest.mark.parametrize("role", ["vault", "worker"])
+@pytest.mark.parametrize("hours", [1, 3])
+def test_clocks_that_differ_are_no_matter_or_called_clocks_on_both_sides(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, role: Any, hours: int
+) -> None:
+    """Keys that were made just now by a clock that is ahead of the one of OpenSSL."""
+    real = keys.now
+    with monkeypatch.context() as patch:
+        for module in (keys, authority):
+            patch.setattr(module, "now", lambda: real() + datetime.timedelta(hours=hours, minutes=1))
+        authority.issue(folder, role, "ahead")
+        names = {"vault": "vault", "worker": "worker", role: "ahead"}
+        said: list[SlipError] = []
+
+        def serve() -> None:
+            try:
+                _serve_one(listener)
+            except SlipError as error:
+                said.append(error)
+
+        with listen("127.0.0.1:0", folder / names["worker"]) as listener:
+            serving = threading.Thread(target=serve)
+            serving.start()
+            try:
+                with closing(connect(f"{listener.address}?keys={folder / names['vault']}", LIMIT)) as there:
+                    there.receive_exactly(memoryview(bytearray(1)), time.monotonic() + LIMIT)
+            except SlipError as error:
+                said.append(error)
+            serving.join(LIMIT)
+    dated = [str(error) for error in said if isinstance(error, CredentialError)]
+    assert len(dated) == (0 if hours == 1 else len(said)) and said
+    assert all("compare the clocks" in each for each in dated)
+    assert all(
+        isinstance(error, PassingCredentialError) for error in said if isinstance(error, CredentialError)
+    )
 
 
 def test_relative_keys_survive_another_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ AUTHORITY_DAYS: Final = 3650  # the authority outlives what it signs: certificat
 ISSUED: Final = "issued.json"
 MAX_REGISTER_BYTES: Final = 1 << 28
 
-_SKEW: Final = datetime.timedelta(hours=1)  # clocks of two machines differ
+_SKEW: Final = datetime.timedelta(hours=2)  # clocks of two machines differ
 _HOME: Final = "authority"
 _USAGE: Final = {
     "vault": ExtendedKeyUsageOID.CLIENT_AUTH,

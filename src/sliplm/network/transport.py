@@ -53,6 +53,11 @@ _REFUSALS: Final = (  # of our certificate, by a word of OpenSSL's reason, and w
     ("EXPIRED", "compare the clocks of both machines; if they are right, `slip keys rotate` makes a new one"),
     ("UNKNOWN_CA", "both key folders must come from one `slip keys init`: copy ours again, or the peer's"),
     ("REVOKED", "`slip keys rotate` makes a new one in place of a revoked one"),
+    (
+        "BAD_CERTIFICATE",
+        "compare the clocks of both machines, for it may not be valid there yet; if they are right, use the "
+        "key folder of our role, from the `slip keys init` that the peer's comes from",
+    ),
     ("", "use the key folder of our role, from the `slip keys init` that the peer's comes from"),
 )
 _FAREWELL: Final = 1.0  # seconds for the last words to reach a peer
