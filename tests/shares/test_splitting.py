@@ -21,6 +21,30 @@ def weights(m: int, n: int, seed: int = 0) -> np.ndarray:
     return ((u * decay) @ v.T + 0.01 * rng.standard_normal((m, n))).astype(np.float32)
 
 
+@pytest.mark.parametrize("rotation", ["fast", "none"])
+@pytest.mark.parametrize(("factor", "row"), [(1e-30, 0), (1, 1e15), (1, 1e20), (1, 3e37), (1, 3e38)])
+def test_sizes_whose_squares_leave_float32_hide_as_much(factor: float, row: float, rotation: str) -> None:
+    weight = weights(24, 40) * np.float32(factor)
+    if row:
+        weight[3] = row
+    with np.errstate(all="raise", under="ignore"):
+        parts = split_group("g", weight, rank=4, precision=12, rotation=rotation)
+    b = parts.secrets.b / np.linalg.norm(parts.secrets.b, axis=1, keepdims=True)
+    assert np.allclose(b @ b.T, np.eye(4), atol=1e-5)
+    assert parts.error < 1e-3 and parts.svd_error < 1e-5
+    left = np.linalg.svd(
+        weight.astype(np.float64) - parts.secrets.a.astype(np.float64) @ parts.secrets.b, compute_uv=False
+    )
+    true = np.linalg.svd(weight.astype(np.float64), compute_uv=False)
+    assert left[0] < 1.01 * true[4] + 1e-6 * true[0]
+
+
+def test_values_that_no_product_can_hold_are_refused_with_their_size() -> None:
+    weight = np.sign(weights(24, 40)) * np.float32(3.4e38)  # the rest is larger than the weight somewhere
+    with pytest.raises(CheckpointError, match=r"g: its largest values, near 3e[+]38, leave float32"):
+        split_group("g", weight, rank=4, precision=12, rotation="fast")
+
+
 @given(st.integers(1, 70), st.integers(1, 70), st.data())
 @settings(max_examples=60)
 def test_both_parts_together_are_the_weight(m: int, n: int, data: st.DataObject) -> None:

@@ -21,6 +21,7 @@ CHALLENGES = 2  # t: a wrong product passes with probability p^-2 = 2^-64
 CHALLENGE_SETS = 4  # one in use, the others spare: a set is not used again after a failed check
 EXACT_SVD = 4096  # smaller side up to which the decomposition is exact; above, randomised
 _OVERSAMPLING, _POWER_STEPS = 16, 4
+_USUAL = 20  # exponents of the largest entry, with which no square leaves float32
 _SLIGHT = 2.0**-20  # of the columns' root mean square
 
 
@@ -118,7 +119,13 @@ def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotatio
         raise CheckpointError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged")
     # 1. the most sensitive part
     a, b = top_triplets(weight, rank)
-    rest = weight - a @ b
+    with np.errstate(over="ignore", invalid="ignore"):
+        rest = weight - a @ b
+    if not np.isfinite(rest).all():
+        raise CheckpointError(
+            f"{name}: its largest values, near {np.abs(weight).max():.0e}, leave float32 in every product; "
+            "keep it whole by a rule with placement 'vault', or scale it down where the checkpoint is made"
+        )
     # 2. hide the basis, of a matrix without small or large rows and columns
     seed = new_key()
     level = equilibrated(rest) if rotation != "none" else undivided(rest)
@@ -166,17 +173,21 @@ def rounding_noise(w: npt.NDArray[np.integer], scale: Floats, d_out: Floats) -> 
 
 def top_triplets(weight: Floats, rank: int) -> tuple[Floats, Floats]:
     """A [m, k], B [k, n] with A B the best rank-k approximation of W [m, n], B's rows orthonormal (SPEC split
-    step 1).
+    step 1), times a power of two where float32 could not hold A else.
 
     Exact up to EXACT_SVD on the smaller side; above, by a randomised range finder with power steps.
     """
     if rank == 0:
         return np.zeros((weight.shape[0], 0), np.float32), np.zeros((0, weight.shape[1]), np.float32)
+    weight, exponent = _near_one(weight)
     right = _right_vectors(weight, rank)
     # of a column that is nearly zero the vectors hold rounding noise, which W_D would show beside it
     norms = np.linalg.norm(weight, axis=0)
     right[norms <= _SLIGHT * np.sqrt(np.square(norms).mean())] = 0
-    return np.ascontiguousarray(weight @ right, np.float32), np.ascontiguousarray(right.T, np.float32)
+    left = weight @ right
+    above = max(0, exponent + _exponent(left) - 127)  # what float32 has no room for in A
+    a, b = np.ldexp(left, exponent - above), np.ldexp(right.T, above)
+    return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
 
 
 def direction_error(weight: Floats, a: Floats, b: Floats) -> float:
@@ -184,9 +195,20 @@ def direction_error(weight: Floats, a: Floats, b: Floats) -> float:
 
     About 10^-6 where the decomposition is exact; where it is randomised, how well it went.
     """
-    turned = weight.T @ a
+    turned = _near_one(weight)[0].T @ _near_one(a)[0]
+    b = b / max(1.0, float(np.linalg.norm(b, axis=1).max(initial=0.0)))
     total = float(np.linalg.norm(turned))
     return float(np.linalg.norm(turned - b.T @ (b @ turned))) / total if total else 0.0
+
+
+def _near_one(matrix: Floats) -> tuple[Floats, int]:
+    """A matrix whose squares float32 can hold, and the exponent of two that was taken out of it."""
+    exponent = _exponent(matrix)
+    return (matrix, 0) if abs(exponent) <= _USUAL else (np.ldexp(matrix, -exponent), exponent)
+
+
+def _exponent(matrix: Floats) -> int:
+    return int(np.frexp(max(matrix.max(initial=0.0), -matrix.min(initial=0.0)))[1])
 
 
 def _right_vectors(weight: Floats, rank: int) -> Floats:
@@ -235,6 +257,6 @@ def _challenges(seed: bytes, number: int, m: int) -> Elements:
 def _relative_error(hidden: Floats, w: npt.NDArray[np.integer], scale: Floats) -> float:
     wrong = total = 0.0
     for row, integers, s in zip(hidden, w, scale, strict=True):
-        wrong += float(np.square(row - integers * s).sum())
-        total += float(np.square(row).sum())
+        wrong += float(np.square(row - integers * s, dtype=np.float64).sum())
+        total += float(np.square(row, dtype=np.float64).sum())
     return math.sqrt(wrong / total) if total else 0.0
