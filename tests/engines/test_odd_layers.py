@@ -18,7 +18,7 @@ from torch import nn
 import families
 import sliplm
 from sliplm.engines.transformers.inputs import candidates
-from sliplm.engines.transformers.layout import discover, meta_model
+from sliplm.engines.transformers.layout import attention_of, discover, meta_model
 from sliplm.engines.transformers.load import reference
 from sliplm.engines.transformers.trial import Trial, run_trial
 from sliplm.errors import CheckpointError, SlipWarning, UnsplittableError
@@ -61,6 +61,56 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
             )
         ),
         "",
+    ),
+    "writes to a weight": (
+        lambda: tf.RwkvForCausalLM(
+            tf.RwkvConfig(
+                vocab_size=300, hidden_size=48, num_hidden_layers=2, attention_hidden_size=48,
+                intermediate_size=96, rescale_every=1, bos_token_id=0, eos_token_id=0,
+            )
+        ),
+        r"attention\.output.*: the model reads its `weight`",
+    ),
+    "initialises by shape": (
+        lambda: tf.BltForCausalLM(
+            tf.BltConfig(
+                vocab_size=260, encoder_hash_byte_group_vocab=64, encoder_hash_byte_group_size=[3],
+                patch_in_forward=False, max_position_embeddings=128,
+                patcher_config=TEXT | {"vocab_size": 260},
+                encoder_config=TEXT | {"vocab_size": 260, "hidden_size_global": 48},
+                decoder_config=TEXT | {"vocab_size": 260, "hidden_size_global": 48},
+                global_config=TEXT,
+            )
+        ),
+        "",
+    ),
+    "a row of tokens for each code": (
+        lambda: tf.MusicgenForCausalLM(
+            tf.MusicgenDecoderConfig(
+                vocab_size=300, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, ffn_dim=96,
+                num_codebooks=4, pad_token_id=0, bos_token_id=0,
+            )
+        ),
+        "took no part",
+    ),
+    "what a detector saw": (
+        lambda: tf.LxmertModel(
+            tf.LxmertConfig(
+                vocab_size=300, hidden_size=48, num_attention_heads=4, intermediate_size=96, l_layers=1,
+                x_layers=1, r_layers=1, visual_feat_dim=32,
+            )
+        ),
+        "it has 4 singular",
+    ),
+    "one weight in two layers": (
+        lambda: tf.ZambaForCausalLM(
+            tf.ZambaConfig(
+                vocab_size=300, hidden_size=48, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=4, intermediate_size=96, mamba_d_state=8,
+                layers_block_type=["linear_attention", "hybrid"] * 2,
+            )
+        ),
+        r"q_proj.*: it shares its weight with model\.layers\.\d\.shared_transf",
     ),
     "frequencies that depend on the length": (
         lambda: tf.LlamaForCausalLM(
@@ -140,6 +190,13 @@ def test_whatever_the_model_reads_of_a_layer_is_seen(read: Callable[[Any], Any],
     assert bool(found) == bool(why)
 
 
+def test_heads_that_differ_between_layers_are_counted_one_by_one() -> None:
+    config = tf.Dots3NoteTextConfig()
+    each = [layer.num_attention_heads for layer in config.per_layer_config]
+    assert len(set(each)) == 2
+    assert [layer.heads for layer in attention_of(config)] == each
+
+
 def test_what_the_text_path_does_not_run_stays_whole(tmp_path: Path) -> None:
     text = tf.LlamaConfig(**TEXT, num_key_value_heads=4)
     config = tf.LlavaConfig(
@@ -194,7 +251,6 @@ def test_types_that_are_not_used_do_no_harm(dtype: torch.dtype, tmp_path: Path) 
         sliplm.split(model, tmp_path / "other", i_know=True)
 
 
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_a_row_of_huge_values_is_split(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     model = _changed(tmp_path, lambda tensors: tensors[name][0].fill_(3e37))

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from sliplm.engines.groups import Expert, Group, Linear
+from sliplm.engines.transformers.inputs import setting
 
 UP = ("gate_up_proj", "up_proj")  # the first product's weight, with and without a gate
 DOWN = "down_proj"
@@ -70,7 +71,7 @@ def _use(config: PretrainedConfig, experts: int) -> float:
     """What part of the tokens an expert sees, if all see as many; 1 where the configuration is silent."""
     text = config.get_text_config()
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
-    chosen = next((v for n in names if isinstance(v := getattr(text, n, None), int) and v > 0), experts)
+    chosen = next((v for n in names if isinstance(v := setting(text, n), int) and v > 0), experts)
     return min(1.0, chosen / experts)
 
 

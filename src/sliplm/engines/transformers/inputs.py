@@ -56,7 +56,7 @@ def _with_text(model: PreTrainedModel, main: Inputs, tokens: int, takes: Any) ->
     inputs = dict(main)
     if model.main_input_name == "input_ids" or "input_ids" in _required(takes):
         inputs |= {"input_ids": text, "attention_mask": mask}
-    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
+    if "decoder_input_ids" in takes and setting(config, "is_encoder_decoder"):
         inputs |= {"decoder_input_ids": text, "decoder_attention_mask": mask}
     if model.main_input_name == "input_ids" and type(model).__name__.endswith("ForMultipleChoice"):
         inputs |= {
@@ -64,6 +64,12 @@ def _with_text(model: PreTrainedModel, main: Inputs, tokens: int, takes: Any) ->
             "attention_mask": mask[:, None].expand(1, 2, -1),
         }
     yield inputs
+    codes = _find(config, "num_codebooks")
+    if codes and model.main_input_name == "input_ids":  # a row of tokens for each code of a sound
+        yield inputs | {"input_ids": text.repeat(codes, 1)}
+    if "visual_feats" in takes:  # what a detector saw, and where
+        seen, place = _find(config, "visual_feat_dim") or 2048, _find(config, "visual_pos_dim") or 4
+        yield inputs | {"visual_feats": _wave((1, 2, seen)), "visual_pos": _wave((1, 2, place))}
     if "pixel_values" in takes and "pixel_values" not in main and hasattr(config, "vision_config"):
         for shape in _images(config):
             yield inputs | {"pixel_values": _wave(shape)}
@@ -89,7 +95,7 @@ def _tokens(model: PreTrainedModel, tokens: int) -> Tensor:
     }
     plain = [token for token in range(min(size, 64)) if token not in special] or [0]
     ids = torch.tensor([[plain[i % len(plain)] for i in range(tokens)]])
-    end = getattr(config, "eos_token_id", None)
+    end = setting(config, "eos_token_id")
     if isinstance(end, int) and 0 <= end < size and _find(model.config, "is_encoder_decoder"):
         ids[0, -1] = end
     return ids
@@ -126,9 +132,17 @@ def _sounds(config: PretrainedConfig) -> Iterator[tuple[int, ...]]:
         yield (1, 64, bins)
 
 
+def setting(config: PretrainedConfig, name: str) -> Any:
+    """A setting of a configuration; None where it has none, or another one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # what transformers raises where layers differ
+        return None
+
+
 def _find(config: Any, name: str) -> Any:
     """A setting of a configuration, or of the first of its parts that has it."""
-    value = getattr(config, name, None)
+    value = setting(config, name)
     if value is not None:
         return value
     parts = (v for v in vars(config).values() if isinstance(v, PretrainedConfig))

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging  # its verbosity 
 
 from sliplm.engines.groups import Group, Linear, group_name
 from sliplm.engines.transformers.experts import expert_groups, experts_of, router_groups, routers_of
+from sliplm.engines.transformers.inputs import setting
 from sliplm.engines.transformers.trial import Trial, line, raw, run_trial
 from sliplm.errors import CheckpointError
 from sliplm.reading import read_bounded
@@ -69,6 +70,7 @@ def discover(model_dir: Path | str) -> Layout:
     state = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter has several names
     first = {id(p): name for name, p in reversed(state.items())}
     tied = {name: first[id(p)] for name, p in state.items() if first[id(p)] != name}
+    _keep_shared(trial, tied)
     if getattr(config, "is_encoder_decoder", False):
         _keep_tied(trial, tied)
     return Layout(
@@ -186,15 +188,18 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 def attention_of(config: PretrainedConfig) -> tuple[Attention, ...]:
     """Heads, head width and window of each layer, from the configuration; empty where it does not say."""
     text = config.get_text_config()
-    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
-    if not isinstance(layers, int) or not isinstance(heads, int):
+    layers = setting(text, "num_hidden_layers")
+    if not isinstance(layers, int):
         return ()
-    each = getattr(text, "per_layer_config", None) or [text] * layers  # Gemma 4's layers differ in width
-    kinds = getattr(text, "layer_types", None)
+    each = setting(text, "per_layer_config") or [text] * layers  # Gemma 4's layers differ in width
+    kinds = setting(text, "layer_types")
     found = []
     for i, layer in enumerate(each[j] for j in range(layers)):
-        width = getattr(layer, "head_dim", None) or getattr(layer, "hidden_size", heads) // heads
-        window = getattr(layer, "sliding_window", None)
+        heads = setting(layer, "num_attention_heads")
+        if not isinstance(heads, int):
+            return ()
+        width = setting(layer, "head_dim") or (setting(layer, "hidden_size") or heads) // heads
+        window = setting(layer, "sliding_window")
         kind = kinds[i] if kinds else "sliding_attention" if window else "full_attention"
         limit = window if kind == "sliding_attention" else None
         found.append(Attention(heads=heads, head_dim=width, window=limit))
@@ -202,6 +207,18 @@ def attention_of(config: PretrainedConfig) -> tuple[Attention, ...]:
 
 
 # --- what the trial showed ----------------------------------------------------------------------------
+
+
+def _keep_shared(trial: Trial, tied: dict[str, str]) -> None:
+    """Layers with one weight between them stay whole: two shares of a matrix show more than one."""
+    users: dict[str, list[str]] = {}
+    for name in trial.calls:
+        users.setdefault(tied.get(f"{name}.weight", f"{name}.weight"), []).append(name)
+    for names in users.values():
+        for name, other in zip(names, reversed(names), strict=True):
+            if len(names) > 1:
+                del trial.calls[name]
+                trial.whole[name] = f"it shares its weight with {other if other != name else names[0]}"
 
 
 def _keep_tied(trial: Trial, tied: dict[str, str]) -> None:

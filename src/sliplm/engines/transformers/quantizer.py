@@ -198,7 +198,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in [name for name, module in model.named_modules() if isinstance(module, SlipLinear)]:
             model.all_tied_weights_keys.pop(f"{name}.weight", None)  # no longer there to be tied
         for module in _split_layers(model):
-            vars(module)["weight"] = _initialised()  # GPT-2 and others initialise `c_proj.weight` by name
+            vars(module)["weight"] = _initialised(module)  # GPT-2, BLT, others initialise layers by name
         files[:] = [self._opened.path]  # the very list that transformers reads next
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -337,9 +337,9 @@ def _split_layers(model: PreTrainedModel) -> list[SlipLinear]:
     return [module for module in model.modules() if isinstance(module, SlipLinear)]
 
 
-def _initialised() -> torch.Tensor:
-    """An empty tensor that transformers' initialisers pass over."""
-    tensor = torch.empty(0)
+def _initialised(layer: SlipLinear) -> torch.Tensor:
+    """A tensor of a layer's shape without memory, that transformers' initialisers pass over."""
+    tensor = torch.empty(layer.out_features, layer.in_features, device="meta")
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     return tensor
 

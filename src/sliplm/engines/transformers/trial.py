@@ -127,6 +127,8 @@ class StandIn(nn.Module):
         except AttributeError:
             found = getattr(self.layer, name)
             self._whole(f"the model reads its `{name}`")
+            if isinstance(found, nn.Parameter):  # a model may write to it: RWKV scales its layers so
+                return nn.Parameter(found.clone(memory_format=torch.contiguous_format), requires_grad=False)
             return found
 
     def _whole(self, why: str) -> None:
