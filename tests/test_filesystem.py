@@ -23,6 +23,8 @@ import pytest
 import families
 import sliplm
 from sliplm import filesystem
+from sliplm.engines.transformers import opened
+from sliplm.engines.transformers.load import reference
 from sliplm.errors import (
     CredentialError,
     InputError,
@@ -205,6 +207,26 @@ def test_a_file_that_cannot_be_replaced_is_named_with_its_file_system(weak: Weak
         Quarantine(Path(weak.root) / "quarantine.json")._change(lambda old: old)
     with pytest.raises(CredentialError, match=rf"{NAMED}cannot do this|exists"):
         authority.init(Path(weak.root) / "keys")
+
+
+def test_without_memfd_weights_lie_in_a_tmpfs_and_never_on_a_disk(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sliplm.split(model, tmp_path / "out", sliplm.Recipe(rank=4))
+    asked = []
+
+    def missing(name: str, *_: Any) -> int:
+        asked.append(name)
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    wanted = reference(tmp_path / "out").get_output_embeddings()
+    monkeypatch.setattr(os, "memfd_create", missing)
+    if filesystem.kind(Path("/dev/shm")) == "tmpfs":
+        assert type(reference(tmp_path / "out").get_output_embeddings()) is type(wanted)
+    monkeypatch.setattr(opened, "kind", lambda _: "ext4")
+    with pytest.raises(ShareError, match="neither memfd nor a tmpfs"):
+        reference(tmp_path / "out")
+    assert len(asked) > 1
 
 
 KINDS = {

@@ -130,7 +130,7 @@ def save_png(picture: Picture, folder: Path) -> Path:
     """
     path = folder / f"{picture.name}.png"
     try:
-        replace(path, picture.png)
+        replace(path, picture.png, lasting=False)
     except OSError as error:
         raise write_error(path, len(picture.png), error) from error
     return path

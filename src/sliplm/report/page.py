@@ -48,7 +48,7 @@ def write_page(path: Path, title: str, lead: Sequence[str], sections: Sequence[S
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     page = environment.from_string(_TEMPLATE).render(title=title, lead=lead, sections=sections)
     try:
-        replace(path, page.encode())
+        replace(path, page.encode(), lasting=False)
     except OSError as error:
         raise write_error(path, len(page), error) from error
 

@@ -188,6 +188,6 @@ def _write(path: Path, name: str, factors: Factors) -> None:
     tensors = {"values": factors.values, "a": factors.a, "b": factors.b}
     data = to_bytes(tensors, metadata={"sliplm": head})
     try:
-        replace(path, data)
+        replace(path, data, lasting=False)
     except OSError as error:
         raise write_error(path, len(data), error) from error

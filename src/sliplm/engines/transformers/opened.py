@@ -15,14 +15,17 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from torch import nn
 
 from sliplm import places
 from sliplm.errors import ShareError
-from sliplm.filesystem import because, utf8_name
+from sliplm.filesystem import because, is_missing, kind, utf8_name
 from sliplm.shares.share import MODEL, VaultShare, open_tensors
 from sliplm.shares.tensorfile import lay_out
+
+_MEMORY: Final = Path("/dev/shm")  # noqa: S108
 
 
 @contextlib.contextmanager
@@ -53,7 +56,17 @@ class OpenedModel:
     def __init__(self, vault: VaultShare) -> None:
         own, held = _folder_of(vault.files), ExitStack()
         self.folder = held.enter_context(utf8_name(own.path))
-        self._descriptor = os.memfd_create("sliplm-model", os.MFD_CLOEXEC)
+        try:
+            self._descriptor = _memory_file()
+        except OSError as error:
+            held.close()
+            own.close()
+            advice = "make room"
+            if is_missing(error):
+                advice = f"there is neither memfd nor a tmpfs in {_MEMORY}: mount one there"
+            raise ShareError(
+                f"{vault.path / MODEL} cannot be opened in memory ({error}): {advice}"
+            ) from error
         # also when loading fails halfway and nobody calls close
         self.close = weakref.finalize(self, _forget, self._descriptor, own, held)
         try:
@@ -69,6 +82,16 @@ class OpenedModel:
                 ) from error
             raise
         self.path = str(link)
+
+
+def _memory_file() -> int:
+    """A file in memory that has no name.  Raises: OSError."""
+    try:
+        return os.memfd_create("sliplm-model", os.MFD_CLOEXEC)
+    except OSError as error:
+        if not is_missing(error) or kind(_MEMORY) != "tmpfs":  # nothing in clear goes to a disk
+            raise
+    return os.open(_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
 def _folder_of(files: Mapping[str, bytes]) -> places.NewFolder:

@@ -98,7 +98,7 @@ def _new(vault: Path, source: Path) -> dict[str, bytes]:
     if not new:
         raise CheckpointError(
             f"{source} has none of the files that a split copies, such as {GENERATION[0]}, {TOKENIZER[0]} or "
-            "chat_template.jinja: see their names"
+            "chat_template.jinja: give the files their usual names"
         )
     return new
 
