@@ -19,7 +19,7 @@ WEIGHT = (
     "engines/transformers/convert.py", "engines/transformers/checkpoint.py", "engines/transformers/layout.py",
     "engines/transformers/plan.py", "engines/writing.py", "engines/source.py", "shares/splitting.py",
     "arithmetic/equilibration.py", "arithmetic/rotation.py", "arithmetic/fixedpoint.py",
-    "arithmetic/field.py", "shares/share.py", "shares/sealing.py", "shares/tensorfile.py",
+    "arithmetic/field.py", "shares/contents.py", "shares/sealing.py", "shares/tensorfile.py",
     "shares/manifest.py", "shares/ledger.py",
 )  # fmt: skip
 """The files that a weight passes, in order."""
@@ -64,7 +64,7 @@ FLOORS = (
     Floor("protocol", "#eef5fd", 80, ({2: "vault_side", 4: "frames", 5: "worker_side"},)),
     Floor("masks", "#f6f8fa", 80, ({0: "masks"},)),
     Floor("shares", "#fff8ec", 148, (
-        {1: "manifest", 2: "ledger"}, {0: "splitting", 1: "tensorfile", 2: "sealing", 3: "share"})),
+        {1: "manifest", 2: "ledger"}, {0: "splitting", 1: "tensorfile", 2: "sealing", 3: "contents"})),
     Floor("arithmetic", "#eef5fd", 84, (
         {0: "equilibration", 1: "rotation", 2: "fixedpoint", 3: "field", 5: "kernels"},)),
 )  # fmt: skip
@@ -228,14 +228,14 @@ def weight_ways(at: dict[str, Room]) -> list[str]:
     pairs = [*pairwise(across)]
     pairs += [("equilibration", "rotation"), ("rotation", "fixedpoint"), ("fixedpoint", "field")]
     out = [way([at[a].at("e"), at[b].at("w")], RED) for a, b in pairs]
-    back = (("writing", "source"), ("share", "sealing"), ("sealing", "tensorfile"))
+    back = (("writing", "source"), ("contents", "sealing"), ("sealing", "tensorfile"))
     out += [way([at[a].at("w"), at[b].at("e")], RED) for a, b in back]
     down, turn = at["plan"].at("s"), at["writing"].at("e")
     out.append(way([down, (down[0], turn[1]), turn], RED))
     start, end, lane = at["source"].at("w"), at["splitting"].at("w"), COLUMNS[0] - 11
     out.append(way([start, (lane, start[1]), (lane, end[1]), end], RED))
     out.append(way([at["splitting"].at("s"), at["equilibration"].at("n")], RED))
-    out.append(way([at["field"].at("n"), at["share"].at("s")], RED))
+    out.append(way([at["field"].at("n"), at["contents"].at("s")], RED))
     out.append(way([at["tensorfile"].at("n"), at["manifest"].at("s")], RED))
     out.append(way([at["manifest"].at("e"), at["ledger"].at("w")], RED))
     ledger, gap = at["ledger"].at("e"), COLUMNS[3] - 10

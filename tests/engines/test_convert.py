@@ -23,10 +23,11 @@ from sliplm.engines.transformers.answer import load_tokenizer
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import CheckpointError, RecipeError, SealError, ShareError
 from sliplm.planning.counts import counts_for_shapes, report_for
+from sliplm.shares.contents import secret_tensors
 from sliplm.shares.keysource import find
 from sliplm.shares.manifest import Attention
 from sliplm.shares.recipe import Recipe, Rule
-from sliplm.shares.share import check_pair, open_vault, open_worker, read_vault_manifest, secret_tensors
+from sliplm.shares.share import check_pair, open_vault, open_worker, read_vault_manifest
 from test_generation import byte_tokenizer
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}

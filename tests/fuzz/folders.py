@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sliplm.shares.contents import sealed_spec, secret_tensors
 from sliplm.shares.manifest import (
     Attention,
     KeptTensor,
@@ -21,7 +22,7 @@ from sliplm.shares.manifest import (
 )
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.sealing import make_seal, seal_blob, seal_manifest
-from sliplm.shares.share import MANIFEST, MODEL, SHARE, record, sealed_spec, secret_tensors
+from sliplm.shares.share import MANIFEST, MODEL, SHARE, record
 from sliplm.shares.splitting import split_group
 from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec
 

@@ -7,8 +7,9 @@ import io
 
 from folders import KEY, scratch, vault_folder
 from sliplm.errors import SlipError
+from sliplm.shares.contents import secret_specs
 from sliplm.shares.sealing import SEAL, open_blob, open_seal, seal_blob, sealed_bytes
-from sliplm.shares.share import MODEL, SHARE, open_tensors, open_vault, read_vault_manifest, secret_specs
+from sliplm.shares.share import MODEL, SHARE, open_tensors, open_vault, read_vault_manifest
 
 MAX_LEN = 8192
 

@@ -36,6 +36,7 @@ from sliplm.engines.transformers.load import load, reference
 from sliplm.engines.transformers.opened import OpenedModel
 from sliplm.errors import CredentialError, SealError, ShareError, SlipError
 from sliplm.shares import sealing
+from sliplm.shares.contents import sealed_spec, secret_specs, secret_tensors
 from sliplm.shares.manifest import KeptTensor, Member, SourceModel, VaultGroup, VaultManifest
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.sealing import (
@@ -49,7 +50,7 @@ from sliplm.shares.sealing import (
     seal_manifest,
     sealed_bytes,
 )
-from sliplm.shares.share import open_vault, record, sealed_spec, secret_specs, secret_tensors
+from sliplm.shares.share import open_vault, record
 from sliplm.shares.splitting import split_group
 from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec, read_header
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 import families
 from sliplm.engines.transformers.convert import split
 from sliplm.errors import MismatchError, SealError, ShareError
+from sliplm.shares.contents import sealed_spec, secret_specs, worker_spec
 from sliplm.shares.manifest import ExpertOf, Member, VaultGroup, WorkerGroup, WorkerManifest
 from sliplm.shares.recipe import Recipe, Rule
 from sliplm.shares.share import (
@@ -31,9 +32,6 @@ from sliplm.shares.share import (
     open_worker,
     read_vault_manifest,
     record,
-    sealed_spec,
-    secret_specs,
-    worker_spec,
 )
 from sliplm.shares.tensorfile import (
     MAX_HEADER_BYTES,

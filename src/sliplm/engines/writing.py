@@ -22,6 +22,7 @@ from sliplm.errors import (
     SlipWarning,
 )
 from sliplm.planning.counts import SplitReport, report_for
+from sliplm.shares.contents import sealed_spec, secret_specs, secret_tensors, worker_spec
 from sliplm.shares.keysource import Key, KeySpec, checked, find, new_key_file
 from sliplm.shares.ledger import VAULT_FILE, Ledger, Registration, register
 from sliplm.shares.manifest import (
@@ -41,11 +42,7 @@ from sliplm.shares.share import (
     SHARE,
     read_vault_manifest,
     record,
-    sealed_spec,
-    secret_specs,
-    secret_tensors,
     sliplm_version,
-    worker_spec,
 )
 from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
 

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from sliplm.arithmetic import rotation
+from sliplm.shares.contents import integer_type
 from sliplm.shares.manifest import (
     Attention,
     Difference,
@@ -34,7 +35,6 @@ from sliplm.shares.manifest import (
 )
 from sliplm.shares.recipe import GroupChoice, Placement, Recipe, RotationKind, Tail
 from sliplm.shares.sealing import sealed_bytes
-from sliplm.shares.share import integer_type
 from sliplm.shares.sketch import Likeness
 from sliplm.shares.splitting import CHALLENGE_SETS, CHALLENGES
 from sliplm.shares.tensorfile import ITEM_BYTES
@@ -291,7 +291,7 @@ def _vault_macs(m: int, n: int, choice: GroupChoice) -> VaultMacs:
 
 
 def _secret_bytes(m: int, n: int, rank: int) -> int:
-    """As `share.secret_specs` lists them, sealed."""
+    """As `contents.secret_specs` lists them, sealed."""
     plain = (4 * m * rank, 4 * rank * n, 4 * m, 4 * m, 4 * n, 4 * CHALLENGE_SETS * CHALLENGES * n, 8, 8, 32)
     return sum(sealed_bytes(count) for count in plain)
 

@@ -23,6 +23,7 @@ from sliplm.engines.transformers.layout import Layout, discover, own_code, read_
 from sliplm.engines.transformers.publicbase import PublicBase, Split
 from sliplm.engines.transformers.stored import StoredModel
 from sliplm.errors import RecipeError, SlipWarning, UnsplittableError
+from sliplm.shares.contents import integer_type
 from sliplm.shares.manifest import (
     FORMAT_VERSION,
     Attention,
@@ -34,7 +35,7 @@ from sliplm.shares.manifest import (
     VaultGroup,
 )
 from sliplm.shares.recipe import GroupChoice, Recipe
-from sliplm.shares.share import integer_type, sliplm_version
+from sliplm.shares.share import sliplm_version
 from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 

@@ -12,10 +12,10 @@ from sliplm.engines.groups import Group
 from sliplm.engines.source import stack
 from sliplm.engines.transformers.lora import Adapter, fingerprint
 from sliplm.engines.transformers.stored import StoredModel
+from sliplm.shares.contents import adapter_tensors
 from sliplm.shares.manifest import VaultGroup
 from sliplm.shares.publicbase import split_base, split_difference
 from sliplm.shares.recipe import GroupChoice
-from sliplm.shares.share import adapter_tensors
 from sliplm.shares.splitting import GroupSplit
 
 Split = tuple[tuple[Group, GroupChoice], ...]
