@@ -82,6 +82,6 @@ def _instead(folder: Path) -> str:
         return "holds keys, which go to --keys or ?keys="
     if os.path.lexists(folder / _MANIFEST):
         return f"has a {_MANIFEST} that is no split's, or cannot be read"
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / "seal.json").exists():
         return f"is a model that was not split (slip split {shlex.quote(str(folder))} OUT does)"
     return f"has no {_MANIFEST}"
