@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import families
@@ -42,13 +42,16 @@ def blocks(path: Path) -> list[Block]:
 
 
 def make_model(folder: Path) -> None:
-    """A checkpoint with a tokenizer, as a user would have it: a token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 1, "</s>": 2, "<pad>": 0} | {letter: 3 + i for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    """A checkpoint with a tokenizer, as a user would have it: about a token for each word."""
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    families.make("llama", folder, vocab_size=len(vocabulary))
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train(list(map(str, DOCUMENTS)), trainer)
+    families.make("llama", folder, vocab_size=tokenizer.get_vocab_size())
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
@@ -118,6 +121,17 @@ def tell(document: str, folder: Path) -> str:
 
     go_on(story)
     return "\n".join(said)
+
+
+def test_the_tutorial_asks_for_no_more_tokens_than_its_text_has(tmp_path: Path) -> None:
+    """Whatever the tokenizer: words are fewer than tokens."""
+    [plan] = [block.text for block in blocks(ROOT / "docs" / "tutorial.md") if "slip plan" in block.text]
+    text, asked = re.search(r"<<'END'\n(.*)END\n", plan, re.DOTALL), re.search(r"--tokens (\d+)", plan)
+    assert text is not None and asked is not None
+    assert int(asked[1]) <= len(text[1].split())
+    make_model(tmp_path)
+    tokens = PreTrainedTokenizerFast.from_pretrained(tmp_path)(text[1])["input_ids"]
+    assert int(asked[1]) <= len(tokens) < 2 * len(text[1].split())  # tokens, not bytes
 
 
 def test_the_tutorial(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import math
 import os
 import subprocess
@@ -167,6 +168,9 @@ def test_the_real_demo() -> None:
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    assert "dequantised" in done.stderr
+    out = Path(found["paths"]["vault"]).parent
+    assert f"  slip generate {shlex.quote(str(out))}\n" in done.stderr  # what to type next
     source = smollm2()
     plain, tokenizer = (
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),

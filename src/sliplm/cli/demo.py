@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -91,6 +92,7 @@ def command(
     if prepare_only is not None:
         for name, path in paths.items():
             screen.print(Text(f"{name:8}{path}"), soft_wrap=True)
+        _next(screen, out)
         if json:
             print_json(paths)
         return
@@ -98,11 +100,19 @@ def command(
     seconds = time.monotonic() - began
     done = f"\nAll of it took {seconds:.0f} seconds. The split is in {out}"
     screen.print(Text(done, style="dim"), soft_wrap=True)
+    _next(screen, out)
     if json:
         report = prepared.report.model_dump(mode="json", exclude={"groups"})
         print_json(
             found.as_dict() | {"split": report, "thief_has": THIEF_HAS, "paths": paths, "seconds": seconds}
         )
+
+
+def _next(screen: Console, out: Path) -> None:
+    screen.print("Talk to the split model:", style="bold")
+    screen.print(Text(f"  slip generate {shlex.quote(str(out))}"), soft_wrap=True)
+    screen.print("Split your own (leave --base out if it comes from no public model):", style="bold")
+    screen.print("  slip split MY-MODEL OUT --base PUBLIC-MODEL")
 
 
 def show(screen: Console, prepared: Prepared, *, columns: bool | None = None) -> Comparison:
@@ -191,7 +201,8 @@ class _Stage(Watcher):
 
 def _head(screen: Console, report: SplitReport) -> None:
     screen.print(
-        f"[bold]SmolLM2-135M-Instruct[/], split into {report.exchanges} groups of linear layers. "
+        "[bold]SmolLM2-135M-Instruct[/], a 4-bit file dequantised to float32, is "
+        f"split into {report.exchanges} groups of linear layers. "
         f"The vault, this process, keeps {size(report.vault_bytes)}; the worker, a process that is not "
         f"trusted, holds {size(report.worker_bytes)} of integers and computes on masked numbers."
     )

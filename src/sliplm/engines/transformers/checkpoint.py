@@ -287,7 +287,7 @@ def _no_weights(path: Path) -> str:
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         return (
             f"{path} has weights in pickle files only, which sliplm does not open: they can run code. Load "
-            "them with transformers where you trust them and call save_pretrained, which writes safetensors"
+            "model and tokenizer with transformers where you trust them, and call save_pretrained of both"
         )
     return f"{path} has neither {SINGLE} nor {INDEX}; give the folder of a complete checkpoint"
 
