@@ -146,6 +146,18 @@ def test_a_split_ends_with_a_command_that_runs_as_written_and_says_to_bring_the_
     assert not (tmp_path / "broken").exists()
 
 
+def test_a_passphrase_is_asked_for_without_a_bar_in_its_place(model: Path, tmp_path: Path) -> None:
+    words = ["split", str(model), str(tmp_path / "out"), "--rank", "2", "--key", "passphrase", "--i-know"]
+    with Terminal([*SLIP, *words], ENV) as terminal:
+        for asked in ("Passphrase of the vault share: ", "The same again: "):
+            terminal.wait_for(asked)
+            assert "splitting" not in terminal.text
+            terminal.send("a b\n")
+        assert terminal.status() == 0
+        assert "100% 5 of 5 groups" in terminal.text
+        assert "--prompt 'Hello' --key passphrase" in terminal.text
+
+
 def test_other_suggested_commands_are_quoted(
     out: Path,
     tmp_path: Path,
@@ -161,7 +173,7 @@ def test_other_suggested_commands_are_quoted(
     monkeypatch.setenv("SLIPLM_LEDGER", str(tmp_path / "key"))  # a file: no ledger can be there
     assert run_here(monkeypatch, ["keys", "reseal", vault, "--new-key", f"file:{tmp_path / 'key'}"]) == 0
     again = capsys.readouterr().err.rpartition("; then: slip ")[2]
-    assert shlex.split(again) == ["ledger", "add", str(vault)]
+    assert shlex.split(again) == ["ledger", "add", str(vault), "--key", f"file:{tmp_path / 'key'}"]
 
 
 def test_a_fine_tune_at_eighty_columns(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sliplm.cli.screen import console, print_json, say, warn_of_new_key
+from sliplm.cli.screen import console, key_option, print_json, say, warn_of_new_key
 from sliplm.errors import LedgerError
 from sliplm.network import authority
 from sliplm.network.authority import Issued
@@ -157,7 +157,7 @@ def reseal(
         try:
             add(vault, new)
         except LedgerError as error:  # the vault is sealed all the same
-            again = f"slip ledger add {shlex.quote(str(vault))}"
+            again = f"slip ledger add {shlex.quote(str(vault))}{key_option(new_key)}"
             say(f"not noted in the ledger: {error}; then: {again}", err=True)
     if json:
         print_json({"resealed": str(vault)})

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,6 +79,13 @@ def warn_of_new_key() -> None:
     Console(stderr=True, highlight=False).print(Text(text, style="bold yellow"), soft_wrap=True)
 
 
+def key_option(key: str | None) -> str:
+    """The same --key for a suggested command; a command's arguments may be secret, and are not repeated."""
+    if key is None:
+        return ""
+    return " --key command:..." if key.startswith("command:") else f" --key {shlex.quote(key)}"
+
+
 def split_with_progress(
     model: Path,
     out: Path,
@@ -97,7 +105,8 @@ def split_with_progress(
     """
     import sliplm
 
-    with SplitBar(out) as bar, showing_warnings(bar.say, warned):
+    asks = key is not None and key.startswith(("passphrase", "command:"))
+    with SplitBar(out, late=asks) as bar, showing_warnings(bar.say, warned):
         report = sliplm.split(model, out, recipe, key=key, progress=bar.update, **options)
     used = Text(f"the vault share is sealed with {described(key)}", style="dim")
     Console(stderr=True, highlight=False).print(used, soft_wrap=True)

@@ -14,6 +14,7 @@ from rich.text import Text
 from sliplm.cli.screen import (
     add_difference,
     console,
+    key_option,
     number,
     percent,
     print_json,
@@ -192,7 +193,7 @@ def _show(screen: Console, out: Path, report: SplitReport, key: str | None) -> N
     if not can_generate(out / "vault"):
         hint = f"sliplm.open({str(out)!r})"
     else:
-        hint = f"slip generate {shlex.quote(str(out))} --prompt 'Hello'"
+        hint = f"slip generate {shlex.quote(str(out))} --prompt 'Hello'{key_option(key)}"
         if not has_tokenizer(out / "vault"):
             hint += " --tokenizer FOLDER (the checkpoint has no tokenizer)"
     screen.print(f"\nTry it: {hint}", markup=False, soft_wrap=True)

@@ -49,9 +49,13 @@ class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
     """Groups and bytes of the worker's share that are written, and the time left.
 
     The sizes come from the header of the worker's unfinished file, which is there before its first group.
+
+    Args:
+        late: show it from the first group on, as a passphrase is asked for before.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, late: bool = False) -> None:
+        self._late = late
         self._partial = out / ".partial"
         self._console = Console(stderr=True, highlight=False)
         self._sizes: dict[str, int] | None = None
@@ -72,7 +76,8 @@ class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
         self._task = self._bar.add_task("", total=None, counts="", name="")
 
     def __enter__(self) -> SplitBar:
-        self._bar.start()
+        if not self._late:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,6 +89,7 @@ class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
 
     def update(self, done: int, total: int, name: str) -> None:
         """As `sliplm.split` calls it: before each group, and at the end with no name."""
+        self._bar.start()
         sizes = self._sizes = self._first() if self._sizes is None else self._sizes
         if self._name:
             self._groups += 1
