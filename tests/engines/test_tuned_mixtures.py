@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import families
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.load import load, reference
+from sliplm.engines.transformers.lora import read_adapter
+from sliplm.engines.transformers.plan import make_plan
 from sliplm.errors import AdapterError, CheckpointError, RecipeError
 from sliplm.parties.worker import Worker
 from sliplm.planning.counts import SplitReport
@@ -114,29 +117,96 @@ def test_adapters_of_the_attention_are_kept_exactly(base: Path, tmp_path: Path) 
             hybrid.slip.close()
 
 
-def test_an_adapter_of_experts_is_refused_and_its_merge_is_split(base: Path, tmp_path: Path) -> None:
-    """peft's target_parameters: of a fused weight; nothing is written, and the advice works."""
-    torch.manual_seed(0)
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = LoraConfig(r=2, target_modules=[], target_parameters=names, task_type="CAUSAL_LM")
+def expert_adapter(base: Path, folder: Path, **options: Any) -> Path:
+    """What peft makes of the usual names of layers in a mixture: of experts `target_parameters`."""
+    torch.manual_seed(4)
+    wanted = {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]} | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        config = LoraConfig(r=2, lora_alpha=6, task_type="CAUSAL_LM", **wanted)
         tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-        tuned.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="target_parameters, which is no plain LoRA: merge it with peft"):
-        split(base, tmp_path / "out", base=base, adapters={"x": tmp_path / "adapter"})
+        tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_are_kept_exactly(family: str, base: Path, tmp_path: Path) -> None:
+    """Each expert's part is kept beside it, whichever way round its weight lies, at peft's own ranks."""
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options: dict[str, Any] = {"target_modules": ["v_proj"], "target_parameters": parameters}
+    if family == "gpt_oss":
+        base = families.make(family, tmp_path / "base", num_hidden_layers=1, intermediate_size=48)
+    else:
+        options = {}  # gate and up become one weight of twice the rank
+    adapter = expert_adapter(base, tmp_path / "adapter", **options)
+    report = split(base, tmp_path / "out", base=base, adapters={"x": adapter})
+    assert report.adapters[0].groups == 1 + 2 * 4
+    local = reference(tmp_path / "out")
+    plain = logits(local)
+    with local.slip.adapter("x"):
+        found = logits(local)
+    added = found - plain
+    truth = logits(merged(base, adapter)) - logits(AutoModelForCausalLM.from_pretrained(base))
+    assert truth.norm() > 0.02 * plain.norm()
+    assert distance(added, truth) < 0.02
+    worker = Worker(open_worker(tmp_path / "out" / "worker"), threads=1)
+    with serving(worker, tmp_path / "w") as address:
+        hybrid: Any = load(tmp_path / "out" / "vault", [address], ahead=0, adapter="x")
+        try:
+            assert torch.equal(logits(hybrid), found)
+        finally:
+            hybrid.slip.close()
+
+
+def test_nothing_of_an_experts_adapter_is_approximated(base: Path, tmp_path: Path) -> None:
+    """The factors of every expert, beside peft's own difference to the fused weight."""
+    adapter = expert_adapter(base, tmp_path / "adapter")
+    stored = make_plan(base, Recipe(rank=0)).stored
+    read = read_adapter("x", adapter, stored)
+    after, before = merged(base, adapter), AutoModelForCausalLM.from_pretrained(base)
+    for group in (g for g in stored.layout.groups if g.expert is not None):
+        outer, inner = read.factors(group.members[0].module)
+        name, number = group.parameters[0], group.expert.number
+        true = (after.get_parameter(name) - before.get_parameter(name))[number].detach()
+        assert distance(torch.from_numpy(outer @ inner), true) < 1e-5
+        assert inner.shape[0] == (4 if "gate_up" in name else 2)
+
+
+def spoil(folder: Path, change: dict[str, Any]) -> None:
+    """Save an adapter's tensors with some changed; None removes."""
+    tensors = {**load_file(folder / "adapter_model.safetensors"), **change}
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / "adapter_model.safetensors")
+
+
+def test_adapters_of_experts_that_do_not_fit_are_refused_before_the_split(base: Path, tmp_path: Path) -> None:
+    inside = "base_model.model.model.layers.0.mlp.experts.base_layer"
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {f"{inside}.lora_A.weight": torch.zeros(16, 63)}, "fit none of the experts' weights"),
+        ({}, {f"{inside}.lora_A.weight": None}, "fit none of the experts' weights"),
+        ({}, {f"{inside}.lora_A.weight": torch.zeros(12, 64)}, "with rank 4 calls for"),
+        ({}, {f"{inside}.lora_{x}.weight": None for x in "AB"}, "has no tensors for .*gate_up_proj"),
+        ({"target_modules": "all-linear"}, {}, r"target_parameters on gate\.weight, .* merge it"),
+    ]
+    for i, (options, change, said) in enumerate(cases):
+        adapter = expert_adapter(base, tmp_path / f"a{i}", **options)
+        spoil(adapter, change)
+        with pytest.raises(AdapterError, match=said):
+            split(base, tmp_path / "out", base=base, adapters={"x": adapter})
     assert not (tmp_path / "out" / "vault").exists()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(base)
-        whole = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
-    whole.save_pretrained(tmp_path / "merged")
-    report = split(tmp_path / "merged", tmp_path / "out", Recipe(rank=2), base=base)
+
+
+def test_an_adapter_of_a_router_is_refused_and_its_merge_is_split(base: Path, tmp_path: Path) -> None:
+    """The advice works: the merged model against its base, at the adapter's rank."""
+    adapter = expert_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    with pytest.raises(AdapterError, match="merge it with peft"):
+        split(base, tmp_path / "out", base=base, adapters={"x": adapter})
+    merged(base, adapter).save_pretrained(tmp_path / "merged")
+    report = split(tmp_path / "merged", tmp_path / "out", Recipe(rank=6), base=base)
     assert report.left_out is not None
-    assert report.left_out < 1e-3, "rank 2 is all that the adapter has"
+    assert report.left_out < 1e-3
     truth = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert distance(logits(reference(tmp_path / "out")), truth) < 0.01
 

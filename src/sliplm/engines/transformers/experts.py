@@ -7,6 +7,7 @@ columns, rows] where its class says transposed.  Its router chooses, and stays w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -82,3 +83,19 @@ def layers_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
         if group.expert is not None:
             found.setdefault(group.expert.module, []).append(group)
     return found
+
+
+class Fused(NamedTuple):
+    """A fused parameter of experts: what each has of it, and the places that they are called by."""
+
+    layer: Linear
+    groups: tuple[str, ...]
+
+
+def fused_experts(groups: Sequence[Group]) -> dict[str, Fused]:
+    """The fused parameters of a model by their names."""
+    found: dict[str, list[Linear]] = {}
+    for group in groups:
+        if group.expert is not None:
+            found.setdefault(group.parameters[0], []).append(group.members[0])
+    return {name: Fused(each[0], tuple(one.module for one in each)) for name, each in found.items()}

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.engines.groups import Group, Linear
 from sliplm.engines.transformers.checkpoint import Checkpoint
+from sliplm.engines.transformers.experts import Fused, fused_experts
 from sliplm.engines.transformers.stored import StoredModel
 from sliplm.errors import AdapterError, CheckpointError
 from sliplm.reading import open_regular
@@ -59,6 +60,7 @@ class _Config(BaseModel):
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     alpha_pattern: dict[str, float] | None = None
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] | None = None
@@ -75,13 +77,19 @@ class _Config(BaseModel):
             math.sqrt(rank) if self.use_rslora else rank
         )
 
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the adapter must have tensors for these fused weights."""
+        if self.layers_to_transform is not None or self.exclude_modules:
+            return False
+        return any(_ends(name, one) for one in self.target_parameters or ())
+
     def targets(self, module: str) -> bool:
         """Whether the adapter must have tensors for this layer; False where that is not easily said."""
         if self.layers_to_transform is not None or self.exclude_modules or self.target_modules is None:
             return False
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+        return any(_ends(module, name) for name in self.target_modules)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Adapter:
     """A LoRA adapter of one model; its tensors stay on the disk until a group asks for them.
 
     Attributes:
-        ranks: module -> rank of what is added to it.
+        ranks: module -> rank of what is added to it; of fused experts `PARAMETER.NUMBER` -> rank.
     """
 
     name: str
@@ -99,6 +107,7 @@ class Adapter:
     _file: Checkpoint
     _keys: Mapping[str, tuple[str, str]]  # module -> tensors of A and B
     _own: Mapping[str, str]  # module -> its name in the model that was trained
+    _experts: Mapping[str, Fused]  # fused parameter -> its experts
 
     def in_group(self, group: Group) -> GroupAdapter | None:
         """What it does to a group; None for nothing."""
@@ -125,14 +134,20 @@ class Adapter:
         Raises:
             AdapterError: as `parts`.
         """
+        fused, _, number = module.rpartition(".")
+        held = module if module in self._keys else fused
         try:
-            inner, outer = (self._file.read(key) for key in self._keys[module])
+            inner, outer = (self._file.read(key) for key in self._keys[held])
         except CheckpointError as error:
             raise AdapterError(f"adapter {self.name}: {error}") from error
-        scaled = outer.astype(np.float64) * self._config.scaling(self._own[module], module)
+        if held != module:  # as peft lays them out: [experts * r, columns] and [rows, r * experts]
+            experts = len(self._experts[fused].groups)
+            inner = inner.reshape(experts, -1, inner.shape[1])[int(number)]
+            outer = outer.reshape(len(outer), -1, experts)[:, :, int(number)]
+        scaled = outer.astype(np.float64) * self._config.scaling(self._own[held], held)
         if not (np.abs(scaled) <= np.finfo(np.float32).max).all():
             raise AdapterError(f"adapter {self.name}: what it adds to {module} is beyond float32")
-        return scaled.astype(np.float32), inner
+        return scaled.astype(np.float32), np.ascontiguousarray(inner)
 
 
 def read_adapter(name: str, path: Path, model: StoredModel) -> Adapter:
@@ -146,9 +161,17 @@ def read_adapter(name: str, path: Path, model: StoredModel) -> Adapter:
     file = _AdapterFile(name, path)
     layers = (group for group in model.layout.groups if group.expert is None)  # experts are no modules
     linears = {member.module: member for group in layers for member in group.members}
-    names, own = _Names(model), dict[str, str]()
+    names, own, experts = _Names(model), dict[str, str](), fused_experts(model.layout.groups)
     keys: dict[str, dict[str, str]] = {}
     _check_gathered(name, file)
+    others = [
+        one for one in config.target_parameters or () if not any(_ends(weight, one) for weight in experts)
+    ]
+    if others:
+        raise AdapterError(
+            f"adapter {name} uses target_parameters on {', '.join(others)}, which is no plain LoRA and no "
+            f"weight of experts: {MERGE}"
+        )
     for key in file.entries:
         trained, what = _parts(key)
         module = names.of(trained)
@@ -161,18 +184,26 @@ def read_adapter(name: str, path: Path, model: StoredModel) -> Adapter:
             keys[module][what], own[module] = key, trained
         elif not (what == "base_layer.weight" and _same(file, key, model, module)):
             raise AdapterError(f"adapter {name} has the tensor {key}, which is no plain LoRA: {MERGE}")
+    keys, own = _with_parameters(name, keys, own, file, experts)
     for module, found in keys.items():
-        _check_factors(name, module, found, file, config.rank(own[module], module), linears.get(module))
+        layer = linears.get(module) or (experts[module].layer if module in experts else None)
+        count = len(experts[module].groups) if module in experts else 1
+        _check_factors(name, module, found, file, config.rank(own[module], module), layer, count)
     absent = [module for module in linears if config.targets(module) and module not in keys]
+    absent += [weight for weight in experts if config.targets_parameter(weight) and weight not in keys]
     if absent or not keys:
         raise AdapterError(
             f"adapter {name} has no tensors for {', '.join(absent[:5]) or 'any layer'}, which its {CONFIG} "
             "names: copy it again"
         )
     pairs = {module: (found["lora_A.weight"], found["lora_B.weight"]) for module, found in keys.items()}
-    ranks = {module: config.rank(own[module], module) for module in pairs}
-    adapter = Adapter(name, path, ranks, config, file, pairs, own)
-    for module in pairs:
+    ranks = {
+        place: config.rank(own[module], module)
+        for module in pairs
+        for place in (experts[module].groups if module in experts else (module,))
+    }
+    adapter = Adapter(name, path, ranks, config, file, pairs, own, experts)
+    for module in ranks:
         adapter.factors(module)  # so that a damaged one is found before anything is written
     return adapter
 
@@ -191,6 +222,7 @@ class _AdapterFile(Checkpoint):
 
     def __init__(self, name: str, path: Path) -> None:
         self.path, self.files, self.entries, self._file_of = path, (), {}, {}
+        self._last: dict[str, Floats] = {}
         if not (path / WEIGHTS).is_file():
             why = f"has no {WEIGHTS}; give the folder that peft's save_pretrained wrote"
             if (path / "adapter_model.bin").exists():
@@ -203,6 +235,14 @@ class _AdapterFile(Checkpoint):
             self._add(path / WEIGHTS, None)
         except CheckpointError as error:
             raise AdapterError(f"adapter {name}: {error}") from error
+
+    def read(self, key: str, number: int | None = None) -> Floats:
+        """As `Checkpoint.read`; the last two stay in memory, for experts come one after the other."""
+        if key not in self._last:
+            while len(self._last) > 1:
+                self._last.pop(next(iter(self._last)))
+            self._last[key] = super().read(key)
+        return self._last[key]
 
 
 def _read_config(name: str, path: Path) -> _Config:
@@ -254,14 +294,21 @@ def _check_config(name: str, config: _Config) -> None:
 
 
 def _check_factors(
-    name: str, module: str, found: Mapping[str, str], file: Checkpoint, rank: int, linear: Linear | None
+    name: str,
+    module: str,
+    found: Mapping[str, str],
+    file: Checkpoint,
+    rank: int,
+    linear: Linear | None,
+    count: int,
 ) -> None:
+    """`count`: of the matrices that lie in one; 1 but for experts."""
     if linear is None:
         raise AdapterError(
             f"adapter {name} changes {module}, which is no linear layer of this model: it is of another "
             f"model; or else {MERGE}"
         )
-    wanted = {"lora_A.weight": (rank, linear.columns), "lora_B.weight": (linear.rows, rank)}
+    wanted = {"lora_A.weight": (count * rank, linear.columns), "lora_B.weight": (linear.rows, count * rank)}
     for what, shape in wanted.items():
         if what not in found:
             raise AdapterError(f"adapter {name} lacks {what} of {module}: it is incomplete, copy it again")
@@ -270,6 +317,45 @@ def _check_factors(
                 f"adapter {name}: {found[what]} has the shape {file.entries[found[what]].shape}, and "
                 f"{module} with rank {rank} calls for {shape}: it is the adapter of another model"
             )
+
+
+def _with_parameters(
+    name: str,
+    keys: dict[str, dict[str, str]],
+    own: dict[str, str],
+    file: Checkpoint,
+    experts: Mapping[str, Fused],
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The same with the tensors of fused experts under their parameters' names.
+
+    peft calls them by their module, one wrapper within the other, whatever parameter they are of: that is
+    told by their shapes.
+    """
+    named, trained = dict[str, dict[str, str]](), dict[str, str]()
+    for module, found in keys.items():
+        bare = module.removesuffix(".base_layer")
+        beside = [weight for weight in experts if weight.rpartition(".")[0] == bare]
+        if not beside:
+            named[module], trained[module] = found, own[module]
+            continue
+        sizes = {weight: (experts[weight].layer.columns, experts[weight].layer.rows) for weight in beside}
+        shapes = [file.entries[key].shape for key in found.values()]
+        mine = tuple(
+            file.entries[found[what]].shape[at]
+            if what in found and len(file.entries[found[what]].shape) == 2
+            else 0
+            for what, at in (("lora_A.weight", 1), ("lora_B.weight", 0))
+        )
+        fitting = [weight for weight, size in sizes.items() if size == mine]
+        if len(fitting) != 1 or fitting[0] in named:
+            why = "fit none" if not fitting else "fit more than one"
+            raise AdapterError(
+                f"adapter {name}: its tensors for {module}, {shapes}, {why} of the experts' weights "
+                f"({', '.join(beside)}): it is of another model, or else {MERGE}"
+            )
+        named[fitting[0]] = found
+        trained[fitting[0]] = f"{own[module].removesuffix('.base_layer')}.{fitting[0].rpartition('.')[2]}"
+    return named, trained
 
 
 def _check_gathered(name: str, file: Checkpoint) -> None:
@@ -309,6 +395,9 @@ class _Names:
         self._prefix = model.layout.model.base_model_prefix
         parameters = model.layout.parameters
         self._modules = {name.removesuffix(".weight") for name in parameters if name.endswith(".weight")}
+        for weight in fused_experts(model.layout.groups):
+            module = weight.rpartition(".")[0]
+            self._modules |= {module, f"{module}.base_layer"}  # peft's wrappers of two parameters
         self._bare: dict[str, list[str]] = {}
         for module in self._modules:
             self._bare.setdefault(_bare(module), []).append(module)
@@ -320,6 +409,10 @@ class _Names:
                 return name
         found = self._bare.get(_bare(trained), [])
         return found[0] if len(found) == 1 else trained
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
 
 
 def _bare(module: str) -> str:
