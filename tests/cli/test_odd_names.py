@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from rich.console import Console
 
 import families
 import sliplm
 from sliplm import cli, filesystem
+from sliplm.engines.progress import spinner
 from sliplm.engines.transformers.answer import encode, load_tokenizer
 from sliplm.errors import InputError
 from sliplm.parties.quarantine import Quarantine
@@ -217,6 +219,16 @@ def test_plan_and_attack(place: Place) -> None:
     assert "mod\\udce9l" in (place.root / "plan\udcff" / "plan.html").read_text(encoding="utf-8")
     said = slip("attack", place.model, place.root / "attack", "--text", text, "--untrained", "--json")
     assert said.code == 2 and "give a longer text" in document(said)["message"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_turns_on_a_terminal_is_in_its_letters(encoding: str) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict", write_through=True)
+    screen = Console(file=terminal, force_terminal=True)
+    with screen.status("waiting", spinner=spinner(screen)) as status:
+        status.update("more")
+    said = terminal.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert "more" in said and said.isascii() == (encoding == "ascii")
 
 
 def test_streams_that_are_closed_are_no_error(place: Place) -> None:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sliplm.cli.screen import console, number, percent, print_json, quiet
+from sliplm.engines.progress import spinner
 from sliplm.errors import InputError
 from sliplm.filesystem import readable, utf8_name
 from sliplm.shares.recipe import Recipe
@@ -159,7 +160,7 @@ def command(
     )
     where = devices(device, jobs)
     screen = console(json=json)
-    with screen.status("reading the text") as status:
+    with screen.status("reading the text", spinner=spinner(screen)) as status:
         tokens = _tokens(model, text)
         windows = WindowedText.of(tokens, window, held_out)
         claim(out, model, windows)

@@ -29,6 +29,7 @@ from sliplm.cli.screen import (
     split_with_progress,
     warn_of_new_key,
 )
+from sliplm.engines.progress import spinner
 from sliplm.examples.demo import (
     HYBRID,
     ORIGINAL,
@@ -123,7 +124,7 @@ def show(screen: Console, prepared: Prepared, *, columns: bool | None = None) ->
     """
     _head(screen, prepared.report)
     with ExitStack() as stack:
-        with screen.status("loading the model three times, starting a worker"):
+        with screen.status("loading the model three times, starting a worker", spinner=spinner(screen)):
             three = stack.enter_context(trio(prepared))
         stage = stack.enter_context(_Stage(screen, columns))
         found = compare(three, stage)
@@ -186,7 +187,7 @@ class _Stage(Watcher):
     def _working(self, what: str | None) -> None:
         if self._status is not None:
             self._status.stop()
-        self._status = None if what is None else self._screen.status(what)
+        self._status = None if what is None else self._screen.status(what, spinner=spinner(self._screen))
         if self._status is not None:
             self._status.start()
 

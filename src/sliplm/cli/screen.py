@@ -19,7 +19,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from sliplm.engines.progress import SplitBar
+from sliplm.engines.progress import SplitBar, spinner
 from sliplm.errors import SlipWarning
 from sliplm.shares.keysource import described, new_key_file
 
@@ -181,7 +181,7 @@ class Waiting(contextlib.AbstractContextManager["Waiting"]):
     def on(self, what: str) -> None:
         """Show it, in place of what was shown."""
         if self._status is None:
-            self._status = self._console.status("")
+            self._status = self._console.status("", spinner=spinner(self._console))
             self._status.start()
         self._status.update(Text(what, style="dim"))
 

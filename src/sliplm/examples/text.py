@@ -61,7 +61,7 @@ def wikipedia() -> str:
 def _make(target: Path) -> None:
     sdist = fetch_package(PACKAGE, VERSION, SHA256, kind="sdist")
     raw = target.with_name("task.json")
-    with working("Taking the text out …"):
+    with working("Taking the text out ..."):
         take_member(sdist, _MEMBER, raw)
         articles = json.loads(raw.read_bytes())["examples"][_ENGLISH]
         lines = [line for article in articles for line in _paragraphs(article["input"], article["target"])]
