@@ -158,3 +158,13 @@ def test_another_splits_share_deals_nothing(out: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError):
         slip(out / "vault", tmp_path / "pool", "--tokens", 1, "--share", tmp_path / "other" / "worker")
     assert not (tmp_path / "pool").exists()
+
+
+def test_the_record_says_how_much_was_dealt_here(out: Path, tmp_path: Path) -> None:
+    pool, audit = tmp_path / "pool", tmp_path / "audit.jsonl"
+    slip(out / "vault", pool, "--tokens", 2, "--audit", audit)
+    slip(out / "vault", pool, "--tokens", 2, "--audit", audit)  # nothing is missing
+    (event,) = [json.loads(line) for line in audit.read_text().splitlines()]
+    rows = 2 * len(open_vault(out / "vault").groups)
+    assert (event["event"], event["role"], event["peer"]) == ("dealt", "vault", None)
+    assert event["reason"].startswith(f"{rows} rows into {pool}") and "this machine" in event["reason"]
