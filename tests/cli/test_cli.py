@@ -24,7 +24,7 @@ from sliplm.cli.inspect import fold, pattern
 from sliplm.cli.screen import number, percent, printable, showing_warnings, size
 from sliplm.errors import SlipWarning
 from sliplm.parties.local_worker import LocalWorker
-from sliplm.shares.share import WorkerGroup
+from sliplm.shares.manifest import WorkerGroup
 from test_generation import byte_tokenizer
 
 ENV = {

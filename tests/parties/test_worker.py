@@ -45,7 +45,8 @@ from sliplm.protocol.frames import Header, Kind, Party, pack_header
 from sliplm.protocol.side import FRAME_BYTES
 from sliplm.protocol.vault_side import Accept, Product, VaultSide, Welcome
 from sliplm.protocol.worker_side import WorkerSide
-from sliplm.shares.share import FileRecord, WorkerGroup, WorkerManifest, WorkerShare, open_worker
+from sliplm.shares.manifest import FileRecord, WorkerGroup, WorkerManifest
+from sliplm.shares.share import WorkerShare, open_worker
 from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec
 
 SPLIT_ID = "5a" * 16
