@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import families
 
@@ -121,6 +123,20 @@ def tell(document: str, folder: Path) -> str:
 
     go_on(story)
     return "\n".join(said)
+
+
+def test_the_first_example_of_the_readme(tmp_path: Path) -> None:
+    """A fine-tune against its base."""
+    make_model(tmp_path / "public-model")
+    shutil.copytree(tmp_path / "public-model", tmp_path / "my-finetune")
+    tuned = LlamaForCausalLM.from_pretrained(tmp_path / "my-finetune")
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight.add_(torch.randn_like(weight) * weight.std() * 0.1)
+    tuned.save_pretrained(tmp_path / "my-finetune")
+    [example] = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
+    said = run(example, tmp_path, dict(os.environ))
+    assert said.startswith("The capital of France is")
 
 
 def test_the_tutorial_asks_for_no_more_tokens_than_its_text_has(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ import families
 import sliplm
 from sliplm.engines.transformers.answer import Conversation, answer, encode
 from sliplm.errors import InputError, ShareError, SlipWarning
+from sliplm.network import authority
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.quarantine import Entry
 from terminal import Terminal
@@ -68,7 +69,8 @@ def test_a_wrong_folder_is_named_with_the_right_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    vault, worker = out / "vault", out / "worker"
+    vault, worker, keys = out / "vault", out / "worker", tmp_path / "keys"
+    authority.init(keys)
     cases: list[tuple[list[object], str]] = [
         (["worker", vault], f"{vault} is the secret vault: it stays with you."),
         (["worker", vault], f"Give the worker's folder, {worker}"),
@@ -79,6 +81,10 @@ def test_a_wrong_folder_is_named_with_the_right_one(
         (["generate", worker, "--prompt", "x", "--worker", "unix:/x"], f"give the vault's, {vault}"),
         (["deal", out, tmp_path / "pool", "--status"], f"give {vault}"),
         (["deal", vault, tmp_path / "pool", "--tokens", 5, "--share", vault], "is the secret vault"),
+        (["deal", vault, worker, "--tokens", 5], "where a pool has no place"),
+        (["deal", vault, out, "--tokens", 5], "where a pool has no place"),
+        (["worker", worker, "--listen", "127.0.0.1:0", "--keys", keys], f"such as {keys / 'worker'}"),
+        (["generate", out, "--prompt", "x", "--worker", f"127.0.0.1:1?keys={keys}"], "for each party"),
         (["keys", "reseal", worker], f"give the vault's, {vault}"),
         (["ledger", "add", worker], f"give the vault's, {vault}"),
         (["inspect", model], "is a model that was not split"),
@@ -87,7 +93,8 @@ def test_a_wrong_folder_is_named_with_the_right_one(
         assert run_here(monkeypatch, arguments) == 2, arguments
         shown = capsys.readouterr().err
         assert said in shown, arguments
-        assert len(shown.splitlines()) == 1, arguments
+        assert shown.splitlines()[-1].startswith("error: "), arguments
+        assert shown.count("error: ") == 1, arguments
 
 
 def test_a_wrong_folder_in_python_does_not_blame_the_worker(model: Path, out: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rich.text import Text
 from sliplm.cli.inspect import pattern
 from sliplm.cli.screen import console, number, print_json, size
 from sliplm.errors import InputError, PoolError
+from sliplm.shares.folders import SIDES, side_of
 
 if TYPE_CHECKING:
     from sliplm.masks.maskfile import Product
@@ -122,6 +123,8 @@ def command(
     opened = open_vault(vault, key)
     shapes = [(secrets.m, secrets.n) for secrets in opened.groups.values()]
     uses = [1.0 if hide_routing else group.use for group in opened.manifest.groups]
+    if side_of(pool) is not None or any(side_of(pool / side) == side for side in SIDES):
+        raise InputError(f"{pool} is a split's folder, where a pool has no place: name another")
     if tokens is not None:
         if share is None and not dealer:
             share = vault.parent / "worker"

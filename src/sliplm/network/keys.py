@@ -278,7 +278,14 @@ def load_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(read_bounded(path, MAX_FILE_BYTES))
     except (OSError, *_MALFORMED) as error:
-        raise CredentialError(f"{path.parent} is not a key folder ({error}): {_INIT}") from error
+        raise CredentialError(_no_keys(path.parent, error)) from error
+
+
+def _no_keys(folder: Path, why: object) -> str:
+    """What a folder is not; it may be the one above."""
+    if (folder / "authority").is_dir():
+        return f"{folder} has a folder for each party: give that of this one, such as {folder / 'worker'}"
+    return f"{folder} is not a key folder ({why}): {_INIT}"
 
 
 def check_mode(path: Path) -> None:
@@ -289,7 +296,7 @@ def check_mode(path: Path) -> None:
             raise CredentialError(f"{path} is no regular file of a key: restore it from a copy, or {_INIT}")
         private = is_private(path, status)
     except OSError as error:
-        raise CredentialError(f"{path.parent} is not a key folder ({error}): {_INIT}") from error
+        raise CredentialError(_no_keys(path.parent, error)) from error
     if not private:
         raise CredentialError(f"{path} is readable by others: {chmod_advice(path, '600')}, or make new keys")
 
@@ -345,7 +352,11 @@ def _stamp(path: Path) -> tuple[int, ...]:
     try:
         found = path.stat()
     except OSError as error:
-        raise CredentialError(f"{path} is missing ({error.strerror}): restore it, or {_INIT}") from error
+        raise CredentialError(
+            _no_keys(path.parent, error)
+            if (path.parent / "authority").is_dir()
+            else f"{path} is missing ({error.strerror}): restore it, or {_INIT}"
+        ) from error
     return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
