@@ -152,6 +152,24 @@ class _Pair(nn.Linear):
         return super().forward(x), x
 
 
+class _Written(nn.Linear):
+    """Falcon's way: the product, written out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class _Clipped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.clamp(-100, 100))
+
+
 class _Same(nn.Linear):
     """A subclass that multiplies and no more: it is split."""
 
@@ -170,6 +188,24 @@ def test_a_forward_of_its_own_stays_whole_and_a_mere_subclass_does_not() -> None
     trial = run_trial(model)
     assert trial.whole == {"model.layers.0.mlp.extra": "_Pair has a forward of its own"}
     assert "model.layers.0.mlp.down_proj" in trial.calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"), [(_Written, False), (_Doubled, True), (_Clipped, True), (_Pair, True)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_written_out_is_split_and_what_does_more_is_not(
+    kind: type[nn.Linear], whole: bool, bias: bool
+) -> None:
+    model = _odd_llama()
+    with torch.device("meta"):
+        model.model.layers[0].mlp.extra = kind(64, 64, bias=bias)
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda module, args: module.extra(args[0]) if not whole else None
+    )
+    trial = run_trial(model)
+    assert ("model.layers.0.mlp.extra" in trial.whole) is whole
+    assert ("model.layers.0.mlp.extra" in trial.calls) is not whole
 
 
 @pytest.mark.parametrize(
