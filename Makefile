@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help install demo test test-security fuzz check bench clean
+.PHONY: help install demo test test-security fuzz check bench families clean
 
 help:
 	@echo "make demo      split a real model and run it with a worker in a second process"
@@ -13,6 +13,7 @@ help:
 	@echo "make fuzz SECONDS=600   each fuzz target under atheris for so long"
 	@echo "make check     ruff, mypy --strict, import layers"
 	@echo "make bench     what it costs on this machine"
+	@echo "make families  every kind of model that transformers can build tiny: half an hour, continued where it stopped"
 	@echo "make install   only make .venv        make clean   remove caches and builds"
 
 install: $(READY)
@@ -44,11 +45,14 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-BENCHES := $(filter-out bench/_%,$(sort $(wildcard bench/*.py)))
+BENCHES := $(filter-out bench/_% bench/families.py,$(sort $(wildcard bench/*.py)))
 
 bench: $(READY)
 	@set -e; for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file; done
 
+families: $(READY)
+	$(BIN)/python bench/families.py --keep .families
+
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .families build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -16,6 +16,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the command line does
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices as small as these are slower with more
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import contextlib
@@ -33,6 +35,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as tf
 from rich.console import Console
@@ -44,6 +47,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import sliplm
 from _common import finish, machine
+from sliplm.arithmetic.equilibration import equilibrated
 from sliplm.engines.transformers.inputs import candidates
 from sliplm.engines.transformers.load import reference
 from sliplm.engines.transformers.plan import make_plan
@@ -487,6 +491,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="decide what would be split, and go no further")
     arguments = parser.parse_args()
     before = machine()
+    equilibrated(np.ones((4, 4), np.float32))  # compiled here once, and not again in every child
     rows = []
     for kind, name in families(arguments.kind):
         if arguments.only is None or kind in arguments.only:
