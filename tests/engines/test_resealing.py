@@ -194,7 +194,7 @@ def test_other_bad_arguments(out: Path, tmp_path: Path) -> None:
         sliplm.reseal(out / "vault", new, remove=["generation_config.json"])
     with pytest.raises(CheckpointError, match="the vault itself"):
         sliplm.reseal(out / "vault", out / "vault")
-    with pytest.raises(ShareError, match="vault folder that a split wrote"):
+    with pytest.raises(ShareError, match="`vault` that a split wrote"):
         sliplm.reseal(tmp_path, new)
     (tmp_path / "key").write_text("1" * 64)
     (tmp_path / "key").chmod(0o600)
