@@ -32,7 +32,7 @@ from sliplm.network import authority
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.quarantine import Entry
 from terminal import Terminal
-from test_cli import ENV, SLIP, run_here
+from test_cli import ENV, SLIP, run_here, slip
 from test_generation import byte_tokenizer
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -230,6 +230,8 @@ def test_generate_says_what_it_waits_for(out: Path) -> None:
     with Terminal([*SLIP, "generate", str(out), "--prompt", "Hi", "--max-new-tokens", "3"], ENV) as terminal:
         assert terminal.status() == 0
         said = terminal.text
+    plain = slip("generate", out, "--prompt", "Hi", "--max-new-tokens", 3).stdout
+    assert plain.replace("\n", "\r\n") in said  # nothing comes between its tokens
     steps = ["loading", "starting a worker, opening the vault", "tokens, and dealing masks"]
     places = [said.index(step) for step in steps]
     assert places == sorted(places)
@@ -295,6 +297,17 @@ def test_prompts_that_are_none(
     monkeypatch.setattr(sys, "stdin", None)
     assert run_here(monkeypatch, ["generate", out]) == 2
     assert "there is no prompt: give --prompt TEXT" in capsys.readouterr().err
+
+
+def test_a_model_without_a_chat_template_holds_no_conversation(
+    model: Path, out: Path, tmp_path: Path
+) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    words = [*SLIP, "generate", str(out), "--tokenizer", str(tmp_path)]
+    with Terminal(words, ENV) as terminal:
+        assert terminal.status() == 2
+        assert "this model has no chat template: give a --prompt" in " ".join(terminal.text.split())
+        assert "> " not in terminal.text
 
 
 def test_a_conversation_reads_nothing_twice_and_answers_as_if_it_did(out: Path) -> None:

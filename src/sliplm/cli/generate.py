@@ -162,7 +162,7 @@ def _once(
 
     inputs = encode(tokenizer, text, chat)
     waiting.on(f"reading {inputs['input_ids'].shape[1]} tokens, and dealing masks for them")
-    printer = _Printer(sys.stderr if json else sys.stdout, waiting)
+    printer = _Printer(waiting, err=json)
     found = answer(model, tokenizer, inputs, new_tokens=new_tokens, temperature=temperature,
                    show=printer.show)  # fmt: skip
     printer.end(found.text)
@@ -191,7 +191,7 @@ def _converse(model: Any, tokenizer: Any, waiting: Waiting, new_tokens: int, tem
     waiting.say("A conversation: each line is a message; Ctrl-D ends it.", "dim")
     for message in messages():
         waiting.on("reading, and dealing masks")
-        printer = _Printer(sys.stdout, waiting)
+        printer = _Printer(waiting)
         found = talk.say(message, printer.show)
         printer.end(found.text)
         tokens, seconds = tokens + len(found.tokens), seconds + found.decode_seconds
@@ -226,21 +226,27 @@ def _model(out: Path, vault: Path, workers: list[str], options: dict[str, Any]) 
 
 
 class _Printer:
-    """Writes what is new of a growing text, which is not waited for any more."""
+    """Writes what is new of a growing text, which is not waited for any more.
 
-    def __init__(self, stream: Any, waiting: Waiting) -> None:
-        self._stream = stream
+    A stream is looked up when it is written to: rich puts its own in place of both while something turns.
+    """
+
+    def __init__(self, waiting: Waiting, *, err: bool = False) -> None:
         self._waiting = waiting
+        self._err = err
         self._written = ""
 
     def show(self, text: str) -> None:
         self._waiting.over()
         if text.startswith(self._written):  # tokenizers may change their mind about the last letters
-            self._stream.write(printable(text[len(self._written) :]))
-            self._stream.flush()
+            self._write(printable(text[len(self._written) :]))
             self._written = text
 
     def end(self, text: str) -> None:
         self.show(text)
-        self._stream.write("\n")
-        self._stream.flush()
+        self._write("\n")
+
+    def _write(self, text: str) -> None:
+        stream = sys.stderr if self._err else sys.stdout
+        stream.write(text)
+        stream.flush()

@@ -50,6 +50,7 @@ def messages() -> Iterator[str]:
         try:
             text = input("> ").strip()
         except EOFError:
+            sys.stdout.write("\n")
             return
         except UnicodeDecodeError as error:
             raise _no_text() from error

@@ -85,8 +85,8 @@ def encode(
         prompt = _utf8(prompt)
     has_template = bool(tokenizer.chat_template)
     talk = chat or not isinstance(prompt, str)
-    if talk and not has_template:
-        raise InputError("this model has no chat template: give a --prompt, without --chat, to be continued")
+    if talk:
+        _check_template(tokenizer)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{**message, "content": _utf8(message["content"])} for message in messages]
     if talk or (has_template and chat is None):
@@ -115,6 +115,11 @@ def _utf8(prompt: str) -> str:
         except UnicodeError:
             raise InputError("the prompt is not UTF-8: write it in a terminal or file that is") from None
     return prompt
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise InputError("this model has no chat template: give a --prompt, without --chat, to be continued")
 
 
 def answer(
@@ -183,11 +188,15 @@ class Conversation:
     Args:
         new_tokens: of each answer at most.
         temperature: as of `answer`.
+
+    Raises:
+        InputError: there is no chat template.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int, temperature: float
     ) -> None:
+        _check_template(tokenizer)
         self._model, self._tokenizer = model, tokenizer
         self._new_tokens, self._temperature = new_tokens, temperature
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -199,7 +208,7 @@ class Conversation:
         """The model's answer to a message.
 
         Raises:
-            InputError: there is no chat template, or all that was said is more than the model takes.
+            InputError: the template cannot be used, or all that was said is more than the model takes.
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         inputs = encode(self._tokenizer, messages)
