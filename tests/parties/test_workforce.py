@@ -543,3 +543,17 @@ def test_an_exchange_of_many_groups_has_one_trip() -> None:
     one, trip = (64, 64, 1), work([])
     assert trip > 0
     assert work([one] * 128) - trip == 128 * (work([one]) - trip)
+
+
+@pytest.mark.parametrize("role", ["worker", "dealer"])
+def test_an_address_without_keys_is_refused_before_anything_begins(shares: Shares, role: str) -> None:
+    """It is our mistake: nobody is quarantined for it, and no thread stays behind."""
+    before = threading.active_count()
+    bare = ["worker.example:7400"]
+    terms = {
+        "worker": Terms(bare, shares[1], ahead=0),
+        "dealer": Terms(["unix:/nobody"], None, ahead=0, dealers=bare),
+    }
+    with pytest.raises(CredentialError, match=r"without keys: write worker.example:7400\?keys="):
+        Vault(shares[0], terms[role])
+    assert threading.active_count() == before

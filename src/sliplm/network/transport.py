@@ -284,7 +284,7 @@ def connect(address: str, timeout: float, role: keys.Serving = "worker") -> Conn
             connection.place = found.st_dev, found.st_ino
         return connection
     if target.keys is None:
-        raise CredentialError(f"{target} is given without keys: write {target}?keys=FOLDER")
+        raise _without_keys(target)
     try:
         context = keys.context(target.keys, "vault")
     except CredentialError as error:
@@ -317,16 +317,22 @@ def pair() -> tuple[Connection, Connection]:
     return Connection(left, "pair"), Connection(right, "pair")
 
 
+def _without_keys(target: TcpAddress) -> CredentialError:
+    return CredentialError(f"{target} is given without keys: write {target}?keys=FOLDER")
+
+
 def anchored(address: str) -> str:
     """The same address from wherever this process goes: relative paths are made absolute now.
 
-    Raises InputError.
+    Raises InputError, and CredentialError where keys are missing: our mistake, and no peer's.
     """
     target = parse_address(address)
+    if isinstance(target, TcpAddress) and target.keys is None:
+        raise _without_keys(target)
     if isinstance(target, UnixAddress):
         path = target.path.absolute()
         return f"unix:{path}" if len(os.fsencode(path)) <= _UNIX_PATH else address
-    return f"{target}?keys={target.keys.absolute()}" if target.keys else address
+    return address if target.keys is None else f"{target}?keys={target.keys.absolute()}"
 
 
 def parse_address(text: str) -> TcpAddress | UnixAddress:
