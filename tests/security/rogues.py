@@ -44,7 +44,7 @@ from sliplm.shares.share import WorkerShare, open_worker
 Asked = Multiply | Deal
 Array = np.ndarray
 
-SHORT = 0.7  # seconds that a vault waits for those who come late; for all others it waits long
+SHORT = 1.5  # seconds that a vault waits for those who come late; for all others it waits long
 LIMIT = 30.0
 
 
