@@ -57,8 +57,8 @@ def test_outliers_that_the_weights_make_up_for_cost_nothing(kind: str, precision
     exact = outliers.astype(np.float64) @ changed.T.astype(np.float64)
     out = product(split(changed, precision, kind), outliers)[0]
     wrong = np.linalg.norm(out - exact, axis=0) / np.linalg.norm(exact, axis=0)
-    assert np.median(wrong) < 1.2 * usual  # row by row: the large ones take nothing from the others
-    assert wrong.max() < 4 * usual
+    assert np.median(wrong) < 1.3 * usual  # row by row: the large ones take nothing from the others
+    assert wrong.max() < 8 * usual  # some outputs are small, in a random basis; stolen bits cost `factor`
 
 
 def test_an_ordinary_input_loses_next_to_nothing_and_is_not_counted() -> None:
