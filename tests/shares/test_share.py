@@ -229,11 +229,11 @@ def test_a_manifest_that_says_something_else(
 
 
 def test_the_wrong_side_and_no_folder(out: Path) -> None:
-    with pytest.raises(ShareError, match="format"):
+    with pytest.raises(ShareError, match="is the worker's folder: give the vault's"):
         open_vault(out / "worker")
-    with pytest.raises(ShareError, match="format"):
+    with pytest.raises(ShareError, match="is the secret vault"):
         open_worker(out / "vault")
-    with pytest.raises(ShareError, match="cannot be read"):
+    with pytest.raises(ShareError, match="does not exist"):
         open_worker(out / "nowhere")
 
 
