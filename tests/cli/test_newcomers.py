@@ -258,7 +258,7 @@ def test_a_conversation_on_a_terminal(out: Path) -> None:
 def test_ctrl_c_ends_a_conversation(out: Path) -> None:
     with Terminal([*SLIP, "generate", str(out)], ENV) as terminal:
         terminal.wait_for("> ")
-        terminal.send("\x03")
+        terminal.interrupt()
         assert terminal.status() == 130
         assert "interrupted" in terminal.text
         assert "Traceback" not in terminal.text

@@ -63,6 +63,17 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self._end, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C until it is heard: one between a prompt and readline's wait is heard at the next key only."""
+        deadline = time.monotonic() + LIMIT
+        while "interrupted" not in self.text:
+            assert time.monotonic() < deadline, f"it goes on:\n{self.text}"
+            self.send("\x03")
+            heard = time.monotonic() + 2.0
+            while "interrupted" not in self.text and time.monotonic() < heard:
+                if select.select([self._end], [], [], 0.1)[0] and not self._read(deadline):
+                    return
+
     def status(self) -> int:
         """Read to the end; the exit status."""
         deadline = time.monotonic() + LIMIT
