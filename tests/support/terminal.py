@@ -64,7 +64,7 @@ class Terminal:
         os.write(self._end, text.encode())
 
     def interrupt(self) -> None:
-        """Ctrl-C until it is heard: one between a prompt and readline's wait is heard at the next key only."""
+        """Ctrl-C until it is heard: one just before readline waits is heard at the next key only."""
         deadline = time.monotonic() + LIMIT
         while "interrupted" not in self.text:
             assert time.monotonic() < deadline, f"it goes on:\n{self.text}"
