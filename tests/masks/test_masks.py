@@ -234,6 +234,32 @@ def test_a_batch_that_was_being_dealt_is_thrown_away_too() -> None:
     pool.close()
 
 
+@pytest.mark.parametrize("event", ["fall", "renewal"])
+def test_what_one_dealt_who_falls_while_more_is_dealt_is_not_used(event: str) -> None:
+    """Nor what was dealt before a snapshot that is noticed while more is dealt."""
+    dealers = iter([b"a liar", b"another", b"another"])
+    keys = []
+
+    def make(group: int, rows: int, background: bool, late: bool) -> masks.Batch:
+        mark = next(dealers)
+        if late and mark == b"another" and len(keys) == 1:
+            if event == "fall":
+                pool.drop([b"a liar"])
+            else:
+                pool.renew()
+        batch = masks.deal(group, N, rows, lambda fresh: masks.Dealt(product(*fresh()), (mark,)), b"")
+        keys.append(batch.key)
+        return batch
+
+    pool = masks.MaskPool(1, make, ahead=0)
+    pool.add([0], 2)
+    taken = pool.take(0, 3)
+    assert len(keys) == 3
+    assert np.array_equal(taken.r, uniform_rows(keys[2], 0, 0, 3, N))
+    assert np.array_equal(taken.u, multiply(taken.r))
+    pool.close()
+
+
 @pytest.mark.parametrize("clock", [time.CLOCK_REALTIME, time.CLOCK_BOOTTIME])
 @pytest.mark.parametrize("seconds", [-5, 2])
 def test_a_jump_of_a_clock_renews(monkeypatch: pytest.MonkeyPatch, clock: int, seconds: int) -> None:

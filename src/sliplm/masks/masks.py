@@ -200,22 +200,19 @@ class MaskPool(Secret):
 
         Raises: MaskError when the pool is closed, what `make` raises; ForkError in a forked child.
         """
-        self._process.check()
         while True:
-            parts = self._burn_ready(group, rows)
+            parts, age = self._burn_ready(group, rows)
             missing = rows - sum(len(part.u) for part in parts)
             if not missing:
                 return joined(parts)
-            age = self.renewals
             late = self._make(group, missing, False, True)
-            if self._failure is not None:  # somebody deals again
-                with self._change:
+            with self._change:
+                if self._failure is not None:  # somebody deals again
                     self._failure = None
                     self._change.notify_all()
-            if age == self.renewals and self._fallen.isdisjoint(
-                late.marks
-            ):  # else: before a snapshot, a fall
-                return joined([*parts, late.burn(missing)])
+                if age == self._age() and self._fallen.isdisjoint(late.marks):
+                    return joined([*parts, late.burn(missing)])
+            # renewed, or a dealer has fallen meanwhile: what is in hand may be of before, or from him
 
     def renew(self) -> None:
         """Throw away all masks dealt before: none of them is handed out after the return."""
@@ -236,7 +233,12 @@ class MaskPool(Secret):
             self._change.notify_all()
             return before - sum(self._count)
 
-    def _burn_ready(self, group: int, rows: int) -> list[Masks]:
+    def _age(self) -> tuple[int, int]:
+        """Grows when masks become void, those in somebody's hand too."""
+        return self.renewals, len(self._fallen)
+
+    def _burn_ready(self, group: int, rows: int) -> tuple[list[Masks], tuple[int, int]]:
+        """Up to `rows` masks, and the age in which they were good."""
         self._process.check()
         parts: list[Masks] = []
         with self._change:
@@ -255,7 +257,7 @@ class MaskPool(Secret):
                     ready.popleft()
             if self._needs(group):
                 self._change.notify()
-        return parts
+            return parts, self._age()
 
     def add(self, groups: Sequence[int], rows: int) -> None:
         """Deal `rows` more masks for each of the groups, now, beyond what the background keeps ready."""
