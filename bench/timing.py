@@ -40,7 +40,7 @@ from transformers import AutoTokenizer
 import sliplm
 from _common import console, finish, machine, median, split_smollm2
 from sliplm.examples import smollm2, wikipedia
-from sliplm.network.transport import TcpAddress, parse_address
+from sliplm.network.addresses import TcpAddress, parse_address
 
 SHORT, LONG = 16, 250
 

@@ -20,7 +20,7 @@ from fuzz_protocol import NONCE, header_bytes
 from ledger import Ledger, size
 from sliplm.errors import SlipError
 from sliplm.network import authority, keys
-from sliplm.network.transport import parse_address
+from sliplm.network.addresses import parse_address
 from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault

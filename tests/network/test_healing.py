@@ -27,16 +27,9 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.network import authority, keys
+from sliplm.network.addresses import TcpAddress, anchored, parse_address
 from sliplm.network.listener import listen
-from sliplm.network.transport import (
-    TcpAddress,
-    _dial,
-    anchored,
-    connect,
-    keep_alive,
-    parse_address,
-    translate,
-)
+from sliplm.network.transport import _dial, connect, keep_alive, translate
 from sliplm.parties.workforce import _verdict
 
 LIMIT = 30.0

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from sliplm.errors import CredentialError, InputError, SlipError, WireError, WorkerTimeout, WorkerUnavailable
 from sliplm.network import authority, keys
+from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
 from sliplm.network.listener import Listener, listen
-from sliplm.network.transport import Connection, TcpAddress, UnixAddress, connect, pair, parse_address
+from sliplm.network.transport import Connection, connect, pair
 from sliplm.protocol.frames import WELCOME_BYTES, Header, Kind, pack_header
 from sliplm.protocol.vault_side import Product, VaultSide
 from sliplm.protocol.worker_side import Multiply, WorkerSide

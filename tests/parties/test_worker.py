@@ -37,10 +37,12 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.network import authority, keys
+from sliplm.network.addresses import TcpAddress, parse_address
 from sliplm.network.attestation import SoftwareAttester, SoftwareVerifier, binding
-from sliplm.network.transport import Connection, TcpAddress, connect, handshake, pair, parse_address
+from sliplm.network.transport import Connection, connect, handshake, pair
 from sliplm.parties.local_worker import LocalWorker
-from sliplm.parties.worker import MAX_CONNECTIONS, MAX_STRANGERS, Worker
+from sliplm.parties.seats import MAX_CONNECTIONS, MAX_STRANGERS
+from sliplm.parties.worker import Worker
 from sliplm.protocol.frames import Header, Kind, Party, pack_header
 from sliplm.protocol.side import FRAME_BYTES
 from sliplm.protocol.vault_side import Accept, Product, VaultSide, Welcome
@@ -385,7 +387,7 @@ def test_revoked_while_connected(share_dir: Path, share: WorkerShare, tmp_path: 
         assert worker._held.folder is not None
         lines = (worker._held.folder.path / "stderr").read_text().splitlines()
     assert len(lines) == 2  # one for each
-    assert "sliplm.parties.worker: cut off vault lost at 127.0.0.1: it is revoked" in lines[0]
+    assert "sliplm.parties.seats: cut off vault lost at 127.0.0.1: it is revoked" in lines[0]
     assert "sliplm.parties.worker: refused 127.0.0.1: the certificate of" in lines[1]
 
 

@@ -35,7 +35,8 @@ from sliplm.arithmetic.field import P, uniform_rows
 from sliplm.network import authority
 from sliplm.network.listener import Listener
 from sliplm.network.transport import Connection
-from sliplm.parties.worker import Worker, _Visit
+from sliplm.parties.seats import Visit
+from sliplm.parties.worker import Worker
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import FaultCode, Kind
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
@@ -318,7 +319,7 @@ class TwoFaced(Wrong):
         super().__init__(means, change, after)
         self.greeted: list[Connection] = []
 
-    def _greet(self, connection: Connection, side: WorkerSide, visit: _Visit | None) -> None:
+    def _greet(self, connection: Connection, side: WorkerSide, visit: Visit | None) -> None:
         self.greeted.append(connection)
         super()._greet(connection, side, visit)
 
@@ -620,7 +621,7 @@ class Door(Rogue):
 class Greeting(Door):
     """Greets in its own way."""
 
-    def _greet(self, connection: Connection, side: WorkerSide, visit: _Visit | None) -> None:
+    def _greet(self, connection: Connection, side: WorkerSide, visit: Visit | None) -> None:
         if not self.struck:
             super()._greet(connection, side, visit)
             return
@@ -771,17 +772,15 @@ class Closed(Door):
 
     ends, error = "lost", errors.WorkerUnavailable
 
-    def _visit(self, visit: _Visit, listener: Listener, sock: socket.socket) -> None:
+    def _visit(self, visit: Visit, listener: Listener, sock: socket.socket) -> None:
         if not self.struck:
             super()._visit(visit, listener, sock)
             return
         with contextlib.suppress(OSError):
             self.receive(visit, sock)
-        with self._guard:
-            del self._visits[visit]
-            visit.handle.close()
+        self._seats.leave(visit)
 
-    def receive(self, visit: _Visit, sock: socket.socket) -> None:
+    def receive(self, visit: Visit, sock: socket.socket) -> None:
         """What happens to a socket that was accepted."""
         sock.close()
 
@@ -792,7 +791,7 @@ class Plain(Closed):
     tls = True
     ends, error = "quarantined", errors.WireError
 
-    def receive(self, visit: _Visit, sock: socket.socket) -> None:
+    def receive(self, visit: Visit, sock: socket.socket) -> None:
         """Say something else, and wait until the vault is gone."""
         with sock:
             sock.sendall(b"SSH-2.0-OpenSSH_9.6\r\n" * 3)
@@ -812,7 +811,7 @@ class OtherTls(Closed):
         """Whose keys it uses."""
         return self.means.keys / "rogue"
 
-    def receive(self, visit: _Visit, sock: socket.socket) -> None:
+    def receive(self, visit: Visit, sock: socket.socket) -> None:
         """Shake hands, and serve."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.maximum_version = self.newest

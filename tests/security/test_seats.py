@@ -9,7 +9,8 @@ from ledger import Ledger
 from sliplm.errors import WorkerUnavailable
 from sliplm.network import authority
 from sliplm.network.transport import connect
-from sliplm.parties.worker import MAX_EACH, Worker
+from sliplm.parties.seats import MAX_EACH
+from sliplm.parties.worker import Worker
 from sliplm.shares.share import WorkerShare
 from test_worker import LIMIT, check_products, greet, matrices, serving, share, share_dir, side_of
 

@@ -14,9 +14,10 @@ import numpy as np
 from sliplm import forks
 from sliplm.arithmetic.field import Elements
 from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerTimeout, WorkerUnavailable
+from sliplm.network.addresses import anchored
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding, judge, own_evidence
 from sliplm.network.keys import Serving
-from sliplm.network.transport import Connection, anchored, connect
+from sliplm.network.transport import Connection, connect
 from sliplm.protocol.frames import NONCE_BYTES, Party
 from sliplm.protocol.side import Shape
 from sliplm.protocol.vault_side import Product, VaultSide, Welcome
@@ -48,7 +49,7 @@ class Link:
     """The connection to one worker, made when first needed.  One exchange at a time.
 
     Args:
-        address: as in `transport`.
+        address: as in `addresses`.
         split_id: the split that both sides must hold.
         shapes: (m, n) of every group.
         timeout: limit in seconds of every wait.

@@ -1,4 +1,4 @@
-"""Where a worker waits for vaults: TLS over TCP, or a Unix socket; addresses as in `transport`."""
+"""Where a worker waits for vaults: TLS over TCP, or a Unix socket; addresses as in `addresses`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,8 @@ from typing import Any, Final
 from sliplm.closing import Closing
 from sliplm.errors import CredentialError, WorkerUnavailable
 from sliplm.network import keys
-from sliplm.network.transport import (
-    Connection,
-    TcpAddress,
-    UnixAddress,
-    closing_on_error,
-    enlarge,
-    handshake,
-    keep_alive,
-    parse_address,
-    why,
-)
+from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
+from sliplm.network.transport import Connection, closing_on_error, enlarge, handshake, keep_alive, why
 
 _BACKLOG: Final = 64
 

@@ -1,8 +1,5 @@
 """Connections that carry frames: TLS 1.3 over TCP, Unix sockets, and a pair in memory.
 
-An address is a text: "127.0.0.1:7400?keys=/folder" (TCP is always TLS with client certificates, see
-`keys`) or "unix:/path/to.sock" (no TLS: the socket file's permissions decide who may connect).
-
 Sockets block, and every wait has a deadline, a value of time.monotonic(), that covers all the reads or
 writes of one call: a peer that drips bytes gains nothing.  A connection takes memory only for a length
 that the protocol has accepted, at most one frame in each direction.
@@ -21,13 +18,12 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from sliplm import forks
 from sliplm.closing import Closing
 from sliplm.errors import (
     CredentialError,
-    InputError,
     PassingCredentialError,
     SlipError,
     WireError,
@@ -35,12 +31,12 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.network import keys
+from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
 from sliplm.protocol.frames import HEADER_BYTES
 
 _PEER: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 _RECORD: Final = 16384  # bytes of the longest TLS record
 _UNIX_BUFFER: Final = 2**20
-_UNIX_PATH: Final = 107  # bytes
 _REVOKED: Final = 23  # OpenSSL's X509_V_ERR_CERT_REVOKED
 _DATES: Final = (9, 10, 11, 12)  # OpenSSL's errors: a certificate or a list not yet valid, or no longer
 _KEEPALIVE: Final = (  # a connection that a network has forgotten ends within seconds, also in use
@@ -73,27 +69,6 @@ class Reader(Protocol[EventT_co]):
 
     def payload(self, data: memoryview, /) -> EventT_co:
         """The event."""
-
-
-class TcpAddress(NamedTuple):
-    """A TCP address with the folder of the keys for it."""
-
-    host: str
-    port: int
-    keys: Path | None
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-
-class UnixAddress(NamedTuple):
-    """The path of a Unix socket."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}"
 
 
 class Connection(Closing):
@@ -283,10 +258,9 @@ def connect(address: str, timeout: float, role: keys.Serving = "worker") -> Conn
             found = target.path.stat()
             connection.place = found.st_dev, found.st_ino
         return connection
-    if target.keys is None:
-        raise _without_keys(target)
+    folder = target.folder()
     try:
-        context = keys.context(target.keys, "vault")
+        context = keys.context(folder, "vault")
     except CredentialError as error:
         raise PassingCredentialError(str(error)) from error
     return handshake(_dial(target, deadline), context, role, str(target), deadline)
@@ -315,49 +289,6 @@ def pair() -> tuple[Connection, Connection]:
     enlarge(left)
     enlarge(right)
     return Connection(left, "pair"), Connection(right, "pair")
-
-
-def _without_keys(target: TcpAddress) -> CredentialError:
-    return CredentialError(f"{target} is given without keys: write {target}?keys=FOLDER")
-
-
-def anchored(address: str) -> str:
-    """The same address from wherever this process goes: relative paths are made absolute now.
-
-    Raises InputError, and CredentialError where keys are missing: our mistake, and no peer's.
-    """
-    target = parse_address(address)
-    if isinstance(target, TcpAddress) and target.keys is None:
-        raise _without_keys(target)
-    if isinstance(target, UnixAddress):
-        path = target.path.absolute()
-        return f"unix:{path}" if len(os.fsencode(path)) <= _UNIX_PATH else address
-    return address if target.keys is None else f"{target}?keys={target.keys.absolute()}"
-
-
-def parse_address(text: str) -> TcpAddress | UnixAddress:
-    """An address from its text.  Raises InputError."""
-    if text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        if not path or "\0" in path or len(os.fsencode(path)) > _UNIX_PATH:
-            raise InputError("the path of a Unix socket has 1 to 107 bytes")
-        return UnixAddress(Path(path))
-    place, mark, folder = text.partition("?keys=")
-    host, colon, port = place.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    digits = port.isascii() and port.isdigit() and len(port) <= 5
-    if not (host and colon and digits and int(port) < 65536) or bool(mark) != bool(folder):
-        raise InputError(f"{text!r} is not an address: write HOST:PORT?keys=FOLDER or unix:/path")
-    try:
-        host.encode("idna")
-    except UnicodeError as error:
-        raise InputError(f"{host!r} is no name of a host ({error}): write HOST:PORT?keys=FOLDER") from error
-    if "\0" in text:
-        raise InputError("an address holds no NUL")
-    return TcpAddress(host, int(port), Path(folder) if folder else None)
 
 
 def translate(error: Exception, peer: str) -> SlipError:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from sliplm import durable, places
 from sliplm.errors import InputError, PlaceError, SlipError
 from sliplm.filesystem import because, readable
-from sliplm.network.transport import UnixAddress, parse_address
+from sliplm.network.addresses import UnixAddress, parse_address
 from sliplm.reading import read_bounded
 
 FILE: Final = "quarantine.json"

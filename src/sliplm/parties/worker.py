@@ -3,11 +3,8 @@
 A worker knows the integer matrices and sees masked vectors; it keeps nothing and decides nothing.  A dealer
 is the same program with a dealer's key: it deals (SPEC step O2) and never multiplies, a worker never deals.
 A bad peer costs its own connection only.  Memory: the matrices, and for each of at most MAX_CONNECTIONS
-vaults one frame in and one out (`protocol.FRAME_BYTES`, or one row where that is longer).
-
-Peers that have not greeted are counted apart, and one more of them drives the oldest out: first of those
-that have shown no certificate, and of those, one from the address that sent most.  So strangers take no
-place from a vault that is served, nor, unless they come from many addresses at once, from one that arrives.
+vaults one frame in and one out (`protocol.FRAME_BYTES`, or one row where that is longer).  Who may hold a
+connection is up to `seats`.
 """
 
 from __future__ import annotations
@@ -24,9 +21,8 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -57,39 +53,17 @@ from sliplm.network.attestation import (
 from sliplm.network.keys import Identity, Revocations, Serving, serving_role
 from sliplm.network.listener import Listener, listen
 from sliplm.network.transport import Connection
+from sliplm.parties.seats import Seats, Visit
 from sliplm.protocol.frames import NONCE_BYTES, FaultCode, Party
 from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, Several, WorkerSide
 from sliplm.shares.share import WorkerShare, open_worker
 
-MAX_CONNECTIONS: Final = 32  # vaults that are served
-MAX_EACH: Final = 16  # of them, with one certificate
-MAX_STRANGERS: Final = 32  # peers that have not greeted
 GREETING_LIMIT: Final = 10.0  # seconds for TLS's handshake, and again for the greeting
 FRAME_LIMIT: Final = 60.0  # seconds for a frame to pass once it has begun
 IDLE_LIMIT: Final = 3600.0  # seconds between two frames
 DRAIN_LIMIT: Final = 30.0  # seconds for the exchanges in hand when the worker stops
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Visit:
-    """A peer, from its arrival on; `handle` is a second descriptor of its socket, to end it from outside."""
-
-    source: str
-    handle: socket.socket
-    thread: threading.Thread | None = None
-    identity: Identity | None = None
-    greeted: bool = False
-    busy: bool = False  # between a question and its answer
-    since: float = 0.0  # time.monotonic() of the last answer, or of the greeting
-    ended: bool = False
-
-    def end(self) -> None:
-        """Whoever waits on the connection gets WorkerUnavailable."""
-        self.ended = True
-        with contextlib.suppress(OSError):
-            self.handle.shutdown(socket.SHUT_RDWR)
 
 
 class Worker:
@@ -123,8 +97,7 @@ class Worker:
         self._attester = attester or NullAttester()
         self._verifier = verifier or NullVerifier()
         self._compute = threading.Lock()  # one product at a time: each takes all cores anyway
-        self._guard = threading.Lock()
-        self._visits: dict[_Visit, None] = {}  # in the order of their arrival
+        self._seats = Seats()
         self._listener: Listener | None = None
         self._stopping = False
         self._drained = threading.Event()
@@ -179,7 +152,7 @@ class Worker:
         if listener is not None:
             listener.stop()
 
-    def attend(self, connection: Connection, visit: _Visit | None = None) -> None:
+    def attend(self, connection: Connection, visit: Visit | None = None) -> None:
         """Serve one connection until it ends, and close it; its errors are logged, not raised."""
         side = WorkerSide(self._split_id, self._shapes)
         try:
@@ -200,7 +173,7 @@ class Worker:
         finally:
             connection.close()
 
-    def _converse(self, connection: Connection, side: WorkerSide, visit: _Visit | None) -> None:
+    def _converse(self, connection: Connection, side: WorkerSide, visit: Visit | None) -> None:
         self._greet(connection, side, visit)
         while connection.wait(IDLE_LIMIT, self._wake):
             event = connection.receive(side, deadline=time.monotonic() + FRAME_LIMIT)
@@ -215,7 +188,7 @@ class Worker:
                 if visit is not None:
                     visit.busy, visit.since = False, time.monotonic()
 
-    def _greet(self, connection: Connection, side: WorkerSide, visit: _Visit | None) -> None:
+    def _greet(self, connection: Connection, side: WorkerSide, visit: Visit | None) -> None:
         """HELLO and WELCOME, with the evidence that either side asks for."""
         deadline = time.monotonic() + GREETING_LIMIT
         hello = connection.receive(side, deadline=deadline)
@@ -227,7 +200,7 @@ class Worker:
                 "correct the address, or start this one with the other key folder or `--role`"
             )
         if visit is not None:
-            self._seat(visit)
+            self._seats.seat(visit)
         nonce, wanted = secrets.token_bytes(NONCE_BYTES), not isinstance(self._verifier, NullVerifier)
         with _own_fault():
             mine = own_evidence(
@@ -246,24 +219,6 @@ class Worker:
         """Whoever deals masks must never see the messages under them, and the other way round."""
         if isinstance(event, Deal) != (self.role == "dealer"):
             raise MismatchError(f"this is a {self.role}: it does not answer a {type(event).__name__.upper()}")
-
-    def _seat(self, visit: _Visit) -> None:
-        """A stranger becomes a vault that is served; where seats are full, the longest idle one goes.
-
-        Raises WorkerFault if all have questions in hand.
-        """
-        with self._guard:
-            seated = [other for other in self._visits if other.greeted and not other.ended]
-            own = [other for other in seated if _same_holder(visit, other)]
-            crowd: Sequence[_Visit] = own if len(own) >= MAX_EACH else seated
-            if len(own) >= MAX_EACH or len(seated) >= MAX_CONNECTIONS:
-                idle = [other for other in crowd if not other.busy]
-                if not idle:
-                    raise WorkerFault(f"{len(crowd)} vaults are served already: try again later")
-                leaving = min(idle, key=lambda other: other.since)
-                leaving.end()
-                logger.info("%s was idle longest and makes room", leaving.source)
-            visit.greeted, visit.since = True, time.monotonic()
 
     def _answer(self, connection: Connection, side: WorkerSide, asked: Multiply | Deal) -> None:
         """Step 3: y~ = w x~ mod p; or step O2: u = w r mod p for r made of the batch's key."""
@@ -307,74 +262,43 @@ class Worker:
 
     def _start(self, listener: Listener, sock: socket.socket) -> None:
         try:
-            visit = _Visit(_source(sock), sock.dup())
+            visit = self._seats.arrive(sock)
         except OSError as error:  # out of descriptors, or the peer has left
             logger.warning("refused a connection: %s", error)
             sock.close()
             return
         visit.thread = threading.Thread(target=self._visit, args=(visit, listener, sock), daemon=True)
-        with self._guard:
-            strangers = [other for other in self._visits if not other.greeted and not other.ended]
-            if len(strangers) >= MAX_STRANGERS:
-                unwanted = _least_wanted(strangers)
-                unwanted.end()
-                logger.warning("refused %s: it has not greeted, and others wait", unwanted.source)
-            self._visits[visit] = None
         try:
             visit.thread.start()
         except RuntimeError as error:  # out of threads: those in use come back some time
             logger.warning("refused %s: %s", visit.source, error)
             sock.close()
-            self._forget(visit)
+            self._seats.leave(visit)
 
-    def _visit(self, visit: _Visit, listener: Listener, sock: socket.socket) -> None:
+    def _visit(self, visit: Visit, listener: Listener, sock: socket.socket) -> None:
         """A connection's thread: the handshake, then the conversation."""
         try:
             connection = listener.secure(sock, time.monotonic() + GREETING_LIMIT)
-            with self._guard:
-                visit.identity = connection.identity
+            self._seats.identified(visit, connection.identity)
             self.attend(connection, visit)
         except SlipError as error:
             if not visit.ended:
                 logger.warning("refused %s: %s", visit.source, error)
         finally:
-            self._forget(visit)
-
-    def _forget(self, visit: _Visit) -> None:
-        with self._guard:
-            del self._visits[visit]
-            visit.handle.close()
+            self._seats.leave(visit)
 
     def _watch(self, revocations: Revocations) -> None:
-        def cut() -> None:
-            with self._guard:
-                for visit in self._visits:
-                    who = visit.identity
-                    if who is not None and who.serial in revocations and not visit.ended:
-                        visit.end()
-                        logger.warning("cut off vault %s at %s: it is revoked", who.name, visit.source)
-
-        watch = threading.Thread(target=revocations.watch, args=(cut, self._drained), daemon=True)
+        watch = threading.Thread(
+            target=revocations.watch, args=(partial(self._seats.cut, revocations), self._drained), daemon=True
+        )
         watch.start()
 
     def _drain(self) -> None:
         """Strangers are dropped, vaults have DRAIN_LIMIT to get the answers that they have asked for."""
         self.stop()
-        self._end(lambda visit: not visit.greeted, DRAIN_LIMIT)
-        self._end(lambda visit: True, GREETING_LIMIT)
+        self._seats.end(lambda visit: not visit.greeted, DRAIN_LIMIT)
+        self._seats.end(lambda visit: True, GREETING_LIMIT)
         self._drained.set()
-
-    def _end(self, which: Callable[[_Visit], bool], limit: float) -> None:
-        """End some of the visits, then wait for all."""
-        with self._guard:
-            visits = list(self._visits)
-            for visit in visits:
-                if which(visit):
-                    visit.end()
-        deadline = time.monotonic() + limit
-        for visit in visits:
-            if visit.thread is not None:
-                visit.thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @contextlib.contextmanager
@@ -385,23 +309,6 @@ def _own_fault() -> Iterator[None]:
     except PassingCredentialError as error:
         logger.error("%s", error)  # noqa: TRY400
         raise WorkerFault("the worker cannot show or judge evidence now: see its log") from error
-
-
-def _least_wanted(strangers: Sequence[_Visit]) -> _Visit:
-    """The oldest from the busiest address, of those without a certificate where there are any."""
-    unknown = [visit for visit in strangers if visit.identity is None] or strangers
-    crowd = Counter(visit.source for visit in unknown)
-    return max(unknown, key=lambda visit: crowd[visit.source])  # the first of equals is the oldest
-
-
-def _same_holder(one: _Visit, other: _Visit) -> bool:
-    """Whether both showed the same key; on a Unix socket nobody shows one."""
-    return one.identity is not None and _spki(one.identity) == _spki(other.identity)
-
-
-def _source(sock: socket.socket) -> str:
-    """The address a peer comes from, without its port."""
-    return "a Unix socket" if sock.family == socket.AF_UNIX else str(sock.getpeername()[0])
 
 
 def _spki(identity: Identity | None) -> bytes:

@@ -39,9 +39,10 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.network import keys
+from sliplm.network.addresses import parse_address
 from sliplm.network.attestation import Attester, NullAttester, NullVerifier, Verifier
 from sliplm.network.link import Greet, Link
-from sliplm.network.transport import Connection, parse_address
+from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog, Event
 from sliplm.parties.quarantine import Quarantine
 from sliplm.protocol.side import Shape
