@@ -105,6 +105,58 @@ def test_operands_of_every_kind_of_memory(kernel: str, rows: int, tmp_path: Path
     assert x.flags.writeable
 
 
+@pytest.mark.parametrize("kernel", [*FAST, "reference"])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+@pytest.mark.parametrize("rows", [1, 5, 16, 27])
+@pytest.mark.parametrize(("m", "n"), [(24, 128), (25, 100)])
+def test_a_product_is_written_where_it_is_wanted_and_nowhere_else(
+    kernel: str, dtype: type, rows: int, m: int, n: int
+) -> None:
+    w, x = kernels.known_operands(m, n, rows, LARGEST[dtype])
+    memory = np.full(rows * m + 14, 77, np.uint32)
+    out = memory[7:-7].reshape(rows, m)
+    answer = kernels.prepare(w.astype(dtype), kernel=kernel, threads=2).product(x, out)
+    assert np.shares_memory(answer, out)
+    assert np.array_equal(out, kernels.known_answer(w, x))
+    assert (memory[:7] == 77).all()
+    assert (memory[-7:] == 77).all()
+
+
+@pytest.mark.skipif(not vnni.available(), reason="the processor has no AVX-512 VNNI")
+@pytest.mark.parametrize("weight", [2048, -2048, 32767])
+@pytest.mark.parametrize("place", [(0, 0), (4, 33), (4, 69)])
+def test_weights_beyond_12_bits_are_refused(weight: int, place: tuple[int, int]) -> None:
+    w = np.zeros((5, 70), np.int16)
+    w[place] = weight
+    with pytest.raises(KernelError, match="12 bits"):
+        kernels.prepare(w, kernel="vnni")
+
+
+@pytest.mark.skipif(not vnni.available(), reason="the processor has no AVX-512 VNNI")
+@pytest.mark.parametrize("rows", [1, 16])
+def test_operands_that_do_not_fit_are_refused_before_any_memory_is_touched(rows: int) -> None:
+    matrix = kernels.prepare(np.ones((6, 64), np.int16), kernel="vnni")
+    with pytest.raises(KernelError, match="do not fit"):
+        matrix.product(np.zeros((rows, 63), np.uint32))
+    with pytest.raises(KernelError, match="do not fit"):
+        matrix.product(np.zeros((rows, 64), np.uint32), np.zeros((rows, 5), np.uint32))
+
+
+EDGES = [0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF, 0x80000000, P - 0x8001, P - 1]
+
+
+@pytest.mark.parametrize("kernel", FAST)
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("n", [1, 512, 513, 1100])
+def test_elements_at_the_edges_of_their_limbs(kernel: str, rows: int, n: int) -> None:
+    """Where signed limbs of 16 bits turn over, times the largest weights of either sign."""
+    for x in EDGES:
+        elements = np.full((rows, n), x, np.uint32)
+        for w in (np.full((9, n), 2047, np.int16), np.full((9, n), -2047, np.int16)):
+            answer = kernels.prepare(w, kernel=kernel).product(elements)
+            assert np.array_equal(answer, kernels.known_answer(w.astype(np.int64), elements))
+
+
 def test_the_known_answer_is_right() -> None:
     w, x = kernels.known_operands(7, 50, 4, 2047)
     assert np.array_equal(
@@ -135,8 +187,8 @@ def fresh_choice() -> object:
 class Saturating(kernels.portable.PortableMatrix):
     """What some machines do: sums that stop at the largest 32-bit number."""
 
-    def product(self, x: np.ndarray) -> np.ndarray:
-        return np.minimum(super().product(x), np.uint32(2**31 - 1))
+    def product(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        return np.minimum(super().product(x, out), np.uint32(2**31 - 1))
 
 
 def test_a_kernel_that_is_wrong_here_is_passed_over(

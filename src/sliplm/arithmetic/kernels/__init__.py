@@ -4,9 +4,9 @@
     portable    float64 BLAS and 64-bit integer loops: any machine
     vnni        x86 with AVX-512 VNNI: 8- and 16-bit dot products
 
-`prepare` takes the fastest kernel that works here: each is tested against known answers, worst cases
-included, before its first
-use, because some machines' integer kernels saturate and return wrong sums.
+`prepare` takes the first of these, from the last up, that works here: each is tested against known answers,
+worst cases included, before its first use,
+because some machines' integer kernels saturate and return wrong sums.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ class Matrix(Protocol):
     shape: tuple[int, int]
     kernel: str
 
-    def product(self, x: Elements) -> Elements:
-        """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m], C-contiguous, exact."""
+    def product(self, x: Elements, out: Elements | None = None) -> Elements:
+        """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m], C-contiguous, exact.
+
+        Args:
+            out: where the product is written instead of into new memory; contiguous, not x.
+        """
 
 
 _KERNELS: dict[str, tuple[Callable[[], bool], Callable[[Integers, int], Matrix]]] = {

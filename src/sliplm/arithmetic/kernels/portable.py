@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from sliplm.arithmetic.field import Elements, P
 from sliplm.arithmetic.jit import jit
-from sliplm.arithmetic.kernels.threads import in_parallel
+from sliplm.arithmetic.kernels.threads import in_parallel, pieces
 
 _FEW_ROWS = 4
-_SMALL = 1 << 18  # multiply-adds below which a second thread costs more than it gains
 _BLOCK = 256  # rows of w turned into float64 at a time
 
 
@@ -27,12 +26,12 @@ class PortableMatrix:
         self.shape = (w.shape[0], w.shape[1])
         self._w, self._threads = np.ascontiguousarray(w), threads
 
-    def product(self, x: Elements) -> Elements:
-        """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m]."""
-        out = np.empty((x.shape[0], self.shape[0]), np.uint32)
+    def product(self, x: Elements, out: Elements | None = None) -> Elements:
+        """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m], new or `out`."""
+        out = np.empty((x.shape[0], self.shape[0]), np.uint32) if out is None else out
         x = np.ascontiguousarray(x)
         if x.shape[0] <= _FEW_ROWS:
-            threads = self._threads if self._w.size * x.shape[0] >= _SMALL else 1
+            threads = pieces(self._threads, self._w.size * x.shape[0])
             in_parallel(lambda first, last: _few_rows(self._w, x, out, first, last), self.shape[0], threads)
         else:
             self._many_rows(x, out)

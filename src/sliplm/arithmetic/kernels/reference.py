@@ -17,9 +17,9 @@ class ReferenceMatrix:
         self.shape = (w.shape[0], w.shape[1])
         self._rows: list[list[int]] = w.tolist()
 
-    def product(self, x: Elements) -> Elements:
-        """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m]."""
-        out = [
-            [sum(a * b for a, b in zip(row, v, strict=True)) % P for row in self._rows] for v in x.tolist()
-        ]
-        return np.array(out, np.uint32).reshape(x.shape[0], self.shape[0])
+    def product(self, x: Elements, out: Elements | None = None) -> Elements:
+        """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m], new or `out`."""
+        out = np.empty((x.shape[0], self.shape[0]), np.uint32) if out is None else out
+        for i, v in enumerate(x.tolist()):
+            out[i] = [sum(a * b for a, b in zip(row, v, strict=True)) % P for row in self._rows]
+        return out

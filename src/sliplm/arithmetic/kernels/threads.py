@@ -6,8 +6,11 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Final
 
 from sliplm import forks
+
+_WORTH: Final = 1 << 22  # multiply-adds, 100 to 200 us: a hand-over costs 20 to 60 us, and may gain nothing
 
 
 def default_threads() -> int:
@@ -19,6 +22,11 @@ def default_threads() -> int:
 def _pool(process: bytes) -> ThreadPoolExecutor:
     """The pool of the process with this token: a forked child has none of its parent's threads."""
     return ThreadPoolExecutor(max(1, default_threads() - 1), thread_name_prefix="sliplm-kernel")
+
+
+def pieces(threads: int, macs: int) -> int:
+    """Over how many of `threads` a product of so many multiply-adds is best shared out."""
+    return max(1, min(threads, macs // _WORTH))
 
 
 def in_parallel(part: Callable[[int, int], None], count: int, threads: int, step: int = 1) -> None:

@@ -1,15 +1,16 @@
 """Exact products with AVX-512 VNNI: x is cut into limbs small enough that 32-bit lanes cannot overflow.
 
-    int8 w    x in four limbs of 8 bits,   vpdpbusd (unsigned limb, signed weight)
-    int16 w   x in three limbs of 11 bits, vpdpwssd (|w| <= 2047, so a product stays below 2^22)
+    int8 w    x in four limbs of 8 bits, vpdpbusd (unsigned limb, signed weight); w stays where it is
+    int16 w   x in two signed limbs of 16 bits, vpdpwssd; |w| <= 2047 is packed into 12 bits, in the order in
+              which it is read
 
 Few rows of x are multiplied one by one with the rows of w (memory decides), many in blocks of 16, packed so
-that every lane has an x of its own (arithmetic decides).
+that every lane has an x of its own (arithmetic decides).  A product is one compiled call, or one for each
+thread where that pays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
 
@@ -19,18 +20,39 @@ import numpy.typing as npt
 
 from sliplm.arithmetic.field import Elements, P
 from sliplm.arithmetic.jit import jit
-from sliplm.arithmetic.kernels.threads import in_parallel
-from sliplm.arithmetic.kernels.vnni_tile import BYTES, TALL, TOKENS, WORDS, block, pack, put, tall
+from sliplm.arithmetic.kernels.threads import in_parallel, pieces
+from sliplm.arithmetic.kernels.vnni_tile import (
+    BYTE_BLOCK,
+    BYTE_EXACT,
+    BYTE_LIMBS,
+    PACKED,
+    STEP,
+    TALL,
+    TOKENS,
+    WORD_BLOCK,
+    WORD_LIMBS,
+    WRAP,
+    block_bytes,
+    block_words,
+    pack_bytes,
+    pack_words,
+    put_bytes,
+    put_words,
+    tall_bytes,
+    tall_words,
+    unpack,
+)
+from sliplm.errors import KernelError
 
 Scalar = TypeVar("Scalar", bound=np.generic)
+Weights = npt.NDArray[np.integer]
+Bytes = npt.NDArray[np.uint8]
+Sums = npt.NDArray[np.int64]
 
-_CHUNK = 8192  # columns summed in the lanes of a tall tile: 2 * 2047 * 2047 * (8192 / 32) < 2^31
-_ALIGN = 64  # columns of one step of the wider tall tile
-_AHEAD = 1 << 14  # elements: w is asked for at least this far ahead, and never inside the same tile
+_AHEAD = 1 << 14  # bytes: w is asked for at least this far ahead, and never inside the same tile
 _FEW_ROWS = 10  # rows of x up to which tall tiles beat a block filled up with zeros
-_PACK_WORDS = 1 << 17  # of packed x at a time: half of a second-level cache
-_PACK_BLOCKS = 4  # at a time: enough to read w seldom
-_SMALL = 1 << 19  # multiply-adds below which a second thread costs more than it gains
+_CACHED = 1 << 19  # bytes of packed x at a time: half of a second-level cache
+_BLOCKS = 8  # at a time: enough to read w seldom
 
 _OFFSET = np.uint64(P << 31)  # a multiple of p above any -sum
 _LOW = np.uint64(0xFFFFFFFF)
@@ -47,138 +69,214 @@ def available() -> bool:
 
 
 class VnniMatrix:
-    """w int8 or int16 [m, n], n < 2^19; copied only where its shape does not fit whole tiles."""
+    """w int8 or int16 [m, n], n < 2^19; int8 is copied only where its shape does not fit whole tiles.
+
+    Raises KernelError where |w| > 2047.
+    """
 
     kernel = "vnni"
 
-    def __init__(self, w: npt.NDArray[np.integer], threads: int = 1) -> None:
-        m, n = w.shape
-        self.shape, self._threads = (m, n), threads
-        self._form = BYTES if w.dtype == np.int8 else WORDS
-        rows, columns = max(m, self._form.height), -(-n // _ALIGN) * _ALIGN
-        if (rows, columns) != (m, n) or not w.flags.c_contiguous:
-            padded = np.zeros((rows, columns), w.dtype)
-            padded[:m, :n] = w
-            w = padded
-        self._w = _read_only(w)
+    def __init__(self, w: Weights, threads: int = 1) -> None:
+        self.shape, self._threads = (w.shape[0], w.shape[1]), threads
+        self._w: Weights
+        if w.dtype == np.int8:
+            self._w, self._height, self._few, self._many = _whole(w), BYTE_BLOCK, _few_bytes, _many_bytes
+        else:
+            self._w, self._height, self._few, self._many = _packed(w), WORD_BLOCK, _few_words, _many_words
 
-    def product(self, x: Elements) -> Elements:
-        """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m]."""
-        rows, (height, width) = x.shape[0], self._w.shape
+    def product(self, x: Elements, out: Elements | None = None) -> Elements:
+        """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m], new or `out` (contiguous)."""
+        rows, (m, n) = x.shape[0], self.shape
+        if out is None:
+            out = np.empty((rows, m), np.uint32)
+        if x.shape[1] != n or out.shape != (rows, m):
+            raise KernelError(f"{x.shape} and {out.shape} do not fit a matrix of {m} x {n}")
+        x = _read_only(x)
         few = rows % TOKENS if rows % TOKENS <= _FEW_ROWS else 0
-        many = -(-(rows - few) // TOKENS) * TOKENS
-        x = _read_only(_padded(x, many + few, width))
-        out = np.empty((many + few, height), np.uint32)
-        block_words = width // self._form.step * self._form.limbs * TOKENS
-        group = TOKENS * min(_PACK_BLOCKS, max(1, _PACK_WORDS // block_words))
-        for start in range(0, many, group):
-            end = min(start + group, many)
-            self._many_rows(x[start:end], out[start:end])
         if few:
-            self._few_rows(x[many:], out[many:])
-        return np.ascontiguousarray(out[:rows, : self.shape[0]])
+            self._few_rows(x[rows - few :], out[rows - few :])
+        if rows > few:
+            self._many_rows(x[: rows - few], out[: rows - few])
+        return out
 
     def _few_rows(self, x: Elements, out: Elements) -> None:
-        limbs = np.empty((x.shape[0], self._form.limbs, x.shape[1]), np.dtype(f"u{self._w.itemsize}"))
-        _cut(x, self._form.limb_bits, limbs)
-        self._in_parallel(lambda first, last: _tall_rows(self._w, limbs, out, first, last), x.shape[0], TALL)
+        m, n = self.shape
+        threads = pieces(self._threads, m * n * len(x))
+        if threads == 1:
+            self._few(self._w, x, out, 0, m)
+        else:
+            in_parallel(lambda first, last: self._few(self._w, x, out, first, last), m, threads, TALL)
 
     def _many_rows(self, x: Elements, out: Elements) -> None:
-        form = self._form
-        packed = np.empty((x.shape[0] // TOKENS, x.shape[1] // form.step, form.limbs, TOKENS), np.uint32)
-        _pack(self._w, x, packed)
-        self._in_parallel(
-            lambda first, last: _block_rows(self._w, packed, form.height, form.exact, out, first, last),
-            x.shape[0],
-            form.height,
-        )
-
-    def _in_parallel(self, part: Callable[[int, int], None], rows: int, step: int) -> None:
-        threads = self._threads if self._w.size * rows >= _SMALL else 1
-        in_parallel(part, self._w.shape[0], threads, step)
+        """By rows of x, where each thread has blocks enough; by rows of w elsewhere."""
+        (m, n), rows = self.shape, len(x)
+        threads = pieces(self._threads, m * n * rows)
+        if threads == 1:
+            self._many(self._w, x, out, 0, rows, 0, m)
+        elif rows >= 2 * threads * TOKENS:
+            in_parallel(lambda a, b: self._many(self._w, x, out, a, b, 0, m), rows, threads, TOKENS)
+        else:
+            in_parallel(lambda a, b: self._many(self._w, x, out, 0, rows, a, b), m, threads, self._height)
 
 
-def _padded(x: Elements, rows: int, columns: int) -> Elements:
-    """x, copied only to fill it up with zeros or to make it contiguous."""
-    if x.shape == (rows, columns):
-        return np.ascontiguousarray(x)
-    padded = np.zeros((rows, columns), np.uint32)
-    padded[: x.shape[0], : x.shape[1]] = x
-    return padded
+def _whole(w: Weights) -> Weights:
+    """w filled up with zeros to whole tiles."""
+    shape = max(w.shape[0], BYTE_BLOCK), -(-w.shape[1] // STEP) * STEP
+    if shape != w.shape or not w.flags.c_contiguous:
+        filled = np.zeros(shape, w.dtype)
+        filled[: w.shape[0], : w.shape[1]] = w
+        w = filled
+    return _read_only(w)
+
+
+def _packed(w: Weights) -> Bytes:
+    """w as uint8 [tiles of 4 rows, steps of 64 columns, PACKED], an even number of tiles."""
+    tiles, steps = -(-w.shape[0] // WORD_BLOCK) * WORD_BLOCK // TALL, -(-w.shape[1] // STEP)
+    memory = np.empty(tiles * steps * PACKED + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    packed = memory[start : start + tiles * steps * PACKED].reshape(tiles, steps, PACKED)
+    if not _pack_weights(_read_only(np.ascontiguousarray(w)), packed):
+        raise KernelError("weights of more than 12 bits: the share was not made by sliplm")
+    return _read_only(packed)
 
 
 def _read_only(a: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     """A plain array of one kind, whatever it was before, so that no kind of memory asks for a compilation."""
-    view = np.asarray(a).view()
+    view = np.asarray(a, order="C").view()
     view.flags.writeable = False
     return view
 
 
 @jit
-def _cut(x: Elements, bits: int, limbs: npt.NDArray[np.unsignedinteger]) -> None:
-    mask = np.uint32((1 << bits) - 1)
-    for r in range(x.shape[0]):
-        for limb in range(limbs.shape[1]):
-            shift = np.uint32(bits * limb)
-            for j in range(x.shape[1]):
-                limbs[r, limb, j] = (x[r, j] >> shift) & mask
+def _pack_weights(w: Weights, packed: Bytes) -> bool:
+    good = True
+    row = np.zeros(packed.shape[1] * STEP, np.int16)
+    for i in range(packed.shape[0] * TALL):
+        row[:] = 0
+        if i < w.shape[0]:
+            row[: w.shape[1]] = w[i]
+        r = i % TALL
+        for step in range(packed.shape[1]):
+            tile, wide = packed[i // TALL, step], row[step * STEP :]
+            for j in range(STEP // 2):
+                a, b = wide[j], wide[j + STEP // 2]
+                good &= (a <= 2047) & (a >= -2047) & (b <= 2047) & (b >= -2047)
+                tile[r * 64 + 2 * j] = (a & 15) << 4 | (b & 15)
+                tile[r * 64 + 2 * j + 1] = (a >> 4) & 255
+                tile[TALL * 64 + r * 32 + j] = (b >> 4) & 255
+    return good
 
 
 @jit
-def _pack(w: npt.NDArray[np.integer], x: Elements, packed: npt.NDArray[np.uint32]) -> None:
-    n = x.shape[1]
-    words = packed[0].size // n
-    for r in range(0, x.shape[0], TOKENS):
-        for j in range(0, n, TOKENS):
-            pack(w, x, r * n + j, n, packed, (r // TOKENS * n + j) * words)
-
-
-@jit
-def _tall_rows(
-    w: npt.NDArray[np.integer],
-    limbs: npt.NDArray[np.unsignedinteger],
-    out: Elements,
-    first: int,
-    last: int,
-) -> None:
+def _few_bytes(w: Weights, x: Elements, out: Elements, first: int, last: int) -> None:
     n = w.shape[1]
+    limbs = np.zeros((x.shape[0], BYTE_LIMBS, n), np.uint8)
+    for r in range(x.shape[0]):
+        for limb in range(BYTE_LIMBS):
+            shift = np.uint32(8 * limb)
+            for j in range(x.shape[1]):
+                limbs[r, limb, j] = x[r, j] >> shift
     sums = np.empty(TALL, np.int64)
     for i in range(first, last, TALL):
         row = min(i, w.shape[0] - TALL)  # the last tile may overlap the one before it
-        for r in range(limbs.shape[0]):
-            sums[:] = 0
-            for j in range(0, n, _CHUNK):
-                start = r * limbs[0].size + j
-                ahead = row * n + j * TALL + max(TALL * n, _AHEAD)
-                tall(w, row * n + j, n, limbs, start, ahead, min(_CHUNK, n - j), sums)
-            for k in range(TALL):
+        for r in range(x.shape[0]):
+            tall_bytes(w, row * n, n, limbs, r * limbs[0].size, row * n + max(TALL * n, _AHEAD), sums)
+            for k in range(min(TALL, out.shape[1] - row)):
                 out[r, row + k] = _residue(sums[k])
 
 
 @jit
-def _block_rows(
-    w: npt.NDArray[np.integer],
-    packed: npt.NDArray[np.uint32],
-    height: int,
-    exact: int,
-    out: Elements,
-    first: int,
-    last: int,
-) -> None:
+def _few_words(w: Weights, x: Elements, out: Elements, first: int, last: int) -> None:
+    steps = w.shape[1]
+    limbs = np.zeros((x.shape[0], WORD_LIMBS, steps * STEP), np.int16)
+    for r in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            v = x[r, j] + np.uint32(5 if x[r, j] >= WRAP else 0)
+            limbs[r, 0, j] = v
+            limbs[r, 1, j] = (v + np.uint32(0x8000)) >> np.uint32(16)
+    sums = np.empty(TALL, np.int64)
+    for row in range(first, last, TALL):
+        for r in range(x.shape[0]):
+            tall_words(w, row * (steps * PACKED // TALL), steps, limbs, r * limbs[0].size, sums)
+            for k in range(min(TALL, out.shape[1] - row)):
+                out[r, row + k] = _residue(sums[k])
+
+
+@jit
+def _many_bytes(w: Weights, x: Elements, out: Elements, start: int, end: int, first: int, last: int) -> None:
     n = w.shape[1]
-    step, words = n // packed.shape[1], packed[0].size // n
-    sums, residues = np.empty(height * TOKENS, np.int64), np.empty(height * TOKENS, np.uint32)
-    for i in range(first, last, height):
-        row = min(i, w.shape[0] - height)  # the last tile may overlap the one before it
-        for b in range(packed.shape[0]):
-            sums[:] = 0
-            for j in range(0, n, exact):
-                start = (b * n + j) * words
-                ahead = row * n + j * height + max(height * n, _AHEAD)
-                block(w, row * n + j, n, packed, start, ahead, min(exact, n - j) // step, sums)
-            for k in range(sums.size):
-                residues[k] = _residue(sums[k])
-            put(w, residues, out, b * TOKENS * out.shape[1] + row, out.shape[1])
+    size = BYTE_LIMBS * n * TOKENS // 4
+    blocks = max(1, min(_BLOCKS, _CACHED // (4 * size)))
+    packed = np.empty((blocks, size), np.uint32)
+    sums, residues = np.empty(BYTE_BLOCK * TOKENS, np.int64), np.zeros(8 * TOKENS, np.uint32)
+    for token in range(start, end, blocks * TOKENS):
+        count = -(-(min(end, token + blocks * TOKENS) - token) // TOKENS)
+        for b in range(count):
+            block = _block_of(x, token + b * TOKENS, n)
+            for j in range(0, n, TOKENS):
+                pack_bytes(block, j, n, packed, b * size + j * TOKENS)
+        for i in range(first, last, BYTE_BLOCK):
+            row = min(i, w.shape[0] - BYTE_BLOCK)
+            for b in range(count):
+                sums[:] = 0
+                for j in range(0, n, BYTE_EXACT):
+                    ahead = row * n + j * BYTE_BLOCK + max(BYTE_BLOCK * n, _AHEAD)
+                    steps = min(BYTE_EXACT, n - j) // 4
+                    block_bytes(w, row * n + j, n, packed, b * size + j * TOKENS, ahead, steps, sums)
+                for k in range(sums.size):
+                    residues[k] = _residue(sums[k])
+                where = token + b * TOKENS
+                if where + TOKENS <= out.shape[0] and row + BYTE_BLOCK <= out.shape[1]:
+                    put_bytes(residues, out, where * out.shape[1] + row, out.shape[1])
+                else:
+                    _put_part(residues, out, where, row, BYTE_BLOCK)
+
+
+@jit
+def _many_words(w: Weights, x: Elements, out: Elements, start: int, end: int, first: int, last: int) -> None:
+    steps = w.shape[1]
+    n = steps * STEP
+    size = WORD_LIMBS * n * TOKENS // 2
+    blocks = max(1, min(_BLOCKS, _CACHED // (4 * size)))
+    packed, strip = np.empty((blocks, size), np.uint32), np.empty((WORD_BLOCK, n), np.int16)
+    sums, residues = np.empty(WORD_BLOCK * TOKENS, np.int64), np.zeros(8 * TOKENS, np.uint32)
+    for token in range(start, end, blocks * TOKENS):
+        count = -(-(min(end, token + blocks * TOKENS) - token) // TOKENS)
+        for b in range(count):
+            block = _block_of(x, token + b * TOKENS, n)
+            for j in range(0, n, TOKENS):
+                pack_words(block, j, n, packed, b * size + j * TOKENS)
+        for row in range(first, last, WORD_BLOCK):
+            for half in range(0, WORD_BLOCK, TALL):
+                unpack(w, (row + half) * (steps * PACKED // TALL), steps, strip, half * n)
+            for b in range(count):
+                block_words(strip, 0, n, packed, b * size, sums)
+                for k in range(sums.size):
+                    residues[k] = _residue(sums[k])
+                where = token + b * TOKENS
+                if where + TOKENS <= out.shape[0] and row + WORD_BLOCK <= out.shape[1]:
+                    put_words(residues, out, where * out.shape[1] + row, out.shape[1])
+                else:
+                    _put_part(residues, out, where, row, WORD_BLOCK)
+
+
+@jit
+def _block_of(x: Elements, token: int, n: int) -> Elements:
+    """16 rows of x, filled up with zeros where there are fewer, or fewer columns than n."""
+    if token + TOKENS <= x.shape[0] and x.shape[1] == n:
+        return x[token : token + TOKENS]
+    filled = np.zeros((TOKENS, n), np.uint32)
+    for t in range(min(TOKENS, x.shape[0] - token)):
+        filled[t, : x.shape[1]] = x[token + t]
+    return filled
+
+
+@jit
+def _put_part(residues: Elements, out: Elements, token: int, row: int, height: int) -> None:
+    """What `put` does, as far as there are rows and columns."""
+    for t in range(min(TOKENS, out.shape[0] - token)):
+        for r in range(min(height, out.shape[1] - row)):
+            out[token + t, row + r] = residues[r * TOKENS + t]
 
 
 @jit

@@ -3,296 +3,390 @@
     tall    4 rows of w times one x: columns lie in the lanes, which are added up at the end
     block   6 or 8 rows of w times 16 x: each lane has an x of its own, so that no sum crosses lanes
 
-Written as intrinsics because no loop in numba's Python keeps 32-bit sums in vector registers reliably.
+Each for w of 8 bits (`bytes`) and of 12 (`words`): int16, or packed as `unpacked` reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from sliplm.arithmetic.kernels.llvm import (
+    CHARS,
+    I8,
+    I32,
+    I64,
+    SHORTS,
+    SUMS,
+    WIDE,
+    at,
+    const,
+    data,
+    declare,
+    every,
+    field,
+    load,
+    loop,
+    prefetch,
+    shuffle,
+    side_by_side,
+    splat,
+    starts,
+    store,
+    transposed,
+    zeros,
+)
+
 TOKENS = 16  # rows of x in a block
-TALL = 4  # rows of w in a tall tile: its sums, weights and limbs fit in 32 registers
+TALL = 4  # rows of w in a tall tile
+STEP = 64  # columns that a tall tile reads at a time
+BYTE_LIMBS, WORD_LIMBS = 4, 2
+BYTE_BLOCK, WORD_BLOCK = 6, 8  # rows of w in a block: its sums, the limbs and one weight fit in 32 registers
+BYTE_EXACT = 1 << 16  # columns that a lane of a block of bytes can sum: 255 * 127 * 2^16 < 2^31
+PACKED = TALL * STEP * 3 // 2  # bytes of one step of a packed tile
 
-
-@dataclass(frozen=True)
-class Format:
-    """How w and x of one width are multiplied."""
-
-    instruction: str  # sums 32 bits of products into each lane
-    bits: int  # of an element of w and of the memory of a limb of x
-    limbs: int  # that an x is cut into
-    limb_bits: int
-    height: int  # rows of w in a block: height * limbs sums, the limbs and one weight fit in 32 registers
-    exact: int  # columns that a lane of a block can sum without overflow
-    weight_first: bool
-
-    @property
-    def step(self) -> int:
-        """Columns in the 32 bits of a lane."""
-        return 32 // self.bits
-
-    @property
-    def vector(self) -> ir.VectorType:
-        """A register full of elements."""
-        return ir.VectorType(ir.IntType(self.bits), 512 // self.bits)
-
-
-# 255 * 127 * 2^16 < 2^31
-BYTES = Format("llvm.x86.avx512.vpdpbusd.512", 8, 4, 8, height=6, exact=1 << 16, weight_first=False)
-# 2047 * 2047 * 512 < 2^31
-WORDS = Format("llvm.x86.avx512.vpdpwssd.512", 16, 3, 11, height=8, exact=512, weight_first=True)
-
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_SUMS, _WIDE = ir.VectorType(_I32, 16), ir.VectorType(_I64, 16)
+_PAIRS = 16  # pairs of words that a lane sums before it is split: 2^16 + 2^15 + 16 * 2 * 2047 * 2^15 < 2^31
+_AHEAD = 1 << 13  # bytes: memory is asked for this far ahead
+WRAP = 0x7FFF8000  # the first x that signed limbs of 16 bits hold only as x - p
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def tall(
-    typing: Any,
-    w: Any,
-    w_start: Any,
-    w_stride: Any,
-    x: Any,
-    x_start: Any,
-    ahead: Any,
-    columns: Any,
-    sums: Any,
+def tall_bytes(
+    typing: Any, w: Any, w_start: Any, stride: Any, x: Any, x_start: Any, ahead: Any, sums: Any
 ) -> Any:
-    """sums[r] += <w[w_start + r w_stride :], x> over columns > 0, a multiple of 64, for int64 sums[TALL].
+    """sums[r] = <w[w_start + r stride :], x> over `stride` columns, a multiple of 64, for int64 sums[TALL].
 
-    x is the sum of its limbs x[x_start + l w_stride :] shifted left by l limb_bits.  From w[ahead :] on, as
-    much of w is asked for as the tile reads.
+    w is int8, x the sum of its limbs uint8 x[x_start + l stride :] shifted left by 8 l.  From w[ahead :] on,
+    as much of w is asked for as the tile reads.
     """
-    signature = types.void(w, types.intp, types.intp, x, types.intp, types.intp, types.intp, sums)
-    form = _format(w)
+    signature = types.void(w, types.intp, types.intp, x, types.intp, types.intp, sums)
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        weights, limbs, out = (_data(context, builder, signature, args, k) for k in (0, 3, 7))
-        rows = _starts(builder, weights, args[1], args[2], TALL)
-        parts = _starts(builder, limbs, args[4], args[2], form.limbs)
+        weights, limbs, out = (data(context, builder, signature, args, k) for k in (0, 3, 6))
+        rows = starts(builder, weights, args[1], args[2], TALL)
+        parts = starts(builder, limbs, args[4], args[2], BYTE_LIMBS)
         hints = builder.gep(weights, [args[5]])
 
         def body(column: Any, totals: list[Any]) -> list[Any]:
-            xs = [_load(builder, _at(builder, part, column), form.vector) for part in parts]
+            xs = [load(builder, at(builder, part, column), CHARS) for part in parts]
             updated = []
             for r, row in enumerate(rows):
-                weight = _load(builder, _at(builder, row, column), form.vector)
-                offset = builder.mul(column, _const(TALL))
-                _prefetch(builder, hints, builder.add(offset, _const(r * form.vector.count)))
+                weight = load(builder, at(builder, row, column), CHARS)
+                offset = builder.mul(column, const(TALL))
+                prefetch(builder, hints, builder.add(offset, const(r * STEP)))
                 for k, limb in enumerate(xs):
-                    updated.append(_dot(builder, form, totals[r * form.limbs + k], weight, limb))
+                    updated.append(_dot_bytes(builder, totals[r * BYTE_LIMBS + k], limb, weight))
             return updated
 
-        totals = _loop(builder, args[6], form.vector.count, TALL * form.limbs, body)
-        add = _declare(builder, "llvm.vector.reduce.add.v16i64", ir.FunctionType(_I64, [_WIDE]))
-        for r, joined in enumerate(_joined(builder, form, totals)):
-            place = _at(builder, out, _const(r))
-            builder.store(builder.add(builder.load(place), builder.call(add, [joined])), place)
+        totals = loop(builder, args[2], STEP, zeros(TALL * BYTE_LIMBS), body)
+        _put_sums(builder, [_joined_bytes(builder, totals[k : k + 4]) for k in range(0, len(totals), 4)], out)
         return context.get_dummy_value()
 
     return signature, code
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def block(
-    typing: Any, w: Any, w_start: Any, w_stride: Any, x: Any, x_start: Any, ahead: Any, steps: Any, sums: Any
-) -> Any:
-    """sums[r, t] += <w[w_start + r w_stride :], x of token t> over steps > 0, for int64 sums[height, 16].
+def tall_words(typing: Any, w: Any, w_start: Any, steps: Any, x: Any, x_start: Any, sums: Any) -> Any:
+    """sums[r] = <row r of a packed tile, x> over steps > 0 of 64 columns, for int64 sums[TALL].
 
-    x[x_start :] is uint32 [steps, limbs, 16]: in a word, a limb of each column of a step.  From w[ahead :]
-    on, as much of w is asked for as the tile reads.
+    w[w_start :] is uint8 [steps, PACKED] as `unpacked` reads it, x the sum of its limbs int16
+    x[x_start + 64 l steps :] shifted left by 16 l.
     """
-    signature = types.void(w, types.intp, types.intp, x, types.intp, types.intp, types.intp, sums)
-    form = _format(w)
+    signature = types.void(w, types.intp, types.intp, x, types.intp, sums)
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        weights = _data(context, builder, signature, args, 0)
-        rows = _starts(builder, weights, args[1], args[2], form.height)
-        hints = builder.gep(weights, [args[5]])
-        packed = _at(builder, _data(context, builder, signature, args, 3), args[4])
+        weights, limbs, out = (data(context, builder, signature, args, k) for k in (0, 3, 5))
+        tile = at(builder, weights, args[1])
+        columns = builder.mul(args[2], const(STEP))
+        parts = starts(builder, limbs, args[4], columns, WORD_LIMBS)
 
         def body(step: Any, totals: list[Any]) -> list[Any]:
-            place = builder.mul(step, _const(form.limbs * TOKENS))
+            column, place = builder.mul(step, const(STEP)), builder.mul(step, const(PACKED))
             xs = [
-                _load(builder, _at(builder, packed, builder.add(place, _const(k * TOKENS))), _SUMS)
-                for k in range(form.limbs)
+                [
+                    load(builder, at(builder, part, builder.add(column, const(half))), SHORTS)
+                    for half in (0, 32)
+                ]
+                for part in parts
             ]
-            column = builder.mul(step, _const(form.step))
-            _prefetch(builder, hints, builder.mul(column, _const(form.height)))
+            for line in range(0, PACKED, 64):
+                prefetch(builder, tile, builder.add(place, const(_AHEAD + line)))
             updated = []
-            for r, row in enumerate(rows):
-                weight = _splat(builder, _load(builder, _at(builder, row, column), _I32))
+            for r in range(TALL):
+                halves = unpacked(builder, tile, place, r)
                 for k, limb in enumerate(xs):
-                    updated.append(_dot(builder, form, totals[r * form.limbs + k], weight, limb))
+                    total = totals[r * WORD_LIMBS + k]
+                    for weight, part in zip(halves, limb, strict=True):
+                        total = _dot_words(builder, total, weight, part)
+                    updated.append(total)
             return updated
 
-        totals = _loop(builder, args[6], 1, form.height * form.limbs, body)
-        out = _data(context, builder, signature, args, 7)
-        for r, joined in enumerate(_joined(builder, form, totals)):
-            place = builder.bitcast(_at(builder, out, _const(r * TOKENS)), _WIDE.as_pointer())
-            builder.store(builder.add(builder.load(place, align=8), joined), place, align=8)
+        def chunk(first: Any, state: list[Any]) -> list[Any]:
+            left = builder.sub(args[2], first)
+            fits = builder.icmp_signed("<", left, const(_PAIRS // 2))
+            count = builder.select(fits, left, const(_PAIRS // 2))
+            sums_, high = state[: TALL * WORD_LIMBS], state[TALL * WORD_LIMBS :]
+            sums_ = loop(
+                builder, count, 1, sums_, lambda step, totals: body(builder.add(first, step), totals)
+            )
+            return _split(builder, sums_, high)
+
+        state = loop(builder, args[2], _PAIRS // 2, zeros(TALL * (WORD_LIMBS + 1)), chunk)
+        _put_sums(builder, _joined_words(builder, state, TALL), out)
         return context.get_dummy_value()
 
     return signature, code
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def pack(typing: Any, w: Any, x: Any, x_start: Any, x_stride: Any, packed: Any, start: Any) -> Any:
-    """packed[start :] = 16 columns of 16 rows x[x_start + t x_stride :], in limbs as `block` takes them."""
-    signature = types.void(w, x, types.intp, types.intp, packed, types.intp)
-    form = _format(w)
+def block_bytes(
+    typing: Any, w: Any, w_start: Any, stride: Any, x: Any, x_start: Any, ahead: Any, steps: Any, sums: Any
+) -> Any:
+    """sums[r, t] += <w[w_start + r stride :], x of token t> over steps > 0 of 4 columns, for int64
+    sums[BYTE_BLOCK, 16].
 
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        source = _data(context, builder, signature, args, 1)
-        target = _at(builder, _data(context, builder, signature, args, 4), args[5])
-        rows = [_load(builder, row, _SUMS) for row in _starts(builder, source, args[2], args[3], TOKENS)]
-        columns = _transposed(builder, rows)
-        words = [
-            _word(builder, form, columns[first : first + form.step], k)
-            for first in range(0, TOKENS, form.step)
-            for k in range(form.limbs)
-        ]
-        for i, word in enumerate(words):
-            _store(builder, word, _at(builder, target, _const(i * TOKENS)))
-        return context.get_dummy_value()
-
-    return signature, code
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def put(typing: Any, w: Any, results: Any, out: Any, out_start: Any, out_stride: Any) -> Any:
-    """out[out_start + t out_stride + r] = results[r, t] for uint32 results[height, 16] of a block of w."""
-    signature = types.void(w, results, out, types.intp, types.intp)
-    form = _format(w)
-
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        source, target = (_data(context, builder, signature, args, k) for k in (1, 2))
-        rows = [_load(builder, _at(builder, source, _const(r * TOKENS)), _SUMS) for r in range(form.height)]
-        rows += [ir.Constant(_SUMS, ir.Undefined)] * (8 - form.height)
-        pairs = _transposed(builder, rows)
-        for t, place in enumerate(_starts(builder, target, args[3], args[4], TOKENS)):
-            first = t % 2 * 8
-            token = _shuffle(builder, pairs[t // 2], pairs[t // 2], range(first, first + form.height))
-            _store(builder, token, place)
-        return context.get_dummy_value()
-
-    return signature, code
-
-
-def _word(builder: ir.IRBuilder, form: Format, columns: list[Any], k: int) -> Any:
-    """Limb k of each column, side by side in one word of each lane."""
-    word = ir.Constant(_SUMS, [0] * 16)
-    for i, column in enumerate(columns):
-        shifted = builder.lshr(column, ir.Constant(_SUMS, [k * form.limb_bits] * 16))
-        limb = builder.and_(shifted, ir.Constant(_SUMS, [(1 << form.limb_bits) - 1] * 16))
-        word = builder.or_(word, builder.shl(limb, ir.Constant(_SUMS, [i * form.bits] * 16)))
-    return word
-
-
-def _transposed(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
-    """The words of 8 or 16 rows, column after column: each round deals the first half between the second."""
-    half = len(rows) // 2
-    low = [k // 2 + k % 2 * 16 for k in range(16)]  # lanes of both, in turn
-    high = [k + 8 for k in low]
-    for _ in range(half.bit_length()):
-        rows = [
-            _shuffle(builder, rows[i], rows[i + half], lanes) for i in range(half) for lanes in (low, high)
-        ]
-    return rows
-
-
-def _shuffle(builder: ir.IRBuilder, a: Any, b: Any, lanes: Iterable[int]) -> Any:
-    chosen = list(lanes)
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(chosen)), chosen))
-
-
-def _store(builder: ir.IRBuilder, value: Any, place: Any) -> None:
-    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=4)
-
-
-def _format(w: Any) -> Format:
-    return BYTES if w.dtype == types.int8 else WORDS
-
-
-def _loop(builder: ir.IRBuilder, end: Any, step: int, count: int, body: Any) -> list[Any]:
-    """`count` vectors of sums after body(i, sums) -> sums for i = 0, step, ... below end > 0."""
-    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    index = builder.phi(_I64)
-    totals = [builder.phi(_SUMS) for _ in range(count)]
-    updated: list[Any] = body(index, totals)
-    following = builder.add(index, _const(step))
-    index.add_incoming(_const(0), before)
-    index.add_incoming(following, loop)
-    for total, new in zip(totals, updated, strict=True):
-        total.add_incoming(ir.Constant(_SUMS, [0] * 16), before)
-        total.add_incoming(new, loop)
-    builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
-    builder.position_at_end(after)
-    return updated
-
-
-def _dot(builder: ir.IRBuilder, form: Format, total: Any, weights: Any, x: Any) -> Any:
-    dot = _declare(builder, form.instruction, ir.FunctionType(_SUMS, [_SUMS, form.vector, form.vector]))
-    operands = (weights, x) if form.weight_first else (x, weights)
-    return builder.call(dot, [total, *(builder.bitcast(operand, form.vector) for operand in operands)])
-
-
-def _joined(builder: ir.IRBuilder, form: Format, totals: list[Any]) -> Iterator[Any]:
-    """For each row the sum of its limbs' sums in 64-bit lanes: each below 2^31 << 24."""
-    for start in range(0, len(totals), form.limbs):
-        joined = builder.sext(totals[start], _WIDE)
-        for k in range(1, form.limbs):
-            shift = ir.Constant(_WIDE, [k * form.limb_bits] * 16)
-            joined = builder.add(joined, builder.shl(builder.sext(totals[start + k], _WIDE), shift))
-        yield joined
-
-
-def _splat(builder: ir.IRBuilder, word: Any) -> Any:
-    undefined = ir.Constant(_SUMS, ir.Undefined)
-    one = builder.insert_element(undefined, word, ir.Constant(_I32, 0))
-    return _shuffle(builder, one, undefined, [0] * 16)
-
-
-def _data(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, k: int) -> Any:
-    return context.make_array(signature.args[k])(context, builder, args[k]).data
-
-
-def _const(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-def _starts(builder: ir.IRBuilder, data: Any, start: Any, stride: Any, count: int) -> list[Any]:
-    return [_at(builder, data, builder.add(start, builder.mul(stride, _const(k)))) for k in range(count)]
-
-
-def _at(builder: ir.IRBuilder, data: Any, index: Any) -> Any:
-    return builder.gep(data, [index], inbounds=True)
-
-
-def _load(builder: ir.IRBuilder, place: Any, kind: Any) -> Any:
-    # rows of a memory map start anywhere
-    return builder.load(builder.bitcast(place, kind.as_pointer()), align=1)
-
-
-def _prefetch(builder: ir.IRBuilder, data: Any, index: Any) -> None:
-    """Ask for a place, which may lie past the end: a hint never faults.
-
-    Into the second-level cache: in the first, the tiles to come would push out what this one reads again.
+    w is int8; x[x_start :] is uint32 [steps, limbs, 16]: in a word, a limb of each column of a step.  From
+    w[ahead :] on, as much of w is asked for as the tile reads.
     """
-    byte = _I8.as_pointer()
-    hint = _declare(builder, "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32]))
-    read_second_data = [ir.Constant(_I32, k) for k in (0, 2, 1)]
-    builder.call(hint, [builder.bitcast(builder.gep(data, [index]), byte), *read_second_data])
+    signature = types.void(w, types.intp, types.intp, x, types.intp, types.intp, types.intp, sums)
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        weights, out = (data(context, builder, signature, args, k) for k in (0, 7))
+        rows = starts(builder, weights, args[1], args[2], BYTE_BLOCK)
+        hints = builder.gep(weights, [args[5]])
+        packed = at(builder, data(context, builder, signature, args, 3), args[4])
+
+        def body(step: Any, totals: list[Any]) -> list[Any]:
+            xs = _limbs(builder, packed, step, BYTE_LIMBS)
+            column = builder.mul(step, const(4))
+            prefetch(builder, hints, builder.mul(column, const(BYTE_BLOCK)))
+            updated = []
+            for r, row in enumerate(rows):
+                weight = splat(builder, load(builder, at(builder, row, column), I32))
+                for k, limb in enumerate(xs):
+                    updated.append(_dot_bytes(builder, totals[r * BYTE_LIMBS + k], limb, weight))
+            return updated
+
+        totals = loop(builder, args[6], 1, zeros(BYTE_BLOCK * BYTE_LIMBS), body)
+        for r in range(BYTE_BLOCK):
+            joined = _joined_bytes(builder, totals[r * BYTE_LIMBS : (r + 1) * BYTE_LIMBS])
+            place = at(builder, out, const(r * TOKENS))
+            store(builder, builder.add(load(builder, place, WIDE), joined), place)
+        return context.get_dummy_value()
+
+    return signature, code
 
 
-def _declare(builder: ir.IRBuilder, name: str, kind: ir.FunctionType) -> Any:
-    known = builder.module.globals.get(name)
-    return known if known is not None else ir.Function(builder.module, kind, name)
+@intrinsic  # type: ignore[untyped-decorator]
+def block_words(typing: Any, w: Any, w_start: Any, stride: Any, x: Any, x_start: Any, sums: Any) -> Any:
+    """sums[r, t] = <w[w_start + r stride :], x of token t> over `stride` columns, a multiple of 32, for int64
+    sums[WORD_BLOCK, 16].
+
+    w is int16; x[x_start :] is uint32 [stride / 2, limbs, 16]: in a word, a limb of each of two columns.
+    """
+    signature = types.void(w, types.intp, types.intp, x, types.intp, sums)
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        weights, out = (data(context, builder, signature, args, k) for k in (0, 5))
+        rows = starts(builder, weights, args[1], args[2], WORD_BLOCK)
+        packed = at(builder, data(context, builder, signature, args, 3), args[4])
+        count = WORD_BLOCK * WORD_LIMBS
+
+        def body(step: Any, totals: list[Any]) -> list[Any]:
+            xs = _limbs(builder, packed, step, WORD_LIMBS)
+            updated = []
+            for r, row in enumerate(rows):
+                weight = splat(builder, load(builder, at(builder, row, builder.mul(step, const(2))), I32))
+                for k, limb in enumerate(xs):
+                    updated.append(_dot_words(builder, totals[r * WORD_LIMBS + k], weight, limb))
+            return updated
+
+        def chunk(first: Any, state: list[Any]) -> list[Any]:
+            sums_ = loop(
+                builder,
+                const(_PAIRS),
+                1,
+                state[:count],
+                lambda step, totals: body(builder.add(first, step), totals),
+            )
+            return _split(builder, sums_, state[count:])
+
+        pairs = builder.lshr(args[2], const(1))
+        state = loop(builder, pairs, _PAIRS, zeros(count + WORD_BLOCK), chunk)
+        for r, joined in enumerate(_joined_words(builder, state, WORD_BLOCK)):
+            store(builder, joined, at(builder, out, const(r * TOKENS)))
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def unpack(typing: Any, w: Any, w_start: Any, steps: Any, out: Any, start: Any) -> Any:
+    """int16 out[start + 64 r steps :] = row r of the packed tile w[w_start :], uint8 [steps, PACKED]."""
+    signature = types.void(w, types.intp, types.intp, out, types.intp)
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        weights, target = (data(context, builder, signature, args, k) for k in (0, 3))
+        tile = at(builder, weights, args[1])
+        rows = starts(builder, target, args[4], builder.mul(args[2], const(STEP)), TALL)
+
+        def body(step: Any, state: list[Any]) -> list[Any]:
+            column, place = builder.mul(step, const(STEP)), builder.mul(step, const(PACKED))
+            for line in range(0, PACKED, 64):
+                prefetch(builder, tile, builder.add(place, const(_AHEAD + line)))
+            for r, row in enumerate(rows):
+                for half, weight in zip((0, 32), unpacked(builder, tile, place, r), strict=True):
+                    store(builder, weight, at(builder, row, builder.add(column, const(half))))
+            return state
+
+        loop(builder, args[2], 1, [], body)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+def unpacked(builder: ir.IRBuilder, tile: Any, place: Any, row: int) -> tuple[Any, Any]:
+    """64 weights of 12 bits of a row of the packed step at tile[place], as two vectors of int16.
+
+    A step is int16 [4, 32], then int8 [4, 32].  The first hold a weight each in their upper 12 bits, and in
+    their lower 4 those of the weight whose upper 8 bits are among the second.
+    """
+    upper = load(builder, at(builder, tile, builder.add(place, const(row * 64))), SHORTS)
+    byte = load(builder, at(builder, tile, builder.add(place, const(256 + row * 32))), ir.VectorType(I8, 32))
+    four = every(SHORTS, 4)
+    second = builder.or_(
+        builder.shl(builder.sext(byte, SHORTS), four), builder.and_(upper, every(SHORTS, 15))
+    )
+    return builder.ashr(upper, four), second
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pack_bytes(typing: Any, x: Any, x_start: Any, x_stride: Any, packed: Any, start: Any) -> Any:
+    """packed[start :] = 16 columns of 16 rows x[x_start + t x_stride :], as `block_bytes` takes them."""
+    signature = types.void(x, types.intp, types.intp, packed, types.intp)
+
+    def words(builder: ir.IRBuilder, columns: list[Any]) -> list[Any]:
+        found = []
+        for first in range(0, TOKENS, 4):
+            for k in range(BYTE_LIMBS):
+                limbs = [field(builder, column, 8 * k, 8) for column in columns[first : first + 4]]
+                found.append(side_by_side(builder, limbs, 8))
+        return found
+
+    return signature, _packing(words)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pack_words(typing: Any, x: Any, x_start: Any, x_stride: Any, packed: Any, start: Any) -> Any:
+    """packed[start :] = 16 columns of 16 rows x[x_start + t x_stride :], as `block_words` takes them."""
+    signature = types.void(x, types.intp, types.intp, packed, types.intp)
+
+    def words(builder: ir.IRBuilder, columns: list[Any]) -> list[Any]:
+        found = []
+        for first in range(0, TOKENS, 2):
+            pair = [_wrapped(builder, column) for column in columns[first : first + 2]]
+            found.append(side_by_side(builder, [field(builder, v, 0, 16) for v in pair], 16))
+            rounded = [builder.add(v, every(SUMS, 0x8000)) for v in pair]
+            found.append(side_by_side(builder, [field(builder, v, 16, 16) for v in rounded], 16))
+        return found
+
+    return signature, _packing(words)
+
+
+def _packing(words: Any) -> Any:
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        source = data(context, builder, signature, args, 0)
+        target = at(builder, data(context, builder, signature, args, 3), args[4])
+        rows = [load(builder, row, SUMS) for row in starts(builder, source, args[1], args[2], TOKENS)]
+        for i, word in enumerate(words(builder, transposed(builder, rows))):
+            store(builder, word, at(builder, target, const(i * TOKENS)))
+        return context.get_dummy_value()
+
+    return code
+
+
+def _putting(height: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def put(typing: Any, results: Any, out: Any, out_start: Any, out_stride: Any) -> Any:
+        """out[out_start + t out_stride + r] = results[r, t] for r < height, uint32 results[8, 16]."""
+        signature = types.void(results, out, types.intp, types.intp)
+
+        def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            source, target = (data(context, builder, signature, args, k) for k in (0, 1))
+            rows = [load(builder, at(builder, source, const(r * TOKENS)), SUMS) for r in range(8)]
+            pairs = transposed(builder, rows)
+            for t, place in enumerate(starts(builder, target, args[2], args[3], TOKENS)):
+                lanes = range(t % 2 * 8, t % 2 * 8 + height)
+                store(builder, shuffle(builder, pairs[t // 2], pairs[t // 2], lanes), place)
+            return context.get_dummy_value()
+
+        return signature, code
+
+    return put
+
+
+put_bytes, put_words = _putting(BYTE_BLOCK), _putting(WORD_BLOCK)
+
+
+def _limbs(builder: ir.IRBuilder, packed: Any, step: Any, limbs: int) -> list[Any]:
+    place = builder.mul(step, const(limbs * TOKENS))
+    return [
+        load(builder, at(builder, packed, builder.add(place, const(k * TOKENS))), SUMS) for k in range(limbs)
+    ]
+
+
+def _wrapped(builder: ir.IRBuilder, x: Any) -> Any:
+    """x, or x - p modulo 2^32 where signed limbs of 16 bits cannot hold x."""
+    large = builder.icmp_unsigned(">=", x, every(SUMS, WRAP))
+    return builder.select(large, builder.add(x, every(SUMS, 5)), x)
+
+
+def _dot_bytes(builder: ir.IRBuilder, total: Any, limb: Any, weights: Any) -> Any:
+    kind = ir.FunctionType(SUMS, [SUMS, CHARS, CHARS])
+    dot = declare(builder, "llvm.x86.avx512.vpdpbusd.512", kind)
+    return builder.call(dot, [total, builder.bitcast(limb, CHARS), builder.bitcast(weights, CHARS)])
+
+
+def _dot_words(builder: ir.IRBuilder, total: Any, weights: Any, limb: Any) -> Any:
+    kind = ir.FunctionType(SUMS, [SUMS, SHORTS, SHORTS])
+    dot = declare(builder, "llvm.x86.avx512.vpdpwssd.512", kind)
+    return builder.call(dot, [total, builder.bitcast(weights, SHORTS), builder.bitcast(limb, SHORTS)])
+
+
+def _split(builder: ir.IRBuilder, sums: list[Any], high: list[Any]) -> list[Any]:
+    """Sums of both limbs cut down to 16 bits: what is above moves to the next limb, and on to `high`."""
+    sixteen, mask = every(SUMS, 16), every(SUMS, 0xFFFF)
+    kept, carried = [], []
+    for r, top in enumerate(high):
+        first, second = sums[2 * r], sums[2 * r + 1]
+        second = builder.add(second, builder.ashr(first, sixteen))
+        kept += [builder.and_(first, mask), builder.and_(second, mask)]
+        carried.append(builder.add(top, builder.ashr(second, sixteen)))
+    return kept + carried
+
+
+def _joined_bytes(builder: ir.IRBuilder, totals: list[Any]) -> Any:
+    """The sum of four limbs' sums in 64-bit lanes: each below 2^31 << 24."""
+    joined = builder.sext(totals[0], WIDE)
+    for k in range(1, BYTE_LIMBS):
+        joined = builder.add(joined, builder.shl(builder.sext(totals[k], WIDE), every(WIDE, 8 * k)))
+    return joined
+
+
+def _joined_words(builder: ir.IRBuilder, state: list[Any], rows: int) -> list[Any]:
+    """For each row what `_split` left, joined modulo p in 64-bit lanes: 2^32 = 5."""
+    found = []
+    for r, top in enumerate(state[rows * WORD_LIMBS :]):
+        first, second = (builder.zext(state[r * WORD_LIMBS + k], WIDE) for k in range(WORD_LIMBS))
+        low = builder.or_(first, builder.shl(second, every(WIDE, 16)))
+        found.append(builder.add(low, builder.mul(builder.sext(top, WIDE), every(WIDE, 5))))
+    return found
+
+
+def _put_sums(builder: ir.IRBuilder, joined: list[Any], out: Any) -> None:
+    add = declare(builder, "llvm.vector.reduce.add.v16i64", ir.FunctionType(I64, [WIDE]))
+    for r, lanes in enumerate(joined):
+        builder.store(builder.call(add, [lanes]), at(builder, out, const(r)))
