@@ -117,28 +117,25 @@ def sync_folder(path: Path, *, lasting: bool = True) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not is_missing(error):
-            raise
-        if lasting:
-            raise OSError(
-                errno.EOPNOTSUPP, "folders cannot be synced there, so nothing lasts for sure"
-            ) from error
+        sync(descriptor, lasting=lasting)
     finally:
         os.close(descriptor)
 
 
 def sync(descriptor: int, *, lasting: bool = False) -> None:
-    """Wait until a file's bytes are on the disk; `lasting` as in `sync_folder`.  Raises: OSError."""
+    """Wait until a file's bytes, or a folder's names, are on the disk; `lasting` as in `sync_folder`.
+
+    Raises: OSError.
+    """
     try:
         os.fsync(descriptor)
     except OSError as error:
         if not is_missing(error):
             raise
         if lasting:
+            what = "folders" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "files"
             raise OSError(
-                errno.EOPNOTSUPP, "files cannot be synced there, so nothing lasts for sure"
+                errno.EOPNOTSUPP, f"{what} cannot be synced there, so nothing lasts for sure"
             ) from error
 
 
