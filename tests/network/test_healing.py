@@ -30,7 +30,7 @@ from sliplm.network import authority, keys
 from sliplm.network.addresses import TcpAddress, anchored, parse_address
 from sliplm.network.listener import listen
 from sliplm.network.transport import _dial, connect, keep_alive, translate
-from sliplm.parties.workforce import _verdict
+from sliplm.parties.standing import verdict
 
 LIMIT = 30.0
 
@@ -48,7 +48,7 @@ def test_a_key_file_that_is_away_is_our_own_fault_and_passes(folder: Path) -> No
         key.rename(folder / "away")
         with pytest.raises(PassingCredentialError) as caught:
             connect(address, LIMIT)
-        assert _verdict(caught.value)[1] == "lost"
+        assert verdict(caught.value)[1] == "lost"
         (folder / "away").rename(key)
         accepted = threading.Thread(target=_serve_one, args=(listener,))
         accepted.start()
@@ -68,7 +68,7 @@ def test_a_wrong_clock_is_called_a_clock(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(keys, "now", lambda: real + datetime.timedelta(hours=hours - 24 * (hours < 0)))
     with pytest.raises(PassingCredentialError, match="clock") as caught:
         connect(f"127.0.0.1:9?keys={folder / 'vault'}", LIMIT)
-    assert _verdict(caught.value)[1] == "lost"
+    assert verdict(caught.value)[1] == "lost"
 
 
 @pytest.mark.parametrize("code", [9, 10, 11, 12])
@@ -205,7 +205,7 @@ def test_no_descriptor_left_is_a_typed_error(folder: Path) -> None:
         for address in (f"127.0.0.1:9?keys={folder / 'vault'}", f"unix:{folder}/none"):
             with pytest.raises((PassingCredentialError, WorkerUnavailable)) as caught:
                 connect(address, LIMIT)
-            assert _verdict(caught.value)[1] == "lost"
+            assert verdict(caught.value)[1] == "lost"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for descriptor in held:

@@ -31,9 +31,10 @@ from sliplm.network.attestation import SoftwareAttester, SoftwareVerifier
 from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.local_products import LocalProducts
+from sliplm.parties.standing import _SUSPENSIONS
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
-from sliplm.parties.workforce import _SUSPENSIONS, work
+from sliplm.parties.workforce import work
 from sliplm.protocol.worker_side import Deal, Multiply, WorkerSide
 from test_vault import Logging, Rogue, Shares, add, folder, group, inputs, serving, shares  # noqa: F401
 
@@ -43,8 +44,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of a fraction of a second, so that nobody waits for them."""
-    monkeypatch.setattr("sliplm.parties.workforce._PAUSES", (0.1, 0.5))
-    monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (0.3, 1.0))
+    monkeypatch.setattr("sliplm.parties.standing._PAUSES", (0.1, 0.5))
+    monkeypatch.setattr("sliplm.parties.standing._SUSPENSIONS", (0.3, 1.0))
 
 
 @contextmanager
@@ -162,7 +163,7 @@ def test_a_worker_alone_is_looked_for_sooner_but_not_asked_for_ever(
     """Beside others it rests long; alone, as long as it has left questions unanswered; a look in vain is no
     question, and is not written down.
     """
-    monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (1e6, 1e6))
+    monkeypatch.setattr("sliplm.parties.standing._SUSPENSIONS", (1e6, 1e6))
     with (
         serving(Logging(shares[1]), tmp_path / "a") as first,
         serving(Logging(shares[1]), tmp_path / "b") as other,
@@ -460,7 +461,7 @@ def test_a_slow_worker_is_not_asked_for_ever(
                 vault.product(group, x)
             assert (len(slow.messages), len(fast.messages)) == (1, 9)
             slow.pause = 0.0
-            monkeypatch.setattr("sliplm.parties.workforce._ANEW", (0.0, 0.0))
+            monkeypatch.setattr("sliplm.parties.standing._ANEW", (0.0, 0.0))
             member = vault._workers._members[0]
             member.again = 0.0
             vault.product(group, x)
@@ -502,9 +503,9 @@ def test_no_probe_brings_back_a_quarantined_worker(
                 greeting()
                 force.failed(link, lie)
 
-            monkeypatch.setattr("sliplm.parties.workforce._PAUSES", (1e6, 1e6))
-            monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (1e6, 1e6))
-            monkeypatch.setattr("sliplm.parties.workforce._ALONE", (1e6, 1e6))
+            monkeypatch.setattr("sliplm.parties.standing._PAUSES", (1e6, 1e6))
+            monkeypatch.setattr("sliplm.parties.standing._SUSPENSIONS", (1e6, 1e6))
+            monkeypatch.setattr("sliplm.parties.standing._ALONE", (1e6, 1e6))
             force.failed(link, trouble("gone", address))
             assert member.state == before
             monkeypatch.setattr(link, "open", meanwhile)

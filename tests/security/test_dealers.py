@@ -89,9 +89,7 @@ def test_a_redirected_dealer_gets_no_key(shares: Shares, tmp_path: Path, ledger:
 def test_no_key_goes_to_two_dealers_and_a_liars_masks_are_dropped(
     shares: Shares, group: str, tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "sliplm.parties.workforce._PATIENCE", 1e9
-    )  # nobody is tried for the sake of measuring
+    monkeypatch.setattr("sliplm.parties.standing._PATIENCE", 1e9)  # nobody is tried for the sake of measuring
     keys, audit = tmp_path / "keys", tmp_path / "audit.jsonl"
     authority.init(keys)
     authority.issue(keys, "dealer", "dealer-2")

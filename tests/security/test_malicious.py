@@ -99,9 +99,9 @@ def scene(base: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Scene:
 @pytest.fixture(autouse=True)
 def slow_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody comes back by himself while a test looks."""
-    monkeypatch.setattr("sliplm.parties.workforce._PAUSES", (60.0, 60.0))
-    monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (60.0, 60.0))
-    monkeypatch.setattr("sliplm.parties.workforce._ALONE", (120.0, 120.0))
+    monkeypatch.setattr("sliplm.parties.standing._PAUSES", (60.0, 60.0))
+    monkeypatch.setattr("sliplm.parties.standing._SUSPENSIONS", (60.0, 60.0))
+    monkeypatch.setattr("sliplm.parties.standing._ALONE", (120.0, 120.0))
 
 
 @pytest.fixture(autouse=True)

@@ -171,7 +171,7 @@ def test_the_only_one_stops_for_a_while(
     scene: Scene, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """It does not rest for minutes: where there is nobody else, it is looked for all the time."""
-    monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (1e6, 1e6))
+    monkeypatch.setattr("sliplm.parties.standing._SUSPENSIONS", (1e6, 1e6))
     address = scene.addresses[name]
     with scene.vault(timeout=1.0) as vault:
         eventually(lambda: _answers(scene, vault))

@@ -121,8 +121,8 @@ def test_a_liar_a_crash_and_an_operator(
     ledger: Ledger,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sliplm.parties.workforce._PAUSES", (0.1, 0.5))
-    monkeypatch.setattr("sliplm.parties.workforce._SUSPENSIONS", (0.3, 1.0))
+    monkeypatch.setattr("sliplm.parties.standing._PAUSES", (0.1, 0.5))
+    monkeypatch.setattr("sliplm.parties.standing._SUSPENSIONS", (0.3, 1.0))
     share, log, where = base / "out" / "worker", tmp_path / "log", tmp_path / "mortal.sock"
     moody, steady = Moody(scene.means), Honest(scene.means.share)
     liar, mortal, resting = (

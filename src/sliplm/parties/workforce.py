@@ -1,27 +1,14 @@
-"""Several workers, or several dealers: who is asked next, who rests, who is never asked again.
-
-state        how it comes about                                    asked again
-up
-lost         nobody listens, the connection broke, or our own      when nobody else is left, or once a
-             keys, evidence, verifier or a date are at fault,      probe in the background finds it
-             or it refuses our certificate or evidence, or its
-             certificate was revoked while it was connected
-suspended    no answer in time, a refusal, an answer cut short     after a pause that doubles each time;
-                                                                   where nobody else serves, it is short
-quarantined  a wrong product, a broken protocol, wrong keys,       never, unless the operator says so
-             wrong split, a certificate that was revoked           (`rejoin`)
-drained      the operator's wish                                   after `rejoin`
+"""Several workers, or several dealers: their links, and a thread that watches them.  Who is asked next, who
+rests, and who is never asked again: `standing`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Self, get_args
 
 from sliplm import forks
@@ -29,13 +16,10 @@ from sliplm.errors import (
     CredentialError,
     InputError,
     MismatchError,
-    PassingCredentialError,
     SlipError,
     VerificationError,
     WireError,
     WorkerError,
-    WorkerFault,
-    WorkerTimeout,
     WorkerUnavailable,
 )
 from sliplm.network import keys
@@ -45,34 +29,21 @@ from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog, Event
 from sliplm.parties.quarantine import Quarantine
+from sliplm.parties.standing import KnownLiar, Member, State, lied, next_of, verdict
 from sliplm.protocol.side import Shape
 from sliplm.protocol.vault_side import Welcome
 
-State = Literal["up", "lost", "suspended", "quarantined", "drained"]
 Role = Literal["worker", "dealer"]
 
 FAILURES: Final = (WorkerError, WireError, CredentialError, MismatchError)
 """What a link may raise that another worker could do better."""
 
-_PAUSES: Final = (1.0, 60.0)  # seconds before a lost one is probed: the first time, at most
-_SUSPENSIONS: Final = (5.0, 300.0)  # seconds for which a stalled one is left alone
-_ALONE: Final = (1.0, 300.0)  # the same where nobody else serves: if it left no question unanswered, at most
 _ROUND: Final = 0.25  # seconds between two looks at revocations and probes
 _STOP_LIMIT: Final = 5.0
-
-_DOUBLINGS: Final = 30  # of a pause, at most: 2.0**1024 is no number any more
-_LATELY: Final = 0.3  # what the last exchange counts in a worker's pace
-_AS_FAST: Final = 4.0  # paces within this factor count as equal: messages differ, and so do networks
-_PATIENCE: Final = 0.1  # seconds of an exchange after which one that nobody has measured is tried
-_ANEW: Final = (60.0, 20.0)  # a slow one is tried again after so many seconds, and so many times what it took
 
 
 def _greeted(link: Link, connection: Connection, welcome: Welcome) -> None:
     """Nothing more is asked of a new connection."""
-
-
-class KnownLiar(VerificationError):
-    """Its key is on record."""
 
 
 class Status(NamedTuple):
@@ -82,34 +53,6 @@ class Status(NamedTuple):
     state: State
     reason: str
     served: int
-
-
-@dataclass
-class _Member:
-    link: Link
-    state: State = "up"
-    reason: str = ""
-    until: float = -math.inf  # time.monotonic() before which it is not probed
-    soon: float = -math.inf  # the same where nobody else serves
-    probed: bool = False  # by a thread, now
-    early: bool = False  # that probe came before `until`
-    cut: int | None = None  # serial number of the certificate whose connection was ended last
-    strikes: int = 0
-    served: int = 0
-    last: int = 0  # number of the exchange that it served last
-    pace: float | None = None  # seconds per unit of work, lately
-    took: float = 0.0  # seconds of the last exchange
-    again: float = -math.inf  # time.monotonic() from which it is tried once more, however slow it was
-    revocations: keys.Revocations | None = field(default=None, repr=False)
-
-    def measured(self, seconds: float, pace: float) -> None:
-        """Take an exchange into account; one that is much faster than before has become so."""
-        if self.pace is None or pace < self.pace / _AS_FAST:
-            self.pace = pace
-        else:
-            self.pace += _LATELY * (pace - self.pace)
-        self.took = seconds
-        self.again = time.monotonic() + max(_ANEW[0], _ANEW[1] * seconds)
 
 
 def work(products: Iterable[tuple[int, int, int]]) -> int:
@@ -132,7 +75,7 @@ class Workforce:
         self._quarantine = quarantine or Quarantine()
         self._process = forks.Process()
         self._lock = threading.Lock()
-        self._members = [_Member(link, revocations=_revocations(link.address)) for link in links]
+        self._members = [Member(link, revocations=_revocations(link.address)) for link in links]
         self._by_address = {member.link.address: member for member in self._members}
         if len(self._by_address) != len(self._members):
             raise InputError(f"a {role} is named twice: name each once")
@@ -206,7 +149,7 @@ class Workforce:
             up = [m for m in left if m.state == "up"]
             lost = [m for m in left if m.state == "lost"]
             if up:
-                return _next(up, time.monotonic()).link
+                return next_of(up, time.monotonic()).link
             return lost[0].link if lost else None
 
     def served(self, link: Link, seconds: float, work: int) -> None:
@@ -228,31 +171,21 @@ class Workforce:
     def failed(self, link: Link, error: SlipError, group: str | None = None, *, probe: bool = False) -> None:
         """An exchange, or a probe, went wrong: decide what becomes of the worker, and record it."""
         member = self._by_address[link.address]
-        event, state, pauses, kind = _verdict(error)
+        event, state, pauses, kind = verdict(error)
         with self._lock:
             if member.state in ("quarantined", "drained") or self._closing.is_set():
                 return  # decided already
             again = (member.state == state == "lost") or (probe and state != "quarantined")
             member.state, member.reason = state, str(error)
-            self._set_pauses(member, pauses, early=probe and member.early)
+            member.rest(pauses, early=probe and member.early)
             if kind is not None:
                 link.bar(kind, f"{self._role} {link.address} is {state}: {error}")
-        if state == "quarantined" and _lied(link, error):
+        if state == "quarantined" and lied(link, error):
             self._quarantine.add(link.address, link.spki, self._role, str(error))
         if not again:
             self._record(member, event, str(error), group)
         if state == "quarantined":
             self.fallen(link)
-
-    def _set_pauses(self, member: _Member, pauses: tuple[float, float], *, early: bool) -> None:
-        """When it is probed again; an early probe makes no pause longer."""
-        now, left = time.monotonic(), min(member.link.unanswered, _DOUBLINGS)
-        member.until = now + min(pauses[0] * 2.0**member.strikes, pauses[1])
-        if not early:
-            member.strikes = min(member.strikes + 1, _DOUBLINGS)
-        alone = min(_ALONE[0] * 2.0 ** max(0, left - 1), _ALONE[1])
-        part = 0.5 + secrets.randbelow(512) / 1024  # many vaults do not come back in step
-        member.soon = min(now + part * alone, member.until) if member.state == "suspended" else member.until
 
     def drain(self, address: str) -> None:
         """Let the exchange under way end, close the connection, and ask it nothing more until `rejoin`.
@@ -337,13 +270,13 @@ class Workforce:
                 )
                 self._record(member, "quarantined", known.why(), None)
 
-    def _member(self, address: str) -> _Member:
+    def _member(self, address: str) -> Member:
         self._process.check()
         if address not in self._by_address:
             raise InputError(f"{address!r} is no {self._role} of this vault: {', '.join(self._by_address)}")
         return self._by_address[address]
 
-    def _back(self, member: _Member, *when: State) -> None:
+    def _back(self, member: Member, *when: State) -> None:
         """Up again, if it stands like that now: meanwhile it may have been quarantined or drained."""
         if member.state not in when:
             return  # on the way of every token
@@ -354,7 +287,7 @@ class Workforce:
             member.link.admit()
         self._record(member, "rejoined", "serves again", None)
 
-    def _record(self, member: _Member, event: Event, reason: str, group: str | None) -> None:
+    def _record(self, member: Member, event: Event, reason: str, group: str | None) -> None:
         link = member.link
         self._audit.write(event, reason, role=self._role, address=link.address, peer=link.peer, group=group)
 
@@ -381,7 +314,7 @@ class Workforce:
             self._listed = listed
             self.taken_back(listed - before)
 
-    def _end_revoked(self, member: _Member, revocations: keys.Revocations) -> None:
+    def _end_revoked(self, member: Member, revocations: keys.Revocations) -> None:
         """Cut a connection under a certificate that was revoked: the next handshake shows whether the peer
         has a new one.
         """
@@ -401,15 +334,14 @@ class Workforce:
         member.cut = serial
         member.link.cut()
 
-    def _start_probe(self, member: _Member, now: float) -> None:
-        member.probed, member.early = True, member.until > now
-        member.until = member.soon = now + _PAUSES[1]  # should the probe end as nobody has foreseen
+    def _start_probe(self, member: Member, now: float) -> None:
+        member.begin_probe(now)
         try:
             threading.Thread(target=self._probe, args=(member,), daemon=True).start()
         except RuntimeError:  # out of threads: those in use come back some time
             member.probed = False
 
-    def _probe(self, member: _Member) -> None:
+    def _probe(self, member: Member) -> None:
         """Connect to one that was lost or suspended; whoever greets is asked again."""
         link = member.link
         try:
@@ -425,40 +357,6 @@ class Workforce:
                 self._back(member, "lost", "suspended")
         finally:
             member.probed = False
-
-
-def _next(up: Sequence[_Member], now: float) -> _Member:
-    """The one of those that are up to ask; which one is tried for the sake of measuring is noted."""
-    paces = [m.pace for m in up if m.pace is not None]
-    best = min(paces, default=0.0) * _AS_FAST
-    if len(up) > 1 and paces:
-        slow = min(m.took for m in up if m.pace is not None) > _PATIENCE
-        for m in up:
-            if m.again <= now and not m.link.in_flight and (slow if m.pace is None else m.pace > best):
-                m.again = now + _ANEW[0]  # one at a time
-                return m
-
-    def done(m: _Member) -> tuple[float, int]:
-        lag = m.pace / best if m.pace is not None and m.pace > best > 0 else 1.0
-        return (m.link.in_flight + 1) * lag, -m.last
-
-    return min(up, key=done)
-
-
-def _verdict(error: SlipError) -> tuple[Event, State, tuple[float, float], type[WorkerError] | None]:
-    """What becomes of a worker after an error: event, state, pauses, and the bar if it is not to be asked."""
-    if isinstance(error, (WorkerTimeout, WorkerFault)) or getattr(error, "torn", False):
-        return "suspended", "suspended", _SUSPENSIONS, type(error) if isinstance(error, WorkerError) else None
-    if isinstance(error, (WorkerUnavailable, PassingCredentialError)):
-        return "lost", "lost", _PAUSES, None
-    return "quarantined", "quarantined", (math.inf, math.inf), VerificationError
-
-
-def _lied(link: Link, error: SlipError) -> bool:
-    """Whether it did itself what it is quarantined for, past all that the owner may have mistaken."""
-    if isinstance(error, KnownLiar):
-        return False  # on record already
-    return isinstance(error, VerificationError) or (isinstance(error, WireError) and link.greeted)
 
 
 def _revocations(address: str) -> keys.Revocations | None:
