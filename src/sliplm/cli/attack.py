@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from sliplm.cli.options import Json
 from sliplm.cli.screen import console, number, percent, print_json, quiet
 from sliplm.engines.progress import spinner
 from sliplm.errors import InputError
@@ -105,7 +106,7 @@ def command(
         typer.Option("--basis", help="Also attacks 12 to 14, on one matrix and a CPU: a few minutes."),
     ] = False,
     minutes: Annotated[float | None, typer.Option(help="Begin no run after so long.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Attack splits of your own model, and show what a thief would get.
 

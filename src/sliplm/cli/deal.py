@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sliplm.cli.inspect import pattern
+from sliplm.cli.options import Json, Key
 from sliplm.cli.screen import console, number, print_json, size
 from sliplm.errors import InputError, PoolError
 from sliplm.shares.folders import SIDES, side_of
@@ -76,9 +77,7 @@ def command(
     limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="How large this pool may grow: 500M, 20G.")
     ] = None,
-    key: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="What seals the vault share, as for `slip split`.")
-    ] = None,
+    key: Key = None,
     anchor: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +100,7 @@ def command(
             help="For a vault that is loaded with hide_routing: every expert is asked for every token.",
         ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Deal masks ahead of time, into a folder on the vault's disk.
 

@@ -19,6 +19,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from sliplm.cli.options import Json
 from sliplm.cli.screen import (
     console,
     percent,
@@ -69,7 +70,7 @@ def command(
             "--prepare", metavar="DIR", help="Only fetch and split: DIR/model, DIR/vault, DIR/worker."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """See a small model run three times: original, split, and stolen.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from sliplm.cli.options import Json, Key
 from sliplm.cli.prompt import messages, read_prompt
 from sliplm.cli.screen import Waiting, console, print_json, printable, quiet, showing_warnings, size
 from sliplm.errors import InputError
@@ -81,11 +82,8 @@ def command(
         Path | None,
         typer.Option(metavar="FOLDER", help="A folder with the tokenizer; by default the vault's own."),
     ] = None,
-    key: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="What the vault share is sealed with, as slip split takes it."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    key: Key = None,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Generate text with a split model: the vault runs here, the products come from a worker.
 

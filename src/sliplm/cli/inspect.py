@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sliplm.cli.options import Json
 from sliplm.cli.screen import add_difference, console, number, percent, print_json, size, warn_of_tail
 from sliplm.shares.folders import side_of
 from sliplm.shares.manifest import PLAIN_MODULE, WorkerGroup, public_split_id
@@ -37,7 +38,7 @@ def command(
     all_groups: Annotated[
         bool, typer.Option("--all", help="A row for every group, equal layers too.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Say what is where: sizes, the vault's part of the work, and the traffic of a token.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from sliplm.cli.options import Json, Key
 from sliplm.cli.screen import console, key_option, print_json, say, warn_of_new_key
 from sliplm.errors import LedgerError
 from sliplm.network import authority
@@ -19,7 +20,6 @@ app = typer.Typer(help="Keys for the link between vault and worker.", no_args_is
 
 _Folder = Annotated[Path, typer.Argument(help="The folder that `slip keys init` made.")]
 _Days = Annotated[int, typer.Option(help="Days until the certificate expires.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.callback()
@@ -35,7 +35,7 @@ def group() -> None:
 def init(
     folder: Annotated[Path, typer.Argument(help="Where to make authority, vault, worker and dealer.")],
     days: Annotated[int, typer.Option(help="Days until the certificates expire.")] = authority.DAYS,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Make a private authority, and a certificate each for a vault, a worker and a dealer.
 
@@ -57,7 +57,7 @@ def issue(
     name: Annotated[str, typer.Argument(help="The party's name: 1 to 63 of a-z, 0-9 and -.")],
     role: Annotated[str, typer.Option(help="vault, worker or dealer.")] = "worker",
     days: _Days = authority.DAYS,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Make the key folder of one more vault, worker or dealer.
 
@@ -71,7 +71,7 @@ def issue(
 
 
 @app.command("list")
-def list_issued(folder: _Folder, json: _Json = False) -> None:
+def list_issued(folder: _Folder, json: Json = False) -> None:
     """Show every certificate that the authority has signed.
 
     Example: slip keys list keys
@@ -91,7 +91,7 @@ def list_issued(folder: _Folder, json: _Json = False) -> None:
 def revoke(
     folder: _Folder,
     which: Annotated[str, typer.Argument(help="A name, or a serial number from `slip keys list`.")],
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Take certificates back: who has the new list drops their holder within a second.
 
@@ -114,7 +114,7 @@ def rotate(
     folder: _Folder,
     name: Annotated[str, typer.Argument(help="The party's name.")],
     days: _Days = authority.DAYS,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Give a party a new key and certificate, and revoke its old ones.
 
@@ -133,11 +133,9 @@ def rotate(
 @app.command("reseal")
 def reseal(
     vault: Annotated[Path, typer.Argument(help="The vault folder that a split wrote.")],
-    key: Annotated[
-        str | None, typer.Option(help="The key that sealed it; your key file if left out.")
-    ] = None,
+    key: Key = None,
     new_key: Annotated[str | None, typer.Option(help="The key that seals it from now on.")] = None,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Seal a vault folder with another key.
 

@@ -9,18 +9,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from sliplm.cli.options import Json, Key
 from sliplm.cli.screen import console, print_json, printable, say
 from sliplm.shares import ledger
 from sliplm.shares.keysource import find
 from sliplm.shares.ledger import Entry, Ledger
 
 app = typer.Typer(help="Which models you split before.", no_args_is_help=True)
-
-_Key = Annotated[
-    str | None,
-    typer.Option(metavar="SPEC", help="The key that seals your vaults; your key file if left out."),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.callback()
@@ -33,7 +28,7 @@ def group() -> None:
 
 
 @app.command("list")
-def list_entries(key: _Key = None, json: _Json = False) -> None:
+def list_entries(key: Key = None, json: Json = False) -> None:
     """Show the splits that were noted under your key.
 
     Example: slip ledger list
@@ -59,8 +54,8 @@ def list_entries(key: _Key = None, json: _Json = False) -> None:
 @app.command("forget")
 def forget(
     split_id: Annotated[str, typer.Argument(help="The id from `slip ledger list`, or its first digits.")],
-    key: _Key = None,
-    json: _Json = False,
+    key: Key = None,
+    json: Json = False,
 ) -> None:
     """Forget a split whose worker share is destroyed wherever it was.
 
@@ -76,8 +71,8 @@ def forget(
 @app.command("add")
 def add(
     vault: Annotated[Path, typer.Argument(help="A vault folder that a split wrote.")],
-    key: _Key = None,
-    json: _Json = False,
+    key: Key = None,
+    json: Json = False,
 ) -> None:
     """Note a vault that was split on another machine.
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from sliplm.cli.options import Json
 from sliplm.cli.screen import console, number, percent, print_json, quiet, size
 from sliplm.engines.progress import cut, named
 from sliplm.errors import InputError
@@ -83,7 +84,7 @@ def command(
             "not fit into free memory.",
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure what a model loses without the top of its matrices, and recommend a recipe for a budget.
 

@@ -9,13 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sliplm import places
+from sliplm.cli.options import Json
 from sliplm.cli.screen import console, print_json, printable, say
 from sliplm.errors import InputError
 from sliplm.parties.quarantine import FILE, Quarantine
 
 app = typer.Typer(help="Workers and dealers that lied to your vaults.", no_args_is_help=True)
-
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 def _own() -> Quarantine:
@@ -33,7 +32,7 @@ def group() -> None:
 
 
 @app.command("list")
-def list_entries(json: _Json = False) -> None:
+def list_entries(json: Json = False) -> None:
     """Show who lied.
 
     Example: slip quarantine list
@@ -58,7 +57,7 @@ def list_entries(json: _Json = False) -> None:
 @app.command("clear")
 def clear(
     address: Annotated[str, typer.Argument(help="The address from `slip quarantine list`.")],
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Trust a worker or dealer again, whose fault you found and mended.
 

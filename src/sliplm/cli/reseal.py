@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from sliplm.cli.options import Json, Key
 from sliplm.cli.screen import console, print_json, quiet, showing_warnings
 
 
@@ -24,11 +25,8 @@ def command(
         list[str] | None,
         typer.Option(metavar="NAME", help="A file of the vault that goes. May be given several times."),
     ] = None,
-    key: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="What the vault share is sealed with, as slip split takes it."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    key: Key = None,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Change generation settings, chat templates or the tokenizer of a vault without another split.
 

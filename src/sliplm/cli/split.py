@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sliplm.cli.options import Json
 from sliplm.cli.screen import (
     add_difference,
     console,
@@ -93,7 +94,7 @@ def command(
             help="Split a model again, or a relative: two shares show what they differ by.",
         ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Split a model into OUT/vault, which stays with you, and OUT/worker, which may go anywhere.
 
