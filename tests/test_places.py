@@ -16,7 +16,6 @@ import pytest
 import families
 from sliplm import places
 from sliplm.errors import PlaceError
-from test_generation import byte_tokenizer
 
 SOURCE = Path(__file__).parents[1] / "src"
 NOBODY = 54321  # no passwd entry names it
@@ -42,11 +41,8 @@ exec unshare --user --map-user=54321 --map-group=54321 "$@"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("places") / "model"
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    families.make("llama", folder, vocab_size=len(tokenizer), num_hidden_layers=1)
-    tokenizer.save_pretrained(folder)
-    return folder
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    return families.make_with_tokenizer("llama", folder, template=template, num_hidden_layers=1)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

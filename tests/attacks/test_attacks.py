@@ -58,7 +58,6 @@ from sliplm.attacks.training import Training, train
 from sliplm.cli import app
 from sliplm.errors import CheckpointError, InputError, MismatchError
 from sliplm.shares.recipe import Recipe
-from test_generation import byte_tokenizer
 from test_worker import wait_for_end
 from test_workforce import eventually
 
@@ -314,9 +313,7 @@ def test_relatives_are_as_far_as_they_say(scene: Scene, victim: Path, tmp_path: 
 
 
 def test_a_tuned_relative_is_a_checkpoint_near_the_victim(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    model = families.make("llama", tmp_path / "model", vocab_size=len(tokenizer), num_hidden_layers=1)
-    tokenizer.save_pretrained(model)
+    model = families.make_with_tokenizer("llama", tmp_path / "model", num_hidden_layers=1)
     tune(model, tmp_path / "tuned", CPU)
     true, moved = (
         dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
@@ -474,7 +471,7 @@ def test_intervals_are_students() -> None:
 
 
 def test_a_long_text_is_cut_between_lines_and_keeps_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = families.byte_tokenizer()
     whole = "one line\nand two\n\n" + "and a long one, longer than a part\n" + "the end"
     wanted = tokenizer(whole, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr("sliplm.attacks.text._PART", 9)
@@ -578,9 +575,7 @@ def test_runs_are_kept_and_a_damaged_line_is_named(tmp_path: Path) -> None:
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A checkpoint with a tokenizer, a text, and what `slip attack` made of them."""
     folder = tmp_path_factory.mktemp("campaign")
-    tokenizer = byte_tokenizer()
-    model = families.make("llama", folder / "model", vocab_size=len(tokenizer), num_hidden_layers=2)
-    tokenizer.save_pretrained(model)
+    model = families.make_with_tokenizer("llama", folder / "model", num_hidden_layers=2)
     text = folder / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 120)
     out = folder / "out"

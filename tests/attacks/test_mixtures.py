@@ -28,7 +28,6 @@ from sliplm.attacks.text import Text
 from sliplm.attacks.training import Training, train
 from sliplm.cli import app
 from sliplm.shares.recipe import Recipe
-from test_generation import byte_tokenizer
 
 CPU = torch.device("cpu")
 EVERYTHING = Placement("all", None)
@@ -121,11 +120,9 @@ def test_without_a_share_experts_start_untrained_at_the_size_of_weights(scene: S
 
 
 def test_slip_attack_takes_a_mixture(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    model = families.make(
-        "qwen3_moe", tmp_path / "model", vocab_size=len(tokenizer), num_hidden_layers=1, decoder_sparse_step=1
+    model = families.make_with_tokenizer(
+        "qwen3_moe", tmp_path / "model", num_hidden_layers=1, decoder_sparse_step=1
     )
-    tokenizer.save_pretrained(model)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 120)
     words = ["attack", str(model), str(tmp_path / "out"), "--text", str(text), "--window", "16"]

@@ -25,7 +25,6 @@ from sliplm.cli.screen import number, percent, printable, showing_warnings, size
 from sliplm.errors import SlipWarning
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.shares.manifest import WorkerGroup
-from test_generation import byte_tokenizer
 
 ENV = {
     **os.environ,
@@ -62,11 +61,8 @@ def last_json(done: subprocess.CompletedProcess[str]) -> Any:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer that has a chat template."""
     folder = tmp_path_factory.mktemp("cli") / "model"
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    families.make("llama", folder, vocab_size=len(tokenizer), num_hidden_layers=3)
-    tokenizer.save_pretrained(folder)
-    return folder
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    return families.make_with_tokenizer("llama", folder, template=template, num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +92,7 @@ def test_split_says_what_is_where(model: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_tokenizer_is_no_dead_end(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    families.make("llama", tmp_path / "bare", vocab_size=len(byte_tokenizer()), num_hidden_layers=1)
+    families.make("llama", tmp_path / "bare", vocab_size=259, num_hidden_layers=1)
     done = slip("split", tmp_path / "bare", tmp_path / "out", "--rank", 2)
     assert "--tokenizer FOLDER (the checkpoint has no tokenizer)" in " ".join(done.stdout.split())
     assert run_here(monkeypatch, ["generate", tmp_path / "out", "--prompt", "a"]) == 2

@@ -27,7 +27,6 @@ from sliplm.examples.demo import HYBRID, ORIGINAL, THIEF, WHO, Prepared, Watcher
 from sliplm.planning.counts import report_for
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.share import read_vault_manifest
-from test_generation import byte_tokenizer
 from ties import same_up_to_ties
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "COLUMNS": "100"}
@@ -37,9 +36,7 @@ TEXT = "The vault keeps the small secret part, and the worker computes on masked
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = byte_tokenizer()
-    families.make(request.param, folder / "model", vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(folder / "model")
+    families.make_with_tokenizer(request.param, folder / "model")
     sliplm.split(folder / "model", folder, Recipe(rank=4))
     return Prepared(folder / "model", folder, report_for(read_vault_manifest(folder / "vault")))
 

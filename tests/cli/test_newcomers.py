@@ -33,7 +33,6 @@ from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.quarantine import Entry
 from terminal import Terminal
 from test_cli import ENV, SLIP, run_here, slip
-from test_generation import byte_tokenizer
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -42,14 +41,11 @@ BENCH = Path(__file__).parents[2] / "bench"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer, in a folder whose name a shell would take apart."""
     folder = tmp_path_factory.mktemp("newcomer") / "my model"
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
+    template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    families.make("llama", folder, vocab_size=len(tokenizer), num_hidden_layers=1)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return families.make_with_tokenizer("llama", folder, template=template, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +296,7 @@ def test_prompts_that_are_none(
 def test_a_model_without_a_chat_template_holds_no_conversation(
     model: Path, out: Path, tmp_path: Path
 ) -> None:
-    byte_tokenizer().save_pretrained(tmp_path)
+    families.byte_tokenizer().save_pretrained(tmp_path)
     words = [*SLIP, "generate", str(out), "--tokenizer", str(tmp_path)]
     with Terminal(words, ENV) as terminal:
         assert terminal.status() == 2

@@ -24,7 +24,6 @@ from sliplm.errors import InputError
 from sliplm.parties.quarantine import Quarantine
 from sliplm.places import NewFolder
 from sliplm.shares.share import open_vault
-from test_generation import byte_tokenizer
 from tuning import train_lora
 
 ENCODINGS = ["ascii", "latin-1", "utf-8"]
@@ -72,9 +71,7 @@ def document(said: Said) -> dict[str, Any]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A checkpoint, an adapter and a split below a folder whose name is no UTF-8, and our own files too."""
     folder = tmp_path_factory.mktemp("made")
-    tokenizer = byte_tokenizer()
-    families.make("llama", folder / "model", vocab_size=len(tokenizer), num_hidden_layers=1)
-    tokenizer.save_pretrained(folder / "model")
+    families.make_with_tokenizer("llama", folder / "model", num_hidden_layers=1)
     train_lora(folder / "model", folder / "adapter")
     root = Path(os.fsdecode(os.fsencode(folder) + b"/\xffd\xe9"))
     root.mkdir()

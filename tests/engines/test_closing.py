@@ -20,7 +20,6 @@ import families
 import sliplm
 from sliplm.errors import MaskError
 from sliplm.parties.local_worker import LocalWorker
-from test_generation import byte_tokenizer
 
 LIMIT = 120.0
 MODELS = 10
@@ -30,9 +29,7 @@ INPUT = torch.tensor([[1, 2, 3]])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("closing")
-    tokenizer = byte_tokenizer()
-    families.make("llama", base / "model", vocab_size=len(tokenizer), num_hidden_layers=1)
-    tokenizer.save_pretrained(base / "model")
+    families.make_with_tokenizer("llama", base / "model", num_hidden_layers=1)
     sliplm.split(base / "model", base / "out")
     return base / "out"
 

@@ -28,7 +28,6 @@ from sliplm.shares.keysource import find
 from sliplm.shares.manifest import Attention
 from sliplm.shares.recipe import Recipe, Rule
 from sliplm.shares.share import check_pair, open_vault, open_worker, read_vault_manifest
-from test_generation import byte_tokenizer
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
 RECIPE = Recipe(rank=4)
@@ -111,10 +110,8 @@ def test_the_vault_is_a_model_folder(tmp_path: Path) -> None:
 def with_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with named chat templates and the steps of sentence-transformers."""
     tmp_path = tmp_path_factory.mktemp("folders")
-    model, tokenizer = tmp_path / "model", byte_tokenizer()
-    families.make("llama", model, vocab_size=len(tokenizer), num_hidden_layers=1)
-    tokenizer.chat_template = {"default": "one", "tool_use": "two"}
-    tokenizer.save_pretrained(model)
+    templates = {"default": "one", "tool_use": "two"}
+    model = families.make_with_tokenizer("llama", tmp_path / "model", template=templates, num_hidden_layers=1)
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     steps = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
     (model / "modules.json").write_text(json.dumps(steps))

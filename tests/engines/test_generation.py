@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     MaxTimeCriteria,
@@ -37,26 +36,12 @@ class Models(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte: no download, and every token has a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + i for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
-
-
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = byte_tokenizer()
-    size = {"vocab_size": len(tokenizer)}
-    families.make(request.param, folder / "model", **size)
-    tokenizer.save_pretrained(folder / "model")
-    families.make(request.param, folder / "assistant", seed=1, **size)
+    tokenizer = families.byte_tokenizer()
+    families.make_with_tokenizer(request.param, folder / "model")
+    families.make(request.param, folder / "assistant", seed=1, vocab_size=len(tokenizer))
     split(folder / "model", folder, recipe=Recipe(rank=4, precision=12))
     with LocalWorker(folder / "worker") as worker:
         hybrid = load(folder / "vault", [worker.address])

@@ -46,7 +46,6 @@ from sliplm.shares.splitting import LowRank
 from sliplm.shares.tensorfile import read_header
 from test_cli import last_json, run_here, slip
 from test_convert import whole_again
-from test_generation import byte_tokenizer
 from tuning import merged, tokens, train_full, train_lora
 
 IDS = tokens(9, rows=2, length=20)
@@ -67,7 +66,7 @@ class Scene(NamedTuple):
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     folder = tmp_path_factory.mktemp("public")
     base = families.make("llama", folder / "base")
-    byte_tokenizer().save_pretrained(base)
+    families.byte_tokenizer().save_pretrained(base)
     adapters = {
         "fr": train_lora(base, folder / "fr", seed=1),
         "de": train_lora(base, folder / "de", seed=2, r=3, target_modules=["q_proj", "v_proj", "down_proj"]),

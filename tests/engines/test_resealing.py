@@ -28,7 +28,6 @@ from sliplm.parties.dealer import Dealing, ShareDealer
 from sliplm.shares import ledger, sealing
 from sliplm.shares.revision import Revision
 from sliplm.shares.share import check_pair, open_vault, open_worker
-from test_generation import byte_tokenizer
 
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
 KEPT = ("share.safetensors", "model.safetensors", "ledger.sealed", "config.json", "tokenizer.json")
@@ -38,9 +37,7 @@ KEPT = ("share.safetensors", "model.safetensors", "ledger.sealed", "config.json"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A split model with a tokenizer, a template of its own name and generation settings."""
     folder = tmp_path_factory.mktemp("made")
-    tokenizer = byte_tokenizer()
-    families.make("llama", folder / "model", vocab_size=len(tokenizer), num_hidden_layers=1)
-    tokenizer.save_pretrained(folder / "model")
+    families.make_with_tokenizer("llama", folder / "model", num_hidden_layers=1)
     named = folder / "model" / "additional_chat_templates"
     named.mkdir()
     (named / "tool.jinja").write_text("old")
@@ -111,7 +108,7 @@ def test_worker_pool_and_ledger_still_match(out: Path, tmp_path: Path) -> None:
 
 
 def test_a_whole_tokenizer_and_named_templates_go_along(out: Path, tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = families.byte_tokenizer()
     tokenizer.chat_template = {"default": TEMPLATE, "rag": "{{ messages[0].content }}!"}
     tokenizer.save_pretrained(tmp_path / "new")
     found = sliplm.reseal(out / "vault", tmp_path / "new")
@@ -149,7 +146,7 @@ def broken(folder: Path, kind: str) -> Path:
         name, text = texts[kind]
         (folder / name).write_text(text)
     elif kind == "another's":
-        larger = byte_tokenizer()
+        larger = families.byte_tokenizer()
         larger.add_tokens([f"word{i}" for i in range(9)])
         larger.save_pretrained(folder)
     elif kind == "no folder":

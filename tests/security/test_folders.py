@@ -26,7 +26,6 @@ from sliplm.errors import CheckpointError, ShareError, SlipWarning
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.share import open_vault, open_worker
-from test_generation import byte_tokenizer
 
 ROW = "folders"
 # transformers says at each loading that it heeds what the user passed
@@ -51,9 +50,7 @@ ADDED: dict[str, bytes] = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A split model with a tokenizer and generation settings."""
     folder = tmp_path_factory.mktemp("made")
-    tokenizer = byte_tokenizer()
-    families.make("llama", folder / "model", vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(folder / "model")
+    families.make_with_tokenizer("llama", folder / "model")
     split(folder / "model", folder / "out", recipe=Recipe(rank=4, precision=12))
     return folder / "out"
 
@@ -159,7 +156,7 @@ def test_a_file_exchanged_after_the_check_is_not_used(
     assert torch.equal(model(TOKENS).logits, wanted)
     assert model.generation_config.to_dict() == honest.generation_config.to_dict()
     assert model.name_or_path == str(out / "vault")
-    assert len(load_tokenizer(model.slip.files)) == len(byte_tokenizer())
+    assert len(load_tokenizer(model.slip.files)) == len(families.byte_tokenizer())
     ledger.record(ROW, 1, 1, 0)
 
 

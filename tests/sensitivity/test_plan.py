@@ -37,7 +37,6 @@ from sliplm.sensitivity.variants import Grid, Variant, steps, variants
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.splitting import top_triplets
 from test_cli import ENV, last_json, run_here, slip
-from test_generation import byte_tokenizer
 from test_report import assert_alone, parsed
 
 CPU = torch.device("cpu")
@@ -48,7 +47,7 @@ WISH = Wish(Budget(), 120, GRID, CPU)
 
 def make(family: str, folder: Path, *, start: bool = False, **config: Any) -> Path:
     """A checkpoint with a tokenizer, which puts <s> in front of a text if `start`."""
-    tokenizer = byte_tokenizer()
+    tokenizer = families.byte_tokenizer()
     families.make(family, folder, vocab_size=len(tokenizer), **config)
     if start:
         from tokenizers.processors import TemplateProcessing
@@ -289,7 +288,7 @@ def test_ranks_that_make_no_sense_are_refused() -> None:
 
 def test_windows_start_as_the_tokenizer_starts_a_text(tmp_path: Path) -> None:
     plain, started = make("llama", tmp_path / "a"), make("llama", tmp_path / "b", start=True)
-    ids = byte_tokenizer()(TEXT).input_ids
+    ids = families.byte_tokenizer()(TEXT).input_ids
     assert windows(plain).reshape(-1).tolist() == ids[:120]
     found = windows(started)
     assert found.shape == (4, 30)

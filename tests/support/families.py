@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from sliplm.engines.transformers.opened import OpenedModel
 from sliplm.shares.keysource import KeySpec
@@ -149,6 +150,29 @@ def make(
             else:  # norms: around one (Gemma's add one themselves)
                 parameter.add_(noise * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard)
+    return folder
+
+
+def byte_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """One token per byte: no download, and every token has a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + i for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+def make_with_tokenizer(
+    family: str, folder: Path, *, template: str | dict[str, str] | None = None, **options: Any
+) -> Path:
+    """`make`, with a byte tokenizer beside the weights, whose chat templates these are."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    make(family, folder, vocab_size=len(tokenizer), **options)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
