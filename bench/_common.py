@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -66,17 +66,25 @@ def median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 5)
 
 
-def decode(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> tuple[float, list[int]]:
-    """Greedy decoding: seconds for `tokens` steps, the prompt's prefill left out, and the tokens."""
+class Decoded(NamedTuple):
+    """Some steps of decoding."""
+
+    seconds: float
+    cpu: float  # seconds of all processors that this process took
+    tokens: list[int]  # of the first sequence
+
+
+def decode(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Decoded:
+    """Greedy decoding of `tokens` steps, the prompts' prefill left out."""
     found: list[int] = []
     with torch.inference_mode():
         out = model(ids, use_cache=True, logits_to_keep=1)
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         for _ in range(tokens):
             following = out.logits[:, -1].argmax(-1, keepdim=True)
-            found.append(int(following))
+            found.append(int(following[0, 0]))
             out = model(following, past_key_values=out.past_key_values, use_cache=True)
-    return time.perf_counter() - start, found
+        return Decoded(time.perf_counter() - start, time.process_time() - spent, found)
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:

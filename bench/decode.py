@@ -1,166 +1,190 @@
-"""Decode and prefill speed of the hybrid SmolLM2-135M against the plain fp32 model, in one run.
+"""Decode and prefill speed of the hybrid SmolLM2-135M against the plain model as anybody runs it.
 
-Vault and worker share the machine: TLS 1.3 with client certificates on loopback, every product verified.
-Masks are dealt before the clock starts, in memory or (`pool`) on disk, burnt durably there before their use;
-but for `meanwhile`: dealt in the background while tokens are made.  `guards` is the share of a token's time
-that burning masks and checking products take.
-Rounds alternate plain and hybrid; figures are medians.
+The plain model is in a process of its own, with torch's default settings, in float32 and in bfloat16: each
+ratio is against the faster of the two.  Rounds alternate: one side is timed, the others sleep.  Medians.
+Vault and worker share the machine, every product is verified.
 
-    python bench/decode.py [--tokens 48] [--rounds 7] [--prompt 512]
+example     `sliplm.open`, and at once a prompt and tokens: default settings, masks dealt in the background
+host        the same with all masks ready; and the vault's processor seconds over the plain model's
+tls         the same over TLS 1.3 with client certificates on loopback
+eight       eight sequences at once, masks ready
+prompt      a long prompt, masks ready
+sustained   four times as many tokens, until all masks that they took are made again
+pool        masks from a pool on disk, burnt durably there before their use
+two         two vaults on one worker, each in a process of its own: tokens of both, over those of one plain
+            model
+
+    python bench/decode.py [--cases host,tls] [--bits 12,8] [--tokens 48] [--rounds 5] [--prompt 512]
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the command line does
-
 import argparse
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Final
 
-import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import sliplm
-from _common import console, decode, finish, machine, median, prefill, seconds, split_smollm2
-from sliplm.examples import smollm2, wikipedia
+from _common import console, finish, machine, median
+from _sides import PHASES, SHORT, Side
 
-HEAD = "lm_head"
-PHASES = ("vault", "burn", "check", "link", "worker")
+DTYPES: Final = ("float32", "bfloat16")
+ROWS_AT_ONCE: Final = 8
+LONGER: Final = 4  # times the tokens, for what has to last
 
-
-def phases(model: Any, before: dict[str, float], steps: int) -> dict[str, float]:
-    """Milliseconds a token, by where they went, since the counters `before`."""
-    now = model.slip.counters.as_dict()
-    return {name: 1e3 * (now[f"seconds_{name}"] - before[f"seconds_{name}"]) / steps for name in PHASES}
+Case = Callable[[Side, int, argparse.Namespace, ExitStack], list[dict[str, Any]]]
 
 
-def measure(
-    plain: PreTrainedModel, ids: torch.Tensor, args: argparse.Namespace, precision: int
-) -> dict[str, Any]:
-    """All figures of one precision."""
-    out = split_smollm2(precision)
-    result: dict[str, Any] = {"precision": precision}
-    with sliplm.open(out, ahead=0) as model:
-        vault: Any = model.slip
-        names = list(vault.groups)
-        inner = [name for name in names if name != HEAD]
-        short, steps = ids[:, :32], args.tokens
+def plain_decode(plain: Side, rows: int, tokens: int) -> dict[str, Any]:
+    """Both plain models' decoding."""
+    return {dtype: plain.call("decode", dtype=dtype, rows=rows, tokens=tokens) for dtype in DTYPES}
 
-        def deal_for(prompt: int, tokens: int) -> None:
-            vault.deal(prompt + tokens, inner)
-            vault.deal(1 + tokens, [HEAD])
 
-        deal_for(32, steps)
-        decode(plain, short, 4), decode(model, short, 4)
-        rows: list[dict[str, float]] = []
+def example(plain: Side, bits: int, args: argparse.Namespace, stack: ExitStack) -> list[dict[str, Any]]:
+    """As the README has it."""
+    hybrid = stack.enter_context(Side("Hybrid", bits=bits, prompt=args.prompt))
+    rounds = []
+    for _ in range(args.rounds):
+        hybrid.call("rest")
+        found = plain_decode(plain, 1, args.tokens)
+        hybrid.call("reopen")
+        rounds.append({**found, "hybrid": hybrid.call("decode", rows=1, tokens=args.tokens)})
+    return rounds
+
+
+def ready(link: str = "own", rows: int = 1, part: int = 1) -> Case:
+    """Masks ready before; a `part`th of the tokens."""
+
+    def case(plain: Side, bits: int, args: argparse.Namespace, stack: ExitStack) -> list[dict[str, Any]]:
+        hybrid = stack.enter_context(Side("Hybrid", bits=bits, prompt=args.prompt, link=link, ahead=0))
+        rounds, tokens = [], args.tokens // part
         for _ in range(args.rounds):
-            deal_for(32, steps)
-            one, expected = decode(plain, short, steps)
-            before = vault.counters.as_dict()
-            two, found = decode(model, short, steps)
-            rows.append(
-                {
-                    "plain": steps / one,
-                    "hybrid": steps / two,
-                    "ratio": one / two,
-                    **phases(model, before, steps),
-                }
-            )
-            rows[-1]["guards"] = (rows[-1]["burn"] + rows[-1]["check"]) * steps / (1e3 * two)
-            rows[-1]["same"] = float(found == expected)
-            if vault.counters.rows_dealt_late != before["rows_dealt_late"]:
+            hybrid.call("deal", rows=rows, tokens=tokens)
+            found = plain_decode(plain, rows, tokens)
+            rounds.append({**found, "hybrid": hybrid.call("decode", rows=rows, tokens=tokens)})
+            if rounds[-1]["hybrid"]["late"]:
                 raise RuntimeError("masks ran out in a round that should have had them ready")
-        result["decode"] = {key: median([row[key] for row in rows]) for key in rows[0]}
+        if link == "own" and rows == 1:
+            rounds[-1]["dealing"] = median([hybrid.call("dealing")["seconds"] / 64 for _ in range(3)])
+        return rounds
 
-        fills = []
-        for _ in range(max(3, args.rounds // 2)):
-            deal_for(ids.shape[1], 0)
-            before = vault.counters.as_dict()
-            fills.append((prefill(plain, ids), prefill(model, ids), phases(model, before, 1)))
-        result["prefill"] = {
-            "tokens": ids.shape[1],
-            "plain_seconds": median([one for one, _, _ in fills]),
-            "hybrid_seconds": median([two for _, two, _ in fills]),
-            "ratio": median([one / two for one, two, _ in fills]),
-            **{f"{name}_seconds": median([p[name] / 1e3 for _, _, p in fills]) for name in PHASES},
-        }
+    return case
 
-        spent = median([seconds(lambda: vault.deal(64)) for _ in range(3)])
-        held = vault.mask_bytes()
-        vault.deal(64)
-        result["dealing"] = {
-            "masks_per_second": round(64 / spent, 1),
-            "milliseconds_per_token": round(1e3 * spent / 64, 3),
-            "bytes_per_token": (vault.mask_bytes() - held) // 64,
-        }
-    with sliplm.open(out, ahead=64) as model:
-        vault = model.slip
-        ratios = []
-        decode(model, short, 4)
-        for _ in range(max(3, args.rounds // 2)):
-            vault.wait_dealt(60)
-            one, _ = decode(plain, short, 4 * steps)
-            two, _ = decode(model, short, 4 * steps)
-            ratios.append(one / two)
-        result["decode_dealing_meanwhile"] = {"tokens": 4 * steps, "ratio": median(ratios)}
-    result["pool"] = measure_pool(plain, short, out, args)
+
+def prompt(plain: Side, bits: int, args: argparse.Namespace, stack: ExitStack) -> list[dict[str, Any]]:
+    """A long prompt."""
+    hybrid = stack.enter_context(Side("Hybrid", bits=bits, prompt=args.prompt, ahead=0))
+    rounds = []
+    for _ in range(args.rounds):
+        hybrid.call("deal", rows=1, tokens=0, prompt=args.prompt)
+        found = {dtype: plain.call("prompt", dtype=dtype) for dtype in DTYPES}
+        rounds.append({**found, "hybrid": hybrid.call("prompt")})
+    return rounds
+
+
+def sustained(plain: Side, bits: int, args: argparse.Namespace, stack: ExitStack) -> list[dict[str, Any]]:
+    """Decoding, and the dealing of what it takes."""
+    hybrid = stack.enter_context(Side("Hybrid", bits=bits, prompt=args.prompt))
+    rounds, tokens = [], LONGER * args.tokens
+    for _ in range(args.rounds):
+        hybrid.call("wait")
+        found = plain_decode(plain, 1, tokens)
+        took = hybrid.call("decode", rows=1, tokens=tokens)
+        took["seconds"] += hybrid.call("wait")["seconds"]
+        rounds.append({**found, "hybrid": took})
+    return rounds
+
+
+def pool(plain: Side, bits: int, args: argparse.Namespace, stack: ExitStack) -> list[dict[str, Any]]:
+    """Masks from the disk."""
+    need = (args.rounds + 1) * (args.tokens + SHORT) + 64
+    hybrid = stack.enter_context(Side("Hybrid", bits=bits, prompt=args.prompt, pool=need))
+    rounds = []
+    for _ in range(args.rounds):
+        found = plain_decode(plain, 1, args.tokens)
+        rounds.append({**found, "hybrid": hybrid.call("decode", rows=1, tokens=args.tokens)})
+        if rounds[-1]["hybrid"]["late"]:
+            raise RuntimeError("the pool ran out in a round that should have had enough")
+    return rounds
+
+
+def two(plain: Side, bits: int, args: argparse.Namespace, stack: ExitStack) -> list[dict[str, Any]]:
+    """Two vaults of one worker decode together."""
+    options: dict[str, Any] = {"bits": bits, "prompt": args.prompt, "ahead": 0}
+    one = stack.enter_context(Side("Hybrid", **options))
+    other = stack.enter_context(Side("Hybrid", **options, link=one.call("worker")["address"]))
+    rounds = []
+    for _ in range(args.rounds):
+        for vault in (one, other):
+            vault.call("deal", rows=1, tokens=args.tokens)
+        found = plain_decode(plain, 1, args.tokens)
+        for vault in (one, other):
+            vault.start("decode", rows=1, tokens=args.tokens)
+        took = [vault.result() for vault in (one, other)]
+        slower = max(took, key=lambda each: float(each["seconds"]))
+        rounds.append({**found, "hybrid": {**slower, "seconds": slower["seconds"] / 2}})
+    return rounds
+
+
+CASES: Final[dict[str, tuple[str, Case]]] = {
+    "example": ("the README's example", example),
+    "host": ("same host, masks ready", ready()),
+    "tls": ("TLS on loopback, masks ready", ready("tls")),
+    "eight": (f"{ROWS_AT_ONCE} sequences at once", ready(rows=ROWS_AT_ONCE, part=2)),
+    "prompt": ("a long prompt", prompt),
+    "sustained": ("with all dealing, sustained", sustained),
+    "pool": ("masks from a pool", pool),
+    "two": ("two vaults on one worker, both", two),
+}
+"""By name: what the table says, and how it is measured."""
+
+
+def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of a case's rounds."""
+    base = min(DTYPES, key=lambda dtype: median([each[dtype]["seconds"] for each in rounds]))
+    result: dict[str, Any] = {"base": base}
+    for name in (*DTYPES, "hybrid"):
+        result[f"{name}_seconds"] = median([each[name]["seconds"] for each in rounds])
+    for name in DTYPES:
+        result[f"over_{name}"] = median([e[name]["seconds"] / e["hybrid"]["seconds"] for e in rounds])
+    result["ratio"] = result[f"over_{base}"]
+    if "cpu" in rounds[0]["hybrid"]:
+        tokens = len(rounds[0]["hybrid"]["tokens"])
+        result["cpu"] = median([each["hybrid"]["cpu"] / each[base]["cpu"] for each in rounds])
+        result["same"] = median([each["hybrid"]["tokens"] == each["float32"]["tokens"] for each in rounds])
+        result["tokens"] = tokens
+        for name in ("late", *PHASES):
+            result[name] = median([each["hybrid"][name] for each in rounds])
+    if "dealing" in rounds[-1]:
+        result["masks_per_second"] = round(1 / rounds[-1]["dealing"], 1)
     return result
 
 
-def measure_pool(
-    plain: PreTrainedModel, short: torch.Tensor, out: Path, args: argparse.Namespace
-) -> dict[str, float]:
-    """Decoding with masks from a pool on disk, and a fresh anchor on the same disk."""
-    steps, rows = args.tokens, []
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        os.environ["SLIPLM_STATE"] = str(Path(folder) / "anchors")
-        tokens = (args.rounds + 1) * (steps + short.shape[1]) + 64
-        deal = ["deal", str(out / "vault"), str(Path(folder) / "pool"), "--tokens", str(tokens)]
-        subprocess.run([sys.executable, "-m", "sliplm", *deal], check=True, stdout=sys.stderr)
-        with sliplm.open(out, pool=Path(folder) / "pool") as model:
-            decode(model, short, steps)
-            for _ in range(args.rounds):
-                one, _ = decode(plain, short, steps)
-                before = model.slip.counters.as_dict()
-                two, _ = decode(model, short, steps)
-                spent = phases(model, before, steps)
-                guards = (spent["burn"] + spent["check"]) * steps / (1e3 * two)
-                rows.append({"ratio": one / two, **spent, "guards": guards})
-            if model.slip.counters.rows_dealt:
-                raise RuntimeError("the pool ran out in a round that should have had enough")
-    return {key: median([row[key] for row in rows]) for key in rows[0]}
-
-
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """A column for each precision."""
-    table = Table("", *(f"{result['precision']} bits" for result in results))
-    rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "plain, tokens/s": lambda r: f"{r['decode']['plain']:.1f}",
-        "hybrid, tokens/s": lambda r: f"{r['decode']['hybrid']:.1f}",
-        "ratio": lambda r: f"{r['decode']['ratio']:.2f}",
-        "ratio, masks dealt meanwhile": lambda r: f"{r['decode_dealing_meanwhile']['ratio']:.2f}",
-        "ratio, masks from a pool": lambda r: f"{r['pool']['ratio']:.2f}",
-        "guards": lambda r: f"{r['decode']['guards']:.1%}",
-        "guards, with a pool": lambda r: f"{r['pool']['guards']:.1%}",
-        **{f"{phase}, ms a token": partial(_phase, phase) for phase in PHASES},
-        "prompt, ratio": lambda r: f"{r['prefill']['ratio']:.2f}",
-        "masks dealt a second": lambda r: f"{r['dealing']['masks_per_second']:.0f}",
-    }
-    for name, cell in rows.items():
-        table.add_row(name, *map(cell, results))
+    """A row for each case, a column for each precision."""
+    table = Table("over the faster plain model", *(f"{result['bits']} bits" for result in results))
+
+    def row(name: str, case: str, form: Callable[[dict[str, Any]], str]) -> None:
+        if any(case in result for result in results):
+            table.add_row(name, *(form(result[case]) if case in result else "" for result in results))
+
+    for dtype in DTYPES:
+        row(f"plain {dtype}, tokens/s", "host", lambda r, d=dtype: _rate(r, d))  # type: ignore[misc]
+    row("hybrid, tokens/s", "host", lambda r: _rate(r, "hybrid"))
+    for case, (name, _) in CASES.items():
+        row(name, case, lambda r: f"{r['ratio']:.2f}")
+        if case == "prompt":
+            row(f"{name}, over float32", case, lambda r: f"{r['over_float32']:.2f}")
+    row("vault's processor seconds", "host", lambda r: f"{r['cpu']:.2f}")
+    for phase in PHASES:
+        row(f"{phase}, ms a token", "host", lambda r, p=phase: f"{r[p]:.2f}")  # type: ignore[misc]
+    row("masks dealt a second", "host", lambda r: f"{r['masks_per_second']:.0f}")
     return table
 
 
-def _phase(phase: str, result: dict[str, Any]) -> str:
-    return f"{result['decode'][phase]:.2f}"
+def _rate(result: dict[str, Any], who: str) -> str:
+    return f"{result['tokens'] / result[f'{who}_seconds']:.1f}"
 
 
 def main() -> None:
@@ -168,18 +192,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cases", default=",".join(CASES), help="which, with commas")
+    parser.add_argument("--bits", default="12,8", help="precisions, with commas")
     parser.add_argument("--tokens", type=int, default=48, help="decoded tokens a round")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt")
     args = parser.parse_args()
-    document: dict[str, Any] = {"bench": "decode", "machine": machine(), "results": []}
-    source = smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-    ids = tokenizer(wikipedia()[:20_000], return_tensors="pt").input_ids[:, : args.prompt]
-    for precision in (12, 8):
-        result = measure(plain, ids, args, precision)
-        document["results"].append(result)
+    document: dict[str, Any] = {"bench": "decode", "machine": machine(), "rounds": args.rounds, "results": []}
+    with Side("Plain", prompt=args.prompt) as plain:
+        for bits in map(int, args.bits.split(",")):
+            result: dict[str, Any] = {"bits": bits}
+            document["results"].append(result)
+            for name in args.cases.split(","):
+                with ExitStack() as stack:
+                    result[name] = summary(CASES[name][1](plain, bits, args, stack))
+                shown = {key: value for key, value in result[name].items() if key not in PHASES}
+                console.print(bits, name, shown, soft_wrap=True)
     console.print(table(document["results"]))
     finish(document)
 

@@ -199,15 +199,16 @@ def test_a_fine_tune_at_eighty_columns(
 def test_tables_of_the_benches_at_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     decode, exactness, breadth = map(importlib.import_module, ("decode", "exactness", "breadth"))
-    row = dict.fromkeys((*decode.PHASES, "plain", "hybrid", "ratio", "guards", "masks_per_second"), 123.456)
-    parts = dict.fromkeys(("decode", "decode_dealing_meanwhile", "pool", "prefill", "dealing"), row)
+    keys = (*decode.PHASES, "ratio", "over_float32", "cpu", "tokens", "masks_per_second")
+    seconds = (f"{who}_seconds" for who in (*decode.DTYPES, "hybrid"))
+    cases = dict.fromkeys(decode.CASES, dict.fromkeys((*keys, *seconds), 123.456))
     subject = SimpleNamespace(
         title="EfficientNet-lite0", guess={"top-1": 0.5, "top-5": 0.5, "agreement": 0.5}
     )
     removal = {"k": 16, "residual": subject.guess, "rotated": subject.guess}
     kinds = dict.fromkeys(("bfloat16", "p12", "base p12"), 1.234e-12)
     for table, first in (
-        (decode.table([{"precision": bits, **parts} for bits in (12, 8)]), "masks dealt a second"),
+        (decode.table([{"bits": bits, **cases} for bits in (12, 8)]), "masks dealt a second"),
         (exactness.table("a model", {f"x{n}": kinds for n in (1, 100, 1000)}), "base p12"),
         (breadth.table(subject, [removal], subject.guess), "no share"),
     ):
