@@ -15,10 +15,6 @@ commonest answer.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the command line does
-
 import argparse
 import copy
 import statistics

@@ -12,10 +12,6 @@ random layers, where the field leaves the input fewer bits.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the command line does
-
 import argparse
 import math
 import tempfile

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the command line does
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices as small as these are slower with more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: matrices as small as these are slower with more
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse

@@ -5,10 +5,6 @@ python bench/products.py
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 from typing import Any
 
 import numpy as np

@@ -12,10 +12,6 @@ base s w.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the command line does
-
 import argparse
 import hashlib
 import statistics

@@ -15,13 +15,10 @@ have one size, `--pad-to` rows.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: as the command line does
-
 import argparse
 import contextlib
 import math
+import os
 import secrets
 import select
 import socket

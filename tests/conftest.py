@@ -14,7 +14,7 @@ from pathlib import Path
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does, before torch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: processes share the cores here
 
 import pytest
 from hypothesis import HealthCheck, settings

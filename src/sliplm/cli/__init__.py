@@ -144,8 +144,6 @@ def _report(kind: str, message: str) -> None:
 
 def main() -> None:
     """Run the command line."""
-    # torch's idle threads would spin in the way of a worker on this machine; read when torch is loaded, later
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     settle_streams()
     with _ending_in_order():
         try:

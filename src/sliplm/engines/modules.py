@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from sliplm import forks
+from sliplm.engines.idle import quietly
 from sliplm.errors import InputError, ShareError
 from sliplm.parties.adapters import Chosen, chosen
 from sliplm.secrecy import Secret
@@ -59,8 +60,11 @@ class Closeable(Secret):
 
 
 def derive(model: nn.Module, base: type[Closeable], members: Mapping[str, Any]) -> None:
-    """Give a model a class of its own, of the same name, between `base` and its class."""
+    """Give a model a class of its own, of the same name, between `base` and its class; its forward keeps
+    torch's threads out of a worker's way.
+    """
     kind = type(model)
+    members = {**members, "forward": quietly(members.get("forward", kind.forward))}
     named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     model.__class__ = type(kind.__name__, (base, kind), {**named, **members})
 

@@ -107,8 +107,7 @@ def open(out_dir: Folder, **options: Any) -> PreTrainedModel:
     The worker process and its keys end with `model.close()`, at the end of a block `with open(...) as model`,
     when nothing refers to the model any more, or with this process.
 
-    Both share the cores: set OMP_WAIT_POLICY=passive before torch is imported, as the command `slip` does, or
-    torch's idle threads spin in the worker's way (long prompts take half as long again).
+    Both share the cores, so what the vault computes itself runs on few of torch's threads (`idle`).
 
     Args:
         out_dir: the folder that `split` wrote.
