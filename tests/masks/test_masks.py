@@ -107,6 +107,58 @@ def test_the_background_fills_and_refills() -> None:
         pool.close()
 
 
+def test_the_background_gives_way_while_a_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for groups that have less than half of what is kept ready."""
+    monkeypatch.setattr(masks, "_LULL", 0.0)
+    pool = masks.MaskPool(2, make, ahead=16)
+    pool.start()
+    try:
+        assert pool.wait_full(30)
+        monkeypatch.setattr(masks, "_LULL", 1e9)  # from now on one runs
+        pool.take(0, pool.available(0) - 9)
+        assert pool._neediest() == 0
+        assert pool._due() is None
+        pool.take(1, 16)
+        deadline = time.monotonic() + 30
+        while pool.available(1) <= 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert pool.available(0) == 9
+        monkeypatch.setattr(masks, "_LULL", 0.0)  # it has ended
+        pool.renew()
+        assert pool.wait_full(30)
+        assert min(map(pool.available, range(2))) > 12
+    finally:
+        pool.close()
+
+
+def test_the_background_has_a_lower_priority() -> None:
+    dealt_at = []
+
+    def noted(group: int, rows: int, background: bool, late: bool) -> masks.Batch:
+        dealt_at.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return make(group, rows, background, late)
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    pool = masks.MaskPool(1, noted, ahead=4)
+    pool.start()
+    assert pool.wait_full(30)
+    pool.close()
+    assert set(dealt_at) == {min(19, own + 10)}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+
+
+def test_what_is_dealt_for_a_request_is_dealt_for_the_next_too() -> None:
+    """One row at a time costs as much as several."""
+    pool = masks.MaskPool(1, make, ahead=16)
+    taken = [pool.take(0, 1).r.tobytes() for _ in range(9)]
+    assert len(set(taken)) == 9
+    assert pool.available(0) == 3
+    pool.take(0, 7)
+    assert pool.available(0) == 0
+    pool.close()
+
+
 def test_many_takers_never_get_the_same_mask() -> None:
     pool = masks.MaskPool(1, make, ahead=32)
     pool.start()

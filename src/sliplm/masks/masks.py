@@ -8,7 +8,9 @@ twice.  `pool.DiskPool` does the same for masks on disk.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -25,6 +27,8 @@ from sliplm.secrecy import Secret
 
 _JUMP = 1_000_000_000  # nanoseconds
 _PAUSES = 0.5, 30.0  # seconds between two tries in the background while nobody deals: first, at most
+_LULL = 0.05  # seconds without a request after which the background deals at will
+_NICER = 10  # by how much the background's thread gives way to the others
 _ROWS_AT_ONCE = 16  # rows of r made from the key together: opening a key stream costs more than a row of it
 
 
@@ -137,6 +141,8 @@ def deal(group: int, n: int, rows: int, products: Callable[[Fresh], Dealt], fres
 class MaskPool(Secret):
     """Masks dealt ahead, in memory, filled by a background thread and by whoever needs more than it holds.
 
+    The thread gives way to requests: it deals when none runs, or for groups that have less than half.
+
     Keys live in this process alone: after a crash every mask is gone, so none can be used twice.  A forked
     child gets none.
 
@@ -170,6 +176,8 @@ class MaskPool(Secret):
         self._change = threading.Condition()
         self._failure: Exception | None = None
         self._closed = False
+        self._asleep = False  # the background, until it is needed
+        self._asked = -math.inf  # time.monotonic() of the last `take`
         self._fallen: set[bytes] = set()
         self.renewals = 0
         self._clocks = Clocks()
@@ -205,13 +213,16 @@ class MaskPool(Secret):
             missing = rows - sum(len(part.u) for part in parts)
             if not missing:
                 return joined(parts)
-            late = self._make(group, missing, False, True)
+            late = self._make(group, max(missing, self._step(group) if self._ahead else 0), False, True)
             with self._change:
                 if self._failure is not None:  # somebody deals again
                     self._failure = None
                     self._change.notify_all()
                 if age == self._age() and self._fallen.isdisjoint(late.marks):
-                    return joined([*parts, late.burn(missing)])
+                    last = late.burn(missing)
+                    if late.used < len(late.u) and not self._closed:
+                        self._add(group, late)
+                    return joined([*parts, last])
             # renewed, or a dealer has fallen meanwhile: what is in hand may be of before, or from him
 
     def renew(self) -> None:
@@ -255,8 +266,10 @@ class MaskPool(Secret):
                 parts.append(part)
                 if ready[0].used == len(ready[0].u):
                     ready.popleft()
-            if self._needs(group):
-                self._change.notify()
+            self._asked = time.monotonic()
+            if self._asleep and self._needs(group):
+                self._asleep = False
+                self._change.notify_all()
             return parts, self._age()
 
     def add(self, groups: Sequence[int], rows: int) -> None:
@@ -293,9 +306,12 @@ class MaskPool(Secret):
     def _keep(self, group: int, batch: Batch, age: int) -> None:
         with self._change:
             if not self._closed and age == self.renewals and self._fallen.isdisjoint(batch.marks):
-                self._ready[group].append(batch)
-                self._count[group] += len(batch.u)
+                self._add(group, batch)
                 self._change.notify_all()
+
+    def _add(self, group: int, batch: Batch) -> None:
+        self._ready[group].append(batch)
+        self._count[group] += len(batch.u) - batch.used
 
     def _neediest(self) -> int | None:
         needy = (group for group in range(len(self._count)) if self._needs(group))
@@ -304,18 +320,26 @@ class MaskPool(Secret):
     def _needs(self, group: int) -> bool:
         return self._count[group] <= self._kept[group] - self._step(group)
 
+    def _due(self) -> int | None:
+        """The group that is dealt for next; None while that can wait for the request that runs."""
+        group = self._neediest()
+        running = time.monotonic() - self._asked < _LULL
+        return None if running and group is not None and 2 * self._count[group] > self._kept[group] else group
+
     def _step(self, group: int) -> int:
         return max(1, self._kept[group] // 4)
 
     def _fill(self) -> None:
+        _give_way()
         pause = _PAUSES[0]
         while True:
             with self._change:
-                while not self._closed and self._neediest() is None:
-                    self._change.wait()  # woken by take and close
-                group, age = self._neediest(), self.renewals
+                while not self._closed and (group := self._due()) is None:
+                    self._asleep = self._neediest() is None
+                    self._change.wait(None if self._asleep else _LULL)  # woken by take and close
                 if self._closed or group is None:
                     return
+                age = self.renewals
             try:
                 batch = self._make(group, self._step(group), True, False)
             except Exception as error:  # it may be over soon; until then who takes masks asks for himself
@@ -327,3 +351,10 @@ class MaskPool(Secret):
                 continue
             pause, self._failure = _PAUSES[0], None
             self._keep(group, batch, age)
+
+
+def _give_way() -> None:
+    """Let the other threads of this machine go before the calling one."""
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):  # then it competes with them
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICER))
