@@ -6,8 +6,9 @@
 in windows of 512 tokens.  Greedy texts come from the hybrid through real sockets; one that differs is named
 with fp32's logit gap at the first difference.  `outliers` is the same divergence for SmolLM2 and a tiny
 random model with activation outliers of x1, x100 and x1000 in every layer that leave the function as it is
-(`_outliers`), split alone and against a base.  `layer_error` is the relative error of one product for wide
-random layers, where the field leaves the input fewer bits.
+(`_outliers`), split alone and against a base.  `layer_error` is the relative error of one product for
+random layers of real models' shapes, and what of it is the weights' rounding; `by_norms` with the scale
+that a public base has.  The field leaves a wide input fewer bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,16 @@ import sliplm
 from _common import console, finish, machine, split_smollm2
 from _outliers import with_outliers
 from sliplm.arithmetic import kernels
+from sliplm.arithmetic.fixedpoint import norm_bound
+from sliplm.arithmetic.kernels import Matrix
 from sliplm.engines.transformers.load import reference
 from sliplm.examples import PROMPTS, smollm2, wikipedia
 from sliplm.parties.codec import GroupCodec
-from sliplm.shares.splitting import split_group
+from sliplm.shares.splitting import GroupSecrets, split_group
 
 WINDOW = 512
 FACTORS = (1, 100, 1000)
+SHAPES = ((576, 576), (4096, 4096), (4096, 11008), (8192, 28672))
 
 
 def divergences(
@@ -144,24 +149,36 @@ def table(name: str, found: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def layer_error(n: int, precision: int) -> dict[str, float]:
-    """Relative error of one product of a random layer [512, n], beside bf16's."""
+def layer_error(m: int, n: int, precision: int) -> dict[str, float]:
+    """Relative error of one product of a random layer [m, n], beside bf16's."""
     rng = np.random.default_rng(n)
-    weight = (rng.standard_normal((512, n)) / math.sqrt(n)).astype(np.float32)
-    x = rng.standard_normal((16, n)).astype(np.float32)
+    weight = rng.standard_normal((m, n), np.float32) / np.float32(math.sqrt(n))
+    x = rng.standard_normal((16, n), np.float32)
     exact = x.astype(np.float64) @ weight.T.astype(np.float64)
     parts = split_group("layer", weight, rank=16, precision=precision, rotation="fast")
-    codec = GroupCodec(parts.secrets)
-    z, alpha = codec.scaled(x)
-    y = kernels.prepare(parts.w).product(codec.in_field(z, alpha))
-    out = np.empty((16, 512), np.float32)
-    codec.opened(x, alpha, y, np.zeros_like(y), out)
+    by_norms = replace(parts.secrets, norm=norm_bound(parts.w))
+    left = np.linalg.norm(weight - parts.secrets.a @ parts.secrets.b) / np.linalg.norm(weight)
+    matrix = kernels.prepare(parts.w)
     half = (torch.from_numpy(x).bfloat16() @ torch.from_numpy(weight).bfloat16().T).float().numpy()
-    norm = float(np.linalg.norm(exact))
     return {
-        "ours": float(np.linalg.norm(out - exact)) / norm,
-        "bf16": float(np.linalg.norm(half - exact)) / norm,
+        "ours": _distance(_product(parts.secrets, matrix, x), exact),
+        "weights": parts.error * float(left),
+        "by_norms": _distance(_product(by_norms, matrix, x), exact),
+        "bf16": _distance(half, exact),
     }
+
+
+def _product(secrets: GroupSecrets, matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    codec = GroupCodec(secrets)
+    z, alpha = codec.scaled(x)
+    y = matrix.product(codec.in_field(z, alpha))
+    out = np.empty((len(x), codec.m), np.float32)
+    codec.opened(x, alpha, y, np.zeros_like(y), out)
+    return out
+
+
+def _distance(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def main() -> None:
@@ -190,7 +207,7 @@ def main() -> None:
         f"p{precision}": compare_texts(split_smollm2(precision), plain, tokenizer, args)
         for precision in (12, 8)
     }
-    wide = {f"n{n}_p{b}": layer_error(n, b) for n in (576, 4096, 11008, 28672) for b in (12, 8)}
+    wide = {f"n{n}_p{b}": layer_error(m, n, b) for m, n in SHAPES for b in (12, 8)}
     with tempfile.TemporaryDirectory() as folder:
         random = torch.randint(512, (1, 4 * WINDOW), generator=torch.Generator().manual_seed(0))
         extreme = {"tiny": outliers(tiny(Path(folder)), random)}

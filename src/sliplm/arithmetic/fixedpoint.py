@@ -14,6 +14,8 @@ from sliplm.errors import InputError
 Floats = npt.NDArray[np.float32]
 
 MIN_PRECISION, MAX_PRECISION = 4, 12
+ROOM = (P - 1) / 2 - 1  # for an answer; the 1 absorbs float64 rounding (below 10^-2)
+EDGE = 7 / 8  # of it: what an answer in a secret basis stays within
 
 
 def quantise_rows(w: Floats, precision: int) -> tuple[npt.NDArray[np.integer], Floats]:
@@ -47,13 +49,12 @@ def scale_limit(norm: float, n: int) -> float:
     """alpha * ||x||_2 for an input x of n entries: the largest scaling at which no product with rows of norm
     N can overflow.
 
-    By Cauchy-Schwarz |w_i x_int| <= N (alpha ||x|| + sqrt(n)/2) <= (p-1)/2 - 1.  The 1 absorbs float64
-    rounding (below 10^-2).
+    By Cauchy-Schwarz |w_i x_int| <= N (alpha ||x|| + sqrt(n)/2) <= ROOM.
 
     Raises: InputError when rows this long leave an input no bits (at 12 bits beyond about 2^20 columns):
         rounding would make half of any answer.
     """
-    limit = ((P - 1) / 2 - 1) / norm - math.sqrt(n) / 2
+    limit = ROOM / norm - math.sqrt(n) / 2
     if limit < max(1.0, math.sqrt(n / 3)):
         raise InputError(
             f"rows of norm {norm:.3g} over {n} columns leave no room in the field; use a lower precision"

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sliplm.arithmetic.equilibration import Equilibrated, equilibrated, localisation
 from sliplm.arithmetic.field import Elements, challenge_products, challenge_vectors, derive_key, new_key
 from sliplm.arithmetic.fixedpoint import Floats, norm_bound, quantise_rows, scale_limit
+from sliplm.arithmetic.likely import likely_norm
 from sliplm.arithmetic.rotation import Rotation, gaussians
 from sliplm.arithmetic.rotation import make as make_rotation
 from sliplm.errors import CheckpointError, RecipeError
@@ -45,7 +46,8 @@ class GroupSecrets(Secret):
         m, n: outputs (of all members together) and inputs.
         a, b: float32 [m, k] and [k, n], the most sensitive part W_C = A B.
         d_out, d_in: float32 [m] and [n], the diagonals that the share lies between.
-        scale: float32 [m], row scales of the fixed point.  norm: N, the largest row norm of w.
+        scale: float32 [m], row scales of the fixed point.  norm: N, the largest row norm of w, or with a
+            secret basis what stands for it (`likely_norm`).
         noise: what rounding an input to integers adds to an answer, expected Euclidean norm, times alpha.
         c: uint32 [CHALLENGE_SETS * t, n], products of the challenge vectors with w, one set after the other.
         seed: 32 bytes from which the rotations and the challenge vectors are derived.
@@ -150,7 +152,10 @@ def in_integers(
     m, n = hidden.matrix.shape
     # 3. fixed point
     w, scale = quantise_rows(hidden.matrix, precision)
-    norm = norm_bound(w)
+    if rotation == "none":
+        norm = norm_bound(w)
+    else:
+        norm = likely_norm(hidden.matrix, w, scale, rotation, derive_key(seed, "rotation out"))
     scale_limit(norm, n)
     # 4. verification
     c = np.concatenate([challenge_products(_challenges(seed, i, m), w) for i in range(CHALLENGE_SETS)])
