@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from sliplm import forks
 from sliplm.engines.idle import quietly
 from sliplm.errors import InputError, ShareError
-from sliplm.parties.adapters import Chosen, chosen
+from sliplm.parties.adapters import chosen
 from sliplm.secrecy import Secret
 from sliplm.shares.manifest import Member
 
@@ -117,32 +117,26 @@ class GroupProduct:
         Args:
             patches: what makes the rows [rows, n] of x, for a convolution; None takes x as it is.
         """
-        held, bit = self._held, 1 << index
+        values, bit = _values(x), 1 << index
         if self._everyone == bit:
-            return self._compute(x, patches)
-        if held.waiting & bit and held.holds(x, patches):
-            y = held.product
-            held.waiting ^= bit
-            if not held.waiting:
-                held.drop()
-        else:
-            held.drop()  # before the product: an error must leave nothing behind
-            y = self._compute(x, patches)
-            held.keep(x, patches, y, self._everyone ^ bit)
+            return self._compute(values, patches)
+        held = self._held
+        now, held.now = held.now, None  # an error must leave nothing behind
+        if now is None or not now.serves(bit, x, values, patches):
+            now = _AtHand(x, values, patches, self._everyone)
+            now.product = self._compute(values, patches)
+        now.waiting ^= bit
+        if now.waiting:
+            held.now = now
         start, end = self._spans[index]
-        return y[:, start:end]
+        return now.product[:, start:end]
 
-    def _compute(self, x: Tensor, patches: Patches | None) -> Floats:
+    def _compute(self, values: Floats, patches: Patches | None) -> Floats:
         if self.source is None:
             raise InputError(f"group {self.name} has no vault: load the model with sliplm.load")
-        if x.requires_grad:
-            x = x.detach()
-        if x.dtype is not torch.float32:
-            x = x.to(torch.float32)
         if patches is not None:
-            x = patches(x)
-        flat = x.contiguous().numpy()
-        return self.source.product(self.name, flat.reshape(-1, flat.shape[-1]))
+            values = patches(torch.from_numpy(values)).contiguous().numpy()
+        return self.source.product(self.name, values.reshape(-1, values.shape[-1]))
 
     def __reduce__(self) -> NoReturn:
         raise InputError("a model with split layers cannot be copied or pickled: load its vault folder again")
@@ -227,13 +221,14 @@ class SlipLinear(Split):
             torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         ):  # not to be traced; the decorator would cost every call 3 us
             return cast(Tensor, torch.compiler.disable(self.forward, reason=NOT_TRACED)(x))  # type: ignore[no-untyped-call]
-        check_input(self.group.name, x, x.shape[-1:] == (self.in_features,), self._wanted)
-        shape, dtype = (*x.shape[:-1], self.out_features), result_type(x)
-        if not x.numel():
-            return x.new_zeros(shape, dtype=dtype)
-        rows = self.group.rows_of(self.index, x)
+        group, shape = self.group, x.shape
+        check_input(group.name, x, bool(shape) and shape[-1] == self.in_features, self._wanted)
+        dtype = result_type(x)
+        if 0 in shape:
+            return x.new_zeros((*shape[:-1], self.out_features), dtype=dtype)
+        rows = group.rows_of(self.index, x)
         # numpy slices and reshapes several times faster than torch: this runs hundreds of times a token
-        y = torch.from_numpy(np.ascontiguousarray(rows).reshape(shape))
+        y = torch.from_numpy(np.ascontiguousarray(rows).reshape(*shape[:-1], self.out_features))
         bias = self._parameters["bias"]
         if bias is not None:
             y = y + bias
@@ -257,7 +252,9 @@ def check_input(group: str, x: Tensor, fits: bool, wanted: str) -> None:
     """Raise InputError unless x fits, is floating point, on the CPU, needs no gradient and has values."""
     if torch.compiler.is_exporting() or torch._C._is_tracing():
         refuse_recording(group)
-    if torch._C._functorch.is_functorch_wrapped_tensor(x) or isinstance(x, FakeTensor):
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or (
+        type(x) is not Tensor and isinstance(x, FakeTensor)
+    ):
         raise InputError(
             f"group {group} needs the values of its input, which torch.func (vmap, grad, jvp) and fake "
             "tensors do not have: call the model with a batch in the place of vmap"
@@ -311,30 +308,43 @@ def replace(
     return tuple(products)
 
 
-class _Held(threading.local):
-    """The product at hand in this thread, for the members in the bit set `waiting`."""
+class _AtHand:
+    """A product for the members in the bit set `waiting`, with what it is of."""
 
-    waiting = 0
+    __slots__ = ("_bytes", "_chosen", "_input", "_patches", "_shape", "product", "waiting")
+
     product: Floats
-    _input: Tensor | None = None
-    _patches: Patches | None = None
-    _copy: Tensor
-    _chosen: Chosen | None = None
 
-    def keep(self, x: Tensor, patches: Patches | None, product: Floats, waiting: int) -> None:
-        self._chosen = chosen()
-        self.product, self.waiting, self._input, self._patches = product, waiting, x, patches
-        self._copy = x.detach().clone()
+    def __init__(self, x: Tensor, values: Floats, patches: Patches | None, waiting: int) -> None:
+        self.waiting = waiting
+        self._input, self._patches, self._chosen = x, patches, chosen()
+        self._shape, self._bytes = values.shape, values.tobytes()  # numpy copies and compares bytes fastest
 
-    def holds(self, x: Tensor, patches: Patches | None) -> bool:
-        if x is not self._input or patches != self._patches or self._chosen is not chosen():
-            return False
-        return x.dtype is self._copy.dtype and torch.equal(x, self._copy)
+    def serves(self, bit: int, x: Tensor, values: Floats, patches: Patches | None) -> bool:
+        return (
+            bool(self.waiting & bit)
+            and x is self._input
+            and self._chosen is chosen()
+            and patches == self._patches
+            and values.shape == self._shape
+            and values.tobytes() == self._bytes
+        )
 
-    def drop(self) -> None:
-        if self._input is not None:
-            self.waiting, self._input = 0, None
-            del self.product, self._copy
+
+class _Held(threading.local):
+    """The product at hand in this thread."""
+
+    now: _AtHand | None = None
+
+
+def _values(x: Tensor) -> Floats:
+    """What x holds, as float32: x itself where it is that."""
+    if x.requires_grad:
+        x = x.detach()
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32)
+    values: Floats = x.contiguous().numpy()
+    return values
 
 
 def _check(modules: Mapping[str, nn.Module], group: str, member: Member, seen: set[str]) -> int:
