@@ -170,10 +170,8 @@ def layer_error(m: int, n: int, precision: int) -> dict[str, float]:
 
 def _product(secrets: GroupSecrets, matrix: Matrix, x: np.ndarray) -> np.ndarray:
     codec = GroupCodec(secrets)
-    z, alpha = codec.scaled(x)
-    y = matrix.product(codec.in_field(z, alpha))
     out = np.empty((len(x), codec.m), np.float32)
-    codec.opened(x, alpha, y, np.zeros_like(y), out)
+    codec.here(x, out, matrix.product)
     return out
 
 

@@ -25,7 +25,7 @@ WEIGHT = (
 """The files that a weight passes, in order."""
 
 TOKEN = (
-    "engines/modules.py", "engines/modules.py", "parties/vault.py", "parties/exchange.py", "parties/codec.py",
+    "engines/modules.py", "engines/modules.py", "parties/vault.py", "parties/exchange.py",
     "parties/supply.py", "masks/masks.py", "parties/codec.py", "network/link.py", "protocol/vault_side.py",
     "protocol/frames.py", "network/transport.py", "network/listener.py", "parties/worker.py",
     "protocol/worker_side.py", "arithmetic/kernels/__init__.py", "protocol/worker_side.py",
@@ -59,10 +59,10 @@ FLOORS = (
     Floor("engines", "#fff8ec", 166, (
         {0: "convert", 1: "checkpoint", 2: "layout", 3: "plan"}, {0: "source", 1: "writing", 4: "modules"})),
     Floor("planning", "#f6f8fa", 52, ({},)),
-    Floor("parties", "#eef5fd", 92, ({0: "supply", 1: "codec", 2: "exchange", 3: "vault", 5: "worker"},)),
+    Floor("parties", "#eef5fd", 92, ({0: "codec", 1: "supply", 2: "exchange", 3: "vault", 5: "worker"},)),
     Floor("network", "#f6f8fa", 80, ({2: "link", 4: "transport", 5: "listener"},)),
     Floor("protocol", "#eef5fd", 80, ({2: "vault_side", 4: "frames", 5: "worker_side"},)),
-    Floor("masks", "#f6f8fa", 80, ({0: "masks"},)),
+    Floor("masks", "#f6f8fa", 80, ({1: "masks"},)),
     Floor("shares", "#fff8ec", 148, (
         {1: "manifest", 2: "ledger"}, {0: "splitting", 1: "tensorfile", 2: "sealing", 3: "contents"})),
     Floor("arithmetic", "#eef5fd", 84, (
@@ -252,12 +252,12 @@ def token_ways(at: dict[str, Room], planning: float) -> list[str]:
     upper, lower = planning + 18, planning + 36
     start, end = at["modules"].at("s", 14), at["vault"].at("n")
     out = [way([start, (start[0], lower), (end[0], lower), end], BLUE)]
-    for a, b in (("vault", "exchange"), ("exchange", "codec"), ("codec", "supply")):
+    for a, b in (("vault", "exchange"), ("exchange", "supply")):
         out.append(way([at[a].at("w"), at[b].at("e")], BLUE))
     x = at["supply"].at("s", -20)
     out.append(way([x, (x[0], at["masks"].y)], BLUE))
-    level, up, to = at["link"].at("w")[1], at["masks"].at("n", 20), at["codec"].at("s", -30)
-    out.append(way([up, (up[0], level), (to[0], level), to], BLUE))
+    start, end = at["masks"].at("w"), at["codec"].at("s", -30)
+    out.append(way([start, (end[0], start[1]), end], BLUE))
     start, end = at["codec"].at("s", 30), at["link"].at("w")
     out.append(way([start, (start[0], end[1]), end], BLUE))
     out.append(way([at["link"].at("s"), at["vault_side"].at("n")], BLUE))

@@ -61,7 +61,7 @@ class Process:
         """Raise ForkError in any other process.  To be asked before any lock: another thread may have held
         it at the fork, and nobody lives to release it.
         """
-        if not self.here:
+        if _page[:_BYTES] != self._token or os.getpid() != self._pid:  # `here`, for every exchange asks often
             raise ForkError(
                 "this process was forked from the one that loaded the model, and must not use its masks and "
                 "connections: load the model here, after the fork (a server that forks its workers loads it "

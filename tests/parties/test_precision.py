@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sliplm.arithmetic import kernels
-from sliplm.arithmetic.fixedpoint import rounding_losses, scale_limit
+from sliplm.arithmetic.fixedpoint import input_loss, scale_limit
 from sliplm.errors import InputError, PrecisionError, SlipWarning
-from sliplm.parties.codec import LOSSY, GroupCodec, Losses
+from sliplm.parties.codec import LOSSY, Asked, GroupCodec
 from sliplm.shares.publicbase import split_base
 from sliplm.shares.splitting import GroupSplit, split_group
 
@@ -21,14 +21,12 @@ def gaussian(m: int, n: int, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((m, n)) / np.sqrt(n)).astype(np.float32)
 
 
-def product(parts: GroupSplit, x: np.ndarray) -> tuple[np.ndarray, GroupCodec, Losses]:
-    """The quantised product, and what the codec says that it lost."""
+def product(parts: GroupSplit, x: np.ndarray, finer: float = 1.0) -> tuple[np.ndarray, GroupCodec, Asked]:
+    """The quantised product, with `finer` times the scale alpha, and what the codec knows of it."""
     codec = GroupCodec(parts.secrets)
-    z, alpha = codec.scaled(x)
-    y = kernels.prepare(parts.w).product(codec.in_field(z, alpha))
+    codec._limit *= finer
     out = np.empty((len(x), codec.m), np.float32)
-    losses = codec.opened(x, alpha, y, np.zeros_like(y), out)
-    return out, codec, losses
+    return out, codec, codec.here(x, out, kernels.prepare(parts.w).product)
 
 
 def error(parts: GroupSplit, weight: np.ndarray, x: np.ndarray) -> float:
@@ -64,12 +62,12 @@ def test_outliers_that_the_weights_make_up_for_cost_nothing(kind: str, precision
 def test_an_ordinary_input_loses_next_to_nothing_and_is_not_counted() -> None:
     weight, x = gaussian(160, 576), gaussian(64, 576, 1)
     parts = split(weight, 12, "fast")
-    out, codec, losses = product(parts, x)
+    out, codec, asked = product(parts, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert codec.judge(losses) == 0
+        assert codec.judge(asked) == 0
     exact = x.astype(np.float64) @ weight.T.astype(np.float64)
-    assert losses.max() < 3e-4
+    assert asked.losses.max() < 3e-4
     assert np.linalg.norm(out - exact) / np.linalg.norm(exact) < 1e-3
 
 
@@ -77,34 +75,28 @@ def test_the_expected_error_is_the_measured_one() -> None:
     """With a coarse input (few bits left) the rounding of x is all of the error."""
     weight, x = gaussian(400, 300), gaussian(64, 300, 1)
     parts = split(weight, 12, "fast")
-    codec = GroupCodec(parts.secrets)
-    z, alpha = codec.scaled(x)
-    fine = alpha * 5e-4  # far fewer bits than there is room for
-    out, coarse = np.empty((2, 64, 400), np.float32)
-    matrix = kernels.prepare(parts.w)
-    y, worse = matrix.product(codec.in_field(z, alpha)), matrix.product(codec.in_field(z, fine))
-    codec.opened(x, alpha, y, np.zeros_like(y), out)
-    losses = codec.opened(x, fine, worse, np.zeros_like(worse), coarse)
+    out = product(parts, x)[0]
+    coarse, codec, asked = product(parts, x, 5e-4)  # far fewer bits than there is room for
     measured = np.linalg.norm(coarse - out, axis=1) / np.linalg.norm(out, axis=1)
-    assert np.allclose(losses[:, 0].mean(), measured.mean(), rtol=0.05)
-    assert losses[:, 0].min() > LOSSY
+    assert np.allclose(asked.losses[:, 0].mean(), measured.mean(), rtol=0.05)
+    assert asked.losses[:, 0].min() > LOSSY
     with pytest.warns(SlipWarning, match="rows_lossy"):
-        assert codec.judge(losses) == 64
+        assert codec.judge(asked) == 64
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert codec.judge(losses) == 64  # counted again, said once
+        assert codec.judge(asked) == 64  # counted again, said once
 
 
 def test_an_entry_of_a_hundred_thousand_times_the_rest_is_counted() -> None:
     weight, x = gaussian(160, 576), np.sign(gaussian(3, 576, 1))
     x[1, 100] = 1e5
-    _, codec, losses = product(split(weight, 12, "fast"), x)
+    _, codec, asked = product(split(weight, 12, "fast"), x)
     with pytest.warns(SlipWarning, match="precision=8"):
-        assert codec.judge(losses) == 1
-    _, codec, losses = product(split(weight, 8, "fast"), x)  # the advice
+        assert codec.judge(asked) == 1
+    _, codec, asked = product(split(weight, 8, "fast"), x)  # the advice
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert codec.judge(losses) == 0
+        assert codec.judge(asked) == 0
 
 
 def test_an_answer_of_which_nothing_is_left_is_refused() -> None:
@@ -113,12 +105,12 @@ def test_an_answer_of_which_nothing_is_left_is_refused() -> None:
     weight[:, 100] = 0
     x[1, 100] = 1e8
     parts = split_group("g", weight, rank=8, precision=12, rotation="none")
-    _, codec, losses = product(parts, x)
+    _, codec, asked = product(parts, x)
     with pytest.raises(PrecisionError, match="nothing of the rest"):
-        codec.judge(losses)
+        codec.judge(asked)
     for kind in ("fast", "base"):  # here the column's factor is 0
-        out, codec, losses = product(split(weight, 12, kind), x)
-        assert codec.judge(losses) == 0
+        out, codec, asked = product(split(weight, 12, kind), x)
+        assert codec.judge(asked) == 0
         exact = x.astype(np.float64) @ weight.T.astype(np.float64)
         assert np.linalg.norm(out - exact) < 1e-3 * np.linalg.norm(exact)
 
@@ -128,25 +120,27 @@ def test_what_cannot_lose_anything_is_not_counted() -> None:
     one_hot[0, 5] = 3  # nothing beside the largest entry
     one_hot[1, 5], one_hot[1, 6] = 1, 1e-9  # float32 loses that too
     for weight in (gaussian(40, 64), np.zeros((40, 64), np.float32)):
-        _, codec, losses = product(split(weight, 12, "fast"), one_hot)
-        assert codec.judge(losses) == 0
-    _, codec, losses = product(split(gaussian(40, 64), 12, "fast"), np.zeros((2, 64), np.float32))
-    assert not losses.any()
+        _, codec, asked = product(split(weight, 12, "fast"), one_hot)
+        assert codec.judge(asked) == 0
+    _, codec, asked = product(split(gaussian(40, 64), 12, "fast"), np.zeros((2, 64), np.float32))
+    assert not asked.losses.any()
     # of few outputs one may be small by chance
     narrow = split_group("g", gaussian(4, 64), rank=1, precision=12, rotation="fast")
-    assert GroupCodec(narrow.secrets).judge(np.array([[0.9, 0.0], [0.9, np.inf]])) == 0
+    _, codec, asked = product(narrow, np.zeros((2, 64), np.float32))
+    asked.losses, asked.worst = np.array([[0.9, 0.0], [0.9, np.inf]]), np.inf
+    assert codec.judge(asked) == 0
 
 
 def test_a_million_columns() -> None:
     """At 12 bits an input of 2^20 columns keeps under three bits: said; at 8 bits it keeps seven."""
     n = 2**20
     x = gaussian(1, n)
-    ones, y = np.ones(n, np.float32), np.ones((1, 32), np.float32)
+    ones = np.ones(n, np.float32)
     for precision, lossy in ((12, True), (8, False)):
         rms = (2 ** (precision - 1) - 1) / 5.3  # of a Gaussian row, whose largest entry is 5.3 of them
         norm = rms * np.sqrt(n)
-        alpha = np.array([scale_limit(norm, n) / np.linalg.norm(x.astype(np.float64))])
-        loss = rounding_losses(x, ones, y, alpha, 0.0)[0, 1]
+        alpha = scale_limit(norm, n) / np.linalg.norm(x.astype(np.float64))
+        loss = input_loss(x[0], ones, alpha)
         assert (loss > LOSSY) == lossy
     with pytest.raises(InputError, match="no room"):
         scale_limit(2047 / 5.3 * np.sqrt(8 * n), 8 * n)

@@ -26,7 +26,7 @@ import numpy as np
 
 from sliplm import durable
 from sliplm.arithmetic import kernels
-from sliplm.arithmetic.field import uniform_rows
+from sliplm.arithmetic.field import uniform_words
 from sliplm.arithmetic.kernels import threads
 from sliplm.errors import SlipError
 from sliplm.masks.anchor import FileAnchor
@@ -100,12 +100,12 @@ def warm_up(vault: Path) -> None:
     kernels.choose()
     for secrets in open_vault(vault).groups.values():
         codec, x = GroupCodec(secrets), np.ones((1, secrets.n), np.float32)
-        r = np.ascontiguousarray(uniform_rows(bytes(32), 0, 0, 1, secrets.n))
-        z, alpha = codec.scaled(x)
-        y = np.zeros((1, codec.m), np.uint32)
-        codec.masked(z, alpha, r)
-        codec.accepts(r, y)
-        codec.opened(x, alpha, y, y, np.empty((1, codec.m), np.float32))
+        r, y = uniform_words(bytes(32), 0, 0, 1, secrets.n), np.zeros((1, codec.m), np.uint32)
+        asked = codec.ask(x, r, np.empty((1, codec.n), np.uint32), np.empty((1, codec.m), np.float32))
+        codec.ahead(asked)
+        codec.holds(asked, y)
+        codec.accepts(asked.hidden, y)
+        codec.opened(asked, y, y)
 
 
 def main() -> None:

@@ -153,7 +153,6 @@ def test_locks_held_at_the_fork_hang_nobody(vault: Vault, shares: Shares, ledger
     x, link, pool = inputs(shares), vault._workers.links[0], vault._supply.memory
     locks = [
         link._lock,
-        link._count,
         pool._change,
         vault._workers._lock,
         vault.counters._lock,

@@ -19,6 +19,7 @@ from sliplm.arithmetic.jit import jit
 from sliplm.errors import InputError, MaskError
 
 Elements = npt.NDArray[np.uint32]
+Sums = npt.NDArray[np.uint64]
 
 P = 4294967291
 ELEMENT = np.dtype("<u4")
@@ -69,6 +70,11 @@ def uniform_rows(key: bytes, stream: int, first_row: int, rows: int, n: int) -> 
 
     Returns: uint32 [rows, n]; the rows may be strided.
     """
+    return uniform_words(key, stream, first_row, rows, n)[:, :n]
+
+
+def uniform_words(key: bytes, stream: int, first_row: int, rows: int, n: int) -> Elements:
+    """`uniform_rows`, each with what is left of its segment: uint32 [rows, n or more], contiguous."""
     row_blocks = -(-n // _BLOCK_WORDS) + _SLACK_BLOCKS
     words = keystream(key, stream, first_row * row_blocks, rows * row_blocks).reshape(
         rows, row_blocks * _BLOCK_WORDS
@@ -77,7 +83,7 @@ def uniform_rows(key: bytes, stream: int, first_row: int, rows: int, n: int) -> 
         raise MaskError(
             "a key stream segment held too few elements below p: the key is not random; make a new one"
         )
-    return words[:, :n]
+    return words
 
 
 @jit
@@ -187,13 +193,33 @@ def accepts(e: Elements, c: Elements, x: Elements, y: Elements) -> bool:
 
     A wrong product is accepted with probability at most p^-t over the choice of e.
     """
-    for i in range(y.shape[0]):
+    expected = np.empty((x.shape[0], c.shape[0]), np.uint64)
+    expect(c, x, expected, 0, x.shape[0])
+    return bool(holds(e, y, expected, 0, y.shape[0]))
+
+
+@jit
+def expect(c: Elements, x: Elements, expected: Sums, first: int, last: int) -> None:
+    """Half of the check, before there is an answer: <c, x> of rows `first` to `last` into `expected`, uint64
+    [rows, t].
+    """
+    for i in range(first, last):
+        for t in range(c.shape[0]):
+            expected[i, t] = dot(c[t], x[i])
+
+
+@jit
+def holds(e: Elements, y: Elements, expected: Sums, first: int, last: int) -> bool:
+    """The other half: is <e, y> as expected for every challenge and each of these rows, and every y an
+    element?
+    """
+    for i in range(first, last):
         largest = np.uint32(0)
         for j in range(y.shape[1]):
             largest = max(largest, y[i, j])
         if largest >= P:
             return False
         for t in range(e.shape[0]):
-            if dot(e[t], y[i]) != dot(c[t], x[i]):
+            if dot(e[t], y[i]) != expected[i, t]:
                 return False
     return True

@@ -84,32 +84,32 @@ def row_alpha(x: Floats, limit: float) -> float:
 
 
 @fast_jit
-def rounding_losses(
-    x: Floats, d_in: Floats, y: Floats, alpha: npt.NDArray[np.float64], noise: float
-) -> npt.NDArray[np.float64]:
-    """What rounding an input to integers has cost: expected relative errors, 0 where nothing is to lose.
+def input_loss(x: Floats, d_in: Floats, alpha: float) -> float:
+    """What rounding one input to integers has cost: the expected relative error of what D_in x, [n], has
+    beside its largest entry; 0 where nothing is to lose.
+    """
+    total = peak = 0.0
+    for j in range(x.size):
+        square = np.float64(d_in[j] * x[j]) ** 2
+        total += square
+        if square > peak:  # noqa: PLR1730 -- compiled to vectors, unlike max
+            peak = square
+    if peak == 0:
+        return 0.0
+    return float(np.sqrt(x.size / 12 / (total - peak)) / alpha) if total > peak else np.inf
+
+
+@fast_jit
+def answer_loss(y: Floats, noise: float, alpha: float) -> float:
+    """What it has cost one answer y, [m]: the expected relative error; 0 where nothing is to lose.
 
     Args:
-        x, y: input [rows, n] and answer [rows, m].  d_in: [n].  alpha: [rows].
         noise: of the answer, times alpha.
-
-    Returns: float64 [rows, 2], the error of the answer, and that of what D_in x has beside its largest entry.
     """
-    losses = np.zeros((x.shape[0], 2))
-    for i in range(x.shape[0]):
-        total = peak = answer = 0.0
-        for j in range(x.shape[1]):
-            square = np.float64(d_in[j] * x[i, j]) ** 2
-            total += square
-            if square > peak:  # noqa: PLR1730 -- compiled to vectors, unlike max
-                peak = square
-        for j in range(y.shape[1]):
-            answer += np.float64(y[i, j]) ** 2
-        if answer > 0:
-            losses[i, 0] = noise / (alpha[i] * np.sqrt(answer))
-        if peak > 0:
-            losses[i, 1] = np.sqrt(x.shape[1] / 12 / (total - peak)) / alpha[i] if total > peak else np.inf
-    return losses
+    answer = 0.0
+    for j in range(y.size):
+        answer += np.float64(y[j]) ** 2
+    return float(noise / (alpha * np.sqrt(answer))) if answer > 0 else 0.0
 
 
 @jit

@@ -82,16 +82,17 @@ def fast_block(n: int) -> int:
 
 
 class Identity:
-    """No rotation."""
+    """No rotation: the diagonal alone, float32 [n]."""
 
     def __init__(self, n: int, scale: Floats | None = None) -> None:
-        self.n, self.macs, self._scale = n, 0, scale
+        self.n, self.macs = n, 0
+        self.diagonal = np.ones(n, np.float32) if scale is None else scale
 
     def __repr__(self) -> str:
         return f"Identity(n={self.n})"
 
     def apply(self, x: Floats, out: Floats | None = None) -> Floats:
-        return np.multiply(x, np.float32(1) if self._scale is None else self._scale, out=out)
+        return np.multiply(x, self.diagonal, out=out)
 
     def apply_transpose(self, x: Floats, out: Floats | None = None) -> Floats:
         return self.apply(x, out)
@@ -128,13 +129,13 @@ class Fast:
     def apply(self, x: Floats, out: Floats | None = None) -> Floats:
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty_like(x) if out is None else out
-        _rotate_rows(x, out, self.tables)
+        rotate_rows(x, out, self.tables)
         return out
 
     def apply_transpose(self, x: Floats, out: Floats | None = None) -> Floats:
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty_like(x) if out is None else out
-        _rotate_rows_back(x, out, self.tables)
+        rotate_rows_back(x, out, self.tables)
         return out
 
 
@@ -295,14 +296,14 @@ def fast_rotate_back(x: Floats, out: Floats, work: Floats, tables: Tables) -> No
 
 
 @jit
-def _rotate_rows(x: Floats, out: Floats, tables: Tables) -> None:
+def rotate_rows(x: Floats, out: Floats, tables: Tables) -> None:
     work = np.empty(x.shape[1], np.float32)
     for i in range(x.shape[0]):
         fast_rotate(x[i], out[i], work, tables)
 
 
 @jit
-def _rotate_rows_back(x: Floats, out: Floats, tables: Tables) -> None:
+def rotate_rows_back(x: Floats, out: Floats, tables: Tables) -> None:
     work = np.empty(x.shape[1], np.float32)
     for i in range(x.shape[0]):
         fast_rotate_back(x[i], out[i], work, tables)

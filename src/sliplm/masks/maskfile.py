@@ -25,7 +25,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sliplm import durable
-from sliplm.arithmetic.field import Elements, derive_key, uniform_rows
+from sliplm.arithmetic.field import Elements, derive_key, uniform_rows, uniform_words
 from sliplm.errors import PoolError
 from sliplm.masks.masks import Dealt, Fresh, Masks, fresh_key
 from sliplm.reading import open_regular
@@ -125,7 +125,7 @@ class MaskFile(Secret):
             except InvalidTag:
                 raise _unusable(self.path, f"was altered in row {first + i}") from None
             u[i] = np.frombuffer(plain, "<u4")
-        return Masks(uniform_rows(self._r_key, self.group, first, rows, self.n), u)
+        return Masks(uniform_words(self._r_key, self.group, first, rows, self.n), u, self.n)
 
 
 def batch_rows(m: int, n: int) -> int:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sliplm import forks
-from sliplm.arithmetic.field import Elements, derive_key, new_key, uniform_rows
+from sliplm.arithmetic.field import Elements, derive_key, new_key, uniform_rows, uniform_words
 from sliplm.errors import MaskError
 from sliplm.secrecy import Secret
 
@@ -32,15 +32,30 @@ _NICER = 10  # by how much the background's thread gives way to the others
 _ROWS_AT_ONCE = 16  # rows of r made from the key together: opening a key stream costs more than a row of it
 
 
-@dataclass(frozen=True, repr=False)
 class Masks(Secret):
-    """Masks for one message, burnt already.  r: uint32 [rows, n]; u = w r: uint32 [rows, m]."""
+    """Masks for one message, burnt already.
 
-    r: Elements
-    u: Elements
+    Attributes:
+        words: uint32 [rows, n or more], contiguous; the first n of each row are r.
+        u: w r, uint32 [rows, m].
+    """
+
+    __slots__ = ("_n", "u", "words")
+
+    def __init__(self, words: Elements, u: Elements, n: int) -> None:
+        self.words, self.u, self._n = words, u, n
 
     def __repr__(self) -> str:
         return f"Masks(rows={len(self.u)}, secrets hidden)"
+
+    @property
+    def r(self) -> Elements:
+        """The rows that hide x: uint32 [rows, n]."""
+        return self.words[:, : self._n]
+
+    def __getitem__(self, rows: slice) -> Masks:
+        """Some of them: nobody else may be handed these."""
+        return Masks(self.words[rows], self.u[rows], self._n)
 
 
 Fresh = Callable[[], tuple[bytes, Elements]]
@@ -67,7 +82,7 @@ class Batch(Secret):
     u: Elements
     marks: tuple[bytes, ...] = ()
     used: int = 0
-    _r: Elements | None = None  # rows `_first` on, made from the key a few at a time
+    _words: Elements | None = None  # rows `_first` on, made from the key a few at a time
     _first: int = 0
 
     def __repr__(self) -> str:
@@ -77,17 +92,21 @@ class Batch(Secret):
         """Hand out up to `rows` masks, and never again."""
         first, last = self.used, min(len(self.u), self.used + rows)
         self.used = last
-        if self._r is None or last > self._first + len(self._r):
+        words = self._words
+        if words is None or last > self._first + len(words):
             made = min(len(self.u), max(last, first + _ROWS_AT_ONCE)) - first
-            self._r, self._first = uniform_rows(self.key, self.stream, first, made, self.n), first
-        return Masks(self._r[first - self._first : last - self._first], self.u[first:last])
+            words = self._words = uniform_words(self.key, self.stream, first, made, self.n)
+            self._first = first
+        start = self._first
+        return Masks(words[first - start : last - start], self.u[first:last], self.n)
 
 
 def joined(parts: Sequence[Masks]) -> Masks:
     """Masks one after the other."""
     if len(parts) == 1:
         return parts[0]
-    return Masks(np.concatenate([part.r for part in parts]), np.concatenate([part.u for part in parts]))
+    words, u = np.concatenate([p.words for p in parts]), np.concatenate([p.u for p in parts])
+    return Masks(words, u, parts[0].r.shape[1])
 
 
 class Clocks:
@@ -100,15 +119,15 @@ class Clocks:
         """Did the wall clock or the time since boot move against the monotonic clock, by more than a second,
         since the last call?  (So they do when the wall clock is set: that costs some masks, and no harm.)
         """
-        now, last = self._offsets(), self._last
-        self._last = now
-        return any(abs(a - b) > _JUMP for a, b in zip(now, last, strict=True))
+        before = self._last
+        self._last = now = self._offsets()
+        return abs(now[0] - before[0]) > _JUMP or abs(now[1] - before[1]) > _JUMP
 
     @staticmethod
     def _offsets() -> tuple[int, int]:
-        monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        wall, boot = time.clock_gettime_ns(time.CLOCK_REALTIME), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        return wall - monotonic, boot - monotonic
+        now = time.clock_gettime_ns
+        monotonic = now(time.CLOCK_MONOTONIC)
+        return now(time.CLOCK_REALTIME) - monotonic, now(time.CLOCK_BOOTTIME) - monotonic
 
 
 def fresh_key(freshness: bytes = b"") -> bytes:
@@ -172,6 +191,7 @@ class MaskPool(Secret):
         self._make, self._ahead = make, ahead
         self._kept = [math.ceil(ahead * use) for use in uses or [1.0] * groups]
         self._ready: list[deque[Batch]] = [deque() for _ in range(groups)]
+        self._few = [kept - max(1, kept // 4) for kept in self._kept]  # rows below which more are dealt
         self._count = [0] * groups
         self._change = threading.Condition()
         self._failure: Exception | None = None
@@ -209,8 +229,7 @@ class MaskPool(Secret):
         Raises: MaskError when the pool is closed, what `make` raises; ForkError in a forked child.
         """
         while True:
-            parts, age = self._burn_ready(group, rows)
-            missing = rows - sum(len(part.u) for part in parts)
+            parts, missing, age = self._burn_ready(group, rows)
             if not missing:
                 return joined(parts)
             late = self._make(group, max(missing, self._step(group) if self._ahead else 0), False, True)
@@ -248,8 +267,8 @@ class MaskPool(Secret):
         """Grows when masks become void, those in somebody's hand too."""
         return self.renewals, len(self._fallen)
 
-    def _burn_ready(self, group: int, rows: int) -> tuple[list[Masks], tuple[int, int]]:
-        """Up to `rows` masks, and the age in which they were good."""
+    def _burn_ready(self, group: int, rows: int) -> tuple[list[Masks], int, tuple[int, int]]:
+        """Up to `rows` masks, how many are missing, and the age in which these were good."""
         self._process.check()
         parts: list[Masks] = []
         with self._change:
@@ -260,17 +279,19 @@ class MaskPool(Secret):
                 self.renewals += 1
             ready = self._ready[group]
             while rows and ready:
-                part = ready[0].burn(rows)
-                rows -= len(part.u)
-                self._count[group] -= len(part.u)
+                batch = ready[0]
+                part = batch.burn(rows)
+                burnt = len(part.u)
+                rows -= burnt
+                self._count[group] -= burnt
                 parts.append(part)
-                if ready[0].used == len(ready[0].u):
+                if batch.used == len(batch.u):
                     ready.popleft()
             self._asked = time.monotonic()
             if self._asleep and self._needs(group):
                 self._asleep = False
                 self._change.notify_all()
-            return parts, self._age()
+            return parts, rows, self._age()
 
     def add(self, groups: Sequence[int], rows: int) -> None:
         """Deal `rows` more masks for each of the groups, now, beyond what the background keeps ready."""
@@ -318,7 +339,7 @@ class MaskPool(Secret):
         return min(needy, key=lambda group: self._count[group] / self._kept[group], default=None)
 
     def _needs(self, group: int) -> bool:
-        return self._count[group] <= self._kept[group] - self._step(group)
+        return self._count[group] <= self._few[group]
 
     def _due(self) -> int | None:
         """The group that is dealt for next; None while that can wait for the request that runs."""

@@ -87,7 +87,7 @@ class _Stock:
         if masks is None:
             raise PoolError("nothing is loaded")
         if rows < len(masks.u):
-            masks, rest = Masks(masks.r[:rows], masks.u[:rows]), Masks(masks.r[rows:], masks.u[rows:])
+            masks, rest = masks[:rows], masks[rows:]
         self.loaded = rest
         return masks
 

@@ -6,8 +6,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding, jud
 from sliplm.network.keys import Serving
 from sliplm.network.transport import Connection, connect
 from sliplm.protocol.frames import NONCE_BYTES, Party
-from sliplm.protocol.side import Shape
+from sliplm.protocol.side import Rows, Shape
 from sliplm.protocol.vault_side import Product, VaultSide, Welcome
 
 Question = tuple[bytes, memoryview | None]
@@ -29,16 +29,6 @@ Greet = Callable[["Link", Connection, Welcome], None]
 
 _CLOSE_LIMIT = 5.0  # seconds for an exchange to notice that its connection is gone
 _BREAKS, _BREAKS_WITHIN = 5, 60.0  # so many lost connections in so many seconds are no accident
-
-
-def _question(groups: Sequence[int], messages: Sequence[Elements]) -> Callable[[VaultSide], Question]:
-    """The frame of a masked product; of several groups' the elements follow each other."""
-    if len(groups) == 1:
-        group, x = groups[0], messages[0]
-        return lambda side: (side.multiply(group, len(x)), x.data)
-    parts = [(group, len(x)) for group, x in zip(groups, messages, strict=True)]
-    together = np.concatenate([x.reshape(-1) for x in messages])
-    return lambda side: (side.several(parts), together.data)
 
 
 class AnotherParty(WorkerUnavailable):
@@ -72,7 +62,6 @@ class Link:
         self.address = address
         self._where = anchored(address)  # this process may change its folder
         self.barred: Bar | None = None  # why it is not asked now
-        self.in_flight = 0  # exchanges under way or waiting for their turn
         self.connection: Connection | None = None
         self.took = 0.0  # seconds of the last exchange, without the wait for its turn
         self.spki: bytes | None = None  # of the certificate that it showed last
@@ -86,12 +75,17 @@ class Link:
         self._party = Party.DEALER if role == "dealer" else Party.WORKER
         self._broke: deque[float] = deque(maxlen=_BREAKS)  # when the connection was lost in use
         self._lock = threading.Lock()
-        self._count = threading.Lock()
+        self._waiting: deque[None] = deque()  # one for each exchange under way or waiting for its turn
         self._process = forks.Process()
         self._side = VaultSide(split_id, shapes)
 
     def __repr__(self) -> str:
         return f"Link({self.address!r}, barred={self.barred is not None})"
+
+    @property
+    def in_flight(self) -> int:
+        """Exchanges under way or waiting for their turn."""
+        return len(self._waiting)
 
     def max_rows(self, group: int) -> int:
         """How many rows of a group one exchange carries."""
@@ -108,32 +102,39 @@ class Link:
         Raises: WorkerUnavailable, WorkerTimeout, CredentialError, MismatchError, WireError, and the error of
             `bar`.
         """
-        with self._turn():
+        with self:
             self._connected()
 
-    @contextmanager
     def exchange(
-        self, groups: Sequence[int], messages: Sequence[Elements]
-    ) -> Iterator[tuple[list[Elements], int]]:
-        """Steps 2 and 3: send x~ uint32 [rows, n] of each group in one frame, give the worker's claims y~
-        uint32 [rows, m] in their order, and its compute time in microseconds.
+        self, parts: Rows, message: Elements, meanwhile: Callable[[], None]
+    ) -> tuple[list[Elements], int]:
+        """Steps 2 and 3: send x~ of each group in one frame, give the worker's claims y~, uint32 [rows, m] in
+        the groups' order, and its compute time in microseconds.  For who has the turn (`with link:`).
 
         Args:
-            groups: by ascending index, each once.
+            parts: groups by ascending index, each once, with their rows.
+            message: x~ uint32 [rows, n] of the groups, behind each other.
+            meanwhile: called while the worker computes; again where a connection is made anew.
 
-        The claims are views into the receive buffer, valid inside the `with` alone, and unverified.  A broken
+        The claims are views into the receive buffer, valid until the turn ends, and unverified.  A broken
         connection is made anew once and the *same* message sent again: that is no second use of its mask.
 
         Raises: as `open`, and WorkerFault.
         """
-        with self._turn():
-            product = self._answer(_question(groups, messages), groups, [len(x) for x in messages])
-            elements, first, claims = np.frombuffer(product.payload, np.uint32), 0, []
-            for group, x in zip(groups, messages, strict=True):
-                m = self._shapes[group][0]
-                claims.append(elements[first : first + len(x) * m].reshape(len(x), m))
-                first += len(x) * m
-            yield claims, product.micros
+
+        def ask(side: VaultSide) -> Question:
+            return side.question(parts), message.data
+
+        product = self._answer(ask, parts, meanwhile)
+        elements = np.frombuffer(product.payload, np.uint32)
+        if len(parts) == 1:
+            return [elements.reshape(parts[0][1], -1)], product.micros
+        first, claims = 0, []
+        for group, rows in parts:
+            last = first + rows * self._shapes[group][0]
+            claims.append(elements[first:last].reshape(rows, -1))
+            first = last
+        return claims, product.micros
 
     def deal(
         self, group: int, key: bytes, first_row: int, rows: int, out: Elements, shown: Marks | None
@@ -158,8 +159,8 @@ class Link:
             known = marks
             return side.deal(group, rows, key, first_row), None
 
-        with self._turn():
-            product = self._answer(ask, [group], [rows])
+        with self:
+            product = self._answer(ask, [(group, rows)], _nothing)
             out[:] = np.frombuffer(product.payload, np.uint32).reshape(out.shape)
             return known or ()
 
@@ -201,32 +202,40 @@ class Link:
             self._drop()
             self._lock.release()
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def __enter__(self) -> Self:
+        """Wait for the turn, and have it until the end of the block.  Raises: what it was barred with."""
         self._process.check()
-        with self._count:
-            self.in_flight += 1
+        self._waiting.append(None)
         try:
-            with self._lock:
+            self._lock.acquire()
+            try:
                 self._check()  # perhaps it was barred while this thread waited for its turn
-                yield
-        finally:
-            with self._count:
-                self.in_flight -= 1
+            except BaseException:
+                self._lock.release()
+                raise
+        except BaseException:
+            self._waiting.pop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        self._waiting.pop()
 
     def _answer(
-        self, ask: Callable[[VaultSide], Question], groups: Sequence[int], rows: Sequence[int]
+        self, ask: Callable[[VaultSide], Question], parts: Rows, meanwhile: Callable[[], None]
     ) -> Product:
         fresh = self.connection is None
         while True:
             connection = self._connected()
-            if not self._side.carries(groups, rows):
+            if not self._side.carries(parts):
                 raise WorkerFault(f"{self.address} takes smaller frames than the others", self.address)
             try:
                 start = time.monotonic()
                 deadline = start + self._timeout
                 header, payload = ask(self._side)
                 connection.send(header, payload, deadline=deadline)
+                meanwhile()
                 answer = connection.receive(self._side, deadline=deadline)
                 self.took = time.monotonic() - start
             except WorkerUnavailable as error:
@@ -315,3 +324,7 @@ class Link:
         connection, self.connection = self.connection, None
         if connection is not None and self._process.here:  # a forked child has no say in it
             connection.close()
+
+
+def _nothing() -> None:
+    """What is done while a dealer computes."""

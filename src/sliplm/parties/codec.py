@@ -1,5 +1,5 @@
 """The vault's own arithmetic for one group: steps 1, 2, 4 and 5 on arrays, without masks' origin or
-sockets.
+sockets.  `arithmetic.steps` has the loops.
 """
 
 from __future__ import annotations
@@ -7,29 +7,26 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from sliplm.arithmetic.field import Elements, accepts, add_mod, sub_centred
-from sliplm.arithmetic.fixedpoint import Floats, rounding_losses, row_alpha, scale_limit, to_field
-from sliplm.arithmetic.jit import fast_jit, jit
+from sliplm.arithmetic import field, steps
+from sliplm.arithmetic.field import Elements, Sums
+from sliplm.arithmetic.fixedpoint import Floats, scale_limit
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
+from sliplm.arithmetic.rotation import Haar
+from sliplm.arithmetic.steps import Losses, Scales, laid_out
 from sliplm.errors import ExhaustedError, InputError, PrecisionError, SlipWarning
 from sliplm.secrecy import Secret
-from sliplm.shares.splitting import CHALLENGE_SETS, GroupSecrets, LowRank
-
-Scales = npt.NDArray[np.float64]
-Losses = npt.NDArray[np.float64]
+from sliplm.shares.splitting import CHALLENGE_SETS, CHALLENGES, GroupSecrets, LowRank
 
 LOSSY = 1 / 32  # an expected relative error that is counted and warned of; that of bfloat16 is about 1/500
 _LOST = 1 / 2  # one that leaves nothing
 _FEW = 16  # outputs below which an answer may be small by chance
 
-_ROWS_A_THREAD = 4  # rows below which a second thread costs more than it gains
-_ROWS_AT_ONCE = 16  # what passes between the parts of a step stays in the cache
+_ROWS_SHARED = 8  # rows from which a second thread gains more than it costs
 
 
 class _Challenges(NamedTuple):
@@ -40,18 +37,45 @@ class _Challenges(NamedTuple):
     c: Elements
 
 
+class Asked(Secret):
+    """One group's rows in a message: what the vault knows of them before the answer is there.
+
+    Attributes:
+        x: the input, float32 [rows, n].  hidden: x~, uint32 [rows, n], in the message.
+        alpha: the secret scales, float64 [rows].
+        out: A (B x) once that was made, in the end the answer: float32 [rows, m].
+        losses: what rounding the input has cost, for `judge`: float64 [rows, 2].  worst: the largest of them.
+    """
+
+    __slots__ = ("alpha", "challenges", "expected", "hidden", "losses", "out", "worst", "x")
+
+    def __init__(self, x: Floats, hidden: Elements, out: Floats) -> None:
+        rows = len(x)
+        self.x, self.hidden, self.out = x, hidden, out
+        self.alpha: Scales = np.empty(rows)
+        self.expected: Sums = np.empty((rows, CHALLENGES), np.uint64)
+        self.losses: Losses = np.empty((rows, 2))
+        self.worst = math.inf
+        self.challenges: _Challenges | None = None  # those that `expected` is of
+
+
 class GroupCodec(Secret):
     """One group, its secrets laid out for use.  Many rows are shared out over the cores."""
 
     def __init__(self, secrets: GroupSecrets) -> None:
         self.name, self.m, self.n = secrets.name, secrets.m, secrets.n
         self._limit = scale_limit(secrets.norm, secrets.n)
-        self._rotation_in, self._rotation_out = secrets.rotation_in(), secrets.rotation_out()
-        self._scale = secrets.scale.astype(np.float64)
-        self._d_in, self._noise, self._warned = secrets.d_in, secrets.noise, False
+        rotation_in, rotation_out = secrets.rotation_in(), secrets.rotation_out()
+        self._dense = (
+            (rotation_in, rotation_out)
+            if isinstance(rotation_in, Haar) and isinstance(rotation_out, Haar)
+            else None
+        )
+        self._laid = laid_out(rotation_in, rotation_out, secrets.d_in, secrets.scale)
+        self._noise, self._warned = secrets.noise, False
         self._float_loses = 2**20 * math.sqrt(self.n / 12) / self._limit  # so small a rest float32 loses too
-        self._kept = _laid_out([LowRank(0, secrets.a, secrets.b)])
-        self._adapters = {name: self._kept + _laid_out(parts) for name, parts in secrets.adapters.items()}
+        self._kept = np.ascontiguousarray(secrets.a.T), np.ascontiguousarray(secrets.b)
+        self._adapters = {name: _added(parts) for name, parts in secrets.adapters.items()}
         self._secrets = secrets
         self._challenges = _Challenges(0, secrets.challenges(0), secrets.challenge_products(0))
         self._renewing = threading.Lock()
@@ -87,90 +111,118 @@ class GroupCodec(Secret):
                 number, self._secrets.challenges(number), self._secrets.challenge_products(number)
             )
 
-    def scaled(self, x: Floats) -> tuple[Floats, Scales]:
-        """Step 1: Q_in x and the secret scales alpha, float32 [rows, n] and float64 [rows].
+    def ask(self, x: Floats, words: Elements, hidden: Elements, out: Floats) -> Asked:
+        """Steps 1 and 2: x~ = round(alpha Q_in D_in x) + r mod p into `hidden`, uint32 [rows, n].
 
-        Raises: InputError for NaN or infinity in x.
+        Args:
+            x: float32 [rows, n].  words: uint32 [rows, n or more], of which the first n of a row are its r.
+            out: where the answer will go, float32 [rows, m].
+
+        Raises: InputError for NaN or infinity in x; there is no message then.
         """
-        z, alpha = np.empty_like(x), np.empty(len(x), np.float64)
-
-        def part(first: int, last: int) -> None:
-            self._rotation_in.apply(x[first:last], z[first:last])
-            alpha[first:last] = _alphas(z[first:last], self._limit)
-
-        in_parallel(part, len(x), _threads(len(x)))
-        if not alpha.min(initial=1.0) > 0:  # also where one is NaN; the others are positive
+        asked = Asked(np.ascontiguousarray(x), hidden, out)
+        if self._dense is None:
+            finite = _over(len(x), steps.ask, *self._laid, self._limit, asked.x, words, hidden, asked.alpha)
+        else:
+            z = self._dense[0].apply(asked.x)
+            finite = _over(len(x), steps.mask, self._limit, z, 0, words, hidden, asked.alpha)
+        if not all(finite):
             raise InputError(
                 f"{self.name}: the input holds NaN or infinity; look for the cause in the layers before it"
             )
-        return z, alpha
+        return asked
 
-    def masked(self, z: Floats, alpha: Scales, r: Elements) -> Elements:
-        """Steps 1 and 2: round(alpha z) + r mod p, uint32 [rows, n]."""
-        hidden = np.empty(z.shape, np.uint32)
+    def unmasked(self, x: Floats, out: Floats) -> Asked:
+        """Step 1 alone, for products that never leave this process: round(alpha Q_in D_in x) as elements are
+        `hidden`, behind a mask of zeros.
 
-        def part(first: int, last: int) -> None:
-            hidden[first:last] = _mask(z[first:last], alpha[first:last], r[first:last])
-
-        in_parallel(part, len(z), _threads(len(z)))
-        return hidden
-
-    def in_field(self, z: Floats, alpha: Scales) -> Elements:
-        """Step 1 alone: round(alpha z) as elements, uint32 [rows, n]; for products that never leave this
-        process.
+        Raises: as `ask`.
         """
-        return _mask(z, alpha, np.zeros(z.shape, np.uint32))
+        zeros = np.zeros(x.shape, np.uint32)
+        return self.ask(x, zeros, np.empty_like(zeros), out)
 
-    def accepts(self, x: Elements, y: Elements) -> bool:
-        """Step 4 and O3: is y [rows, m] the product of x [rows, n]?  Wrong at most once in p^t.
+    def ahead(self, asked: Asked, adapter: str | None = None) -> None:
+        """What of steps 4 and 5 does not depend on the answer, to be done while the worker computes:
+        A (B x), what the adapter adds if it changes this group, and <c, x~>.
+
+        Raises: as `check_left`.
+        """
+        challenges, rows, x, out = self._left(), len(asked.x), asked.x, asked.out
+        _over(
+            rows, steps.ahead, *self._laid, *self._kept, challenges.c,
+            x, asked.hidden, asked.alpha, out, asked.expected, asked.losses,
+        )  # fmt: skip
+        asked.challenges = challenges
+        if adapter is not None:
+            for a_transposed, b, place in self._adapters.get(adapter, ()):
+                _over(rows, steps.add_low_rank, a_transposed, b, x, out, place)
+
+    def holds(self, asked: Asked, y: Elements) -> bool:
+        """Step 4: is y [rows, m] the product of x~?  Wrong at most once in p^t.
 
         After a False other challenges are in force (M15): that it failed tells its maker of them.
 
-        Raises: ExhaustedError where none are left.
+        Raises: as `check_left`.
         """
-        asked = self._left()
-        verdicts: list[bool] = []
-        in_parallel(
-            lambda first, last: verdicts.append(accepts(asked.e, asked.c, x[first:last], y[first:last])),
-            len(x),
-            _threads(len(x)),
-        )
-        if all(verdicts):
+        challenges, rows = self._left(), len(asked.x)
+        if asked.challenges is not challenges:  # renewed meanwhile
+            _over(rows, field.expect, challenges.c, asked.hidden, asked.expected)
+            asked.challenges = challenges
+        if all(_over(rows, field.holds, challenges.e, y, asked.expected)):
             return True
-        self._renew_challenges(asked)
+        self._renew_challenges(challenges)
         return False
 
-    def opened(
-        self, x: Floats, alpha: Scales, y: Elements, u: Elements, out: Floats, adapter: str | None = None
-    ) -> Losses:
-        """Step 5: D_out Q_out^T (s * centre(y - u) / alpha) + A (B x) into out, float32 [rows, m]; and what
-        the adapter adds, if it changes this group.
+    def accepts(self, x: Elements, y: Elements) -> bool:
+        """O3, the same for a product of elements x [rows, n] that were not asked for by `ask`."""
+        challenges, expected = self._left(), np.empty((len(x), CHALLENGES), np.uint64)
+        _over(len(x), field.expect, challenges.c, x, expected)
+        if all(_over(len(x), field.holds, challenges.e, y, expected)):
+            return True
+        self._renew_challenges(challenges)
+        return False
 
-        Returns: what rounding the input has cost, for `judge`: float64 [rows, 2].
+    def opened(self, asked: Asked, y: Elements, u: Elements) -> None:
+        """Step 5: adds D_out Q_out^T (s * centre(y - u) / alpha) to `asked.out`, and completes its losses."""
+        rows, out, alpha, losses = len(asked.x), asked.out, asked.alpha, asked.losses
+        if self._dense is None:
+            worst = _over(rows, steps.opened, *self._laid, self._noise, y, u, alpha, out, losses)
+        else:
+            unmasked = np.empty_like(out)
+            _over(rows, steps.unmask, *self._laid, y, u, alpha, unmasked, 0)
+            back = self._dense[1].apply_transpose(unmasked)
+            worst = _over(rows, steps.finish, self._noise, back, 0, alpha, out, losses)
+        asked.worst = max(worst)
+
+    def here(
+        self,
+        x: Floats,
+        out: Floats,
+        multiply: Callable[[Elements], Elements],
+        adapter: str | None = None,
+    ) -> Asked:
+        """The same product without a mask, into `out`: for tests and figures that hold both shares.
+
+        Args:
+            multiply: rows uint32 [rows, n] -> w times them, uint32 [rows, m].
+
+        Raises: as `ask`.
         """
-        added = self._kept if adapter is None else self._adapters.get(adapter, self._kept)
-        losses = np.empty((len(x), 2))
+        asked = self.unmasked(x, out)
+        self.ahead(asked, adapter)
+        y = multiply(asked.hidden)
+        self.opened(asked, y, np.zeros_like(y))
+        return asked
 
-        def part(start: int, end: int) -> None:
-            for first in range(start, end, _ROWS_AT_ONCE):
-                rows = slice(first, min(end, first + _ROWS_AT_ONCE))
-                opened = _unmask(y[rows], u[rows], self._scale, alpha[rows])
-                self._rotation_out.apply_transpose(opened, out[rows])
-                for low in added:
-                    _add_low_rank(low.a_transposed, low.b, x[rows], out[rows], low.first)
-                losses[rows] = rounding_losses(x[rows], self._d_in, out[rows], alpha[rows], self._noise)
-
-        in_parallel(part, len(x), _threads(len(x)))
-        return losses
-
-    def judge(self, losses: Losses) -> int:
+    def judge(self, asked: Asked) -> int:
         """Number of rows of which rounding the input has cost much; the first in a group is warned of.
 
         Raises: PrecisionError if of a row nothing is left: the answer is smaller than its error, and so is
             the input beside its largest entry.
         """
-        if len(losses) == 1 and losses[0, 0] <= LOSSY and losses[0, 1] <= LOSSY:
+        if asked.worst <= LOSSY:
             return 0  # nearly always, and on the way of every token
+        losses = asked.losses
         answer = losses[:, 0] if self.m >= _FEW else np.zeros(len(losses))
         rest = np.where(losses[:, 1] < self._float_loses, losses[:, 1], 0.0)
         lossy = int(np.count_nonzero((answer > LOSSY) | (rest > LOSSY)))
@@ -197,58 +249,19 @@ class GroupCodec(Secret):
         return lossy
 
 
-class _LowRank(NamedTuple):
-    """A `LowRank` as the loop below reads it."""
-
-    first: int
-    a_transposed: Floats
-    b: Floats
-
-
-def _laid_out(parts: Iterable[LowRank]) -> list[_LowRank]:
-    return [_LowRank(part.first, np.ascontiguousarray(part.a.T), part.b) for part in parts if len(part.b)]
+def _added(parts: Iterable[LowRank]) -> list[tuple[Floats, Floats, int]]:
+    """A^T and B of each part of an adapter, and its first output, as `steps.add_low_rank` takes them."""
+    return [
+        (np.ascontiguousarray(part.a.T), np.ascontiguousarray(part.b), part.first)
+        for part in parts
+        if len(part.b)
+    ]
 
 
-def _threads(rows: int) -> int:
-    return default_threads() if rows >= 2 * _ROWS_A_THREAD else 1
-
-
-@jit
-def _alphas(z: Floats, limit: float) -> Scales:
-    out = np.empty(z.shape[0], np.float64)
-    for i in range(z.shape[0]):
-        out[i] = row_alpha(z[i], limit)
-    return out
-
-
-@jit
-def _mask(z: Floats, alpha: Scales, r: Elements) -> Elements:
-    out = np.empty(z.shape, np.uint32)
-    for i in range(z.shape[0]):
-        scale = alpha[i]
-        for j in range(z.shape[1]):
-            out[i, j] = np.uint32(add_mod(to_field(z[i, j], scale), np.uint64(r[i, j])))
-    return out
-
-
-@jit
-def _unmask(y: Elements, u: Elements, scale: Scales, alpha: Scales) -> Floats:
-    out = np.empty(y.shape, np.float32)
-    for i in range(y.shape[0]):
-        inverse = 1.0 / alpha[i]
-        for j in range(y.shape[1]):
-            out[i, j] = np.float32(np.float64(sub_centred(y[i, j], u[i, j])) * (scale[j] * inverse))
-    return out
-
-
-@fast_jit
-def _add_low_rank(a_transposed: Floats, b: Floats, x: Floats, out: Floats, first: int) -> None:
-    last = first + a_transposed.shape[1]
-    for i in range(x.shape[0]):
-        for k in range(b.shape[0]):
-            row, vector, factors, result = b[k], x[i], a_transposed[k], out[i, first:last]
-            factor = np.float32(0)
-            for j in range(row.size):
-                factor += row[j] * vector[j]
-            for j in range(factors.size):
-                result[j] += factors[j] * factor
+def _over(rows: int, step: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a compiled step on all rows, shared out over the cores where there are many; what it returned."""
+    if rows < _ROWS_SHARED:
+        return [step(*arguments, 0, rows)]
+    found: list[Any] = []
+    in_parallel(lambda first, last: found.append(step(*arguments, first, last)), rows, default_threads())
+    return found

@@ -4,32 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import asdict, dataclass
-from time import perf_counter
-from typing import Literal
-
-Lap = Literal["vault", "wait", "check"]
-
-
-class Stopwatch:
-    """Where the seconds of one exchange went.
-
-    Attributes:
-        seconds: by name: the vault's own steps 1, 2 and 5; the wait for workers; step 4.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[Lap, float] = {"vault": 0.0, "wait": 0.0, "check": 0.0}
-        self._last = perf_counter()
-
-    def lap(self, name: Lap) -> None:
-        """What passed since the last lap went there."""
-        now = perf_counter()
-        self.seconds[name] += now - self._last
-        self._last = now
-
-    def skip(self) -> None:
-        """What passed since the last lap is counted elsewhere."""
-        self._last = perf_counter()
 
 
 @dataclass
@@ -46,7 +20,7 @@ class Counters:
     rows_dealt: int = 0
     rows_dealt_late: int = 0  # dealt while a request waited
     renewals: int = 0  # times that all masks were thrown away
-    seconds_vault: float = 0.0  # steps 1, 2 and 5
+    seconds_vault: float = 0.0  # steps 1, 2 and 5, but for what is done during the wait
     seconds_burn: float = 0.0  # taking masks, dealing late apart
     seconds_check: float = 0.0  # step 4
     seconds_worker: float = 0.0  # step 3, as the worker says
@@ -62,7 +36,16 @@ class Counters:
         return asdict(self)
 
     def exchanged(
-        self, rows: int, sent: int, received: int, tries: int, clock: Stopwatch, micros: int
+        self,
+        rows: int,
+        sent: int,
+        received: int,
+        tries: int,
+        micros: int,
+        *,
+        vault: float,
+        wait: float,
+        check: float,
     ) -> None:
         """Count an exchange that a worker served.
 
@@ -70,8 +53,8 @@ class Counters:
             sent, received: bytes.
             tries: how many workers were asked.
             micros: what the one who served says that it took.
+            vault, wait, check: seconds of our own steps 1, 2 and 5, of the wait for workers, of step 4.
         """
-        wait = clock.seconds["wait"]
         worker = min(micros * 1e-6, wait)  # its word is never more than the wait
         with self._lock:
             self.exchanges += 1
@@ -79,8 +62,8 @@ class Counters:
             self.retries += tries - 1
             self.bytes_sent += sent
             self.bytes_received += received
-            self.seconds_vault += clock.seconds["vault"]
-            self.seconds_check += clock.seconds["check"]
+            self.seconds_vault += vault
+            self.seconds_check += check
             self.seconds_worker += worker
             self.seconds_link += wait - worker
 

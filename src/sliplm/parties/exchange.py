@@ -12,6 +12,7 @@ What must not change places:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,11 @@ import numpy as np
 from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.errors import ExhaustedError, SlipError, VerificationError
+from sliplm.masks.masks import Masks
 from sliplm.network.link import Link
 from sliplm.parties.audit import AuditLog
-from sliplm.parties.codec import GroupCodec, Scales
-from sliplm.parties.counters import Counters, Stopwatch
+from sliplm.parties.codec import Asked, GroupCodec
+from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
 from sliplm.parties.supply import Supply
 from sliplm.parties.workforce import FAILURES, Workforce, work
@@ -35,6 +37,69 @@ class Part(NamedTuple):
     group: int
     x: Floats
     out: Floats
+
+
+class _Message(Secret):
+    """One message on its way, made with masks that are burnt: of each group its rows and what is known of
+    them.
+
+    Attributes:
+        elements: x~ of all groups behind each other, uint32.
+        questions: each group with its rows, as they are asked.
+        rows, answer, work: of all groups: rows, bytes of the answer, and what `workforce.work` says.
+    """
+
+    __slots__ = ("_adapter", "_asked", "_masks", "answer", "codecs", "elements", "questions", "rows", "work")
+
+    def __init__(
+        self, codecs: Sequence[GroupCodec], parts: Sequence[Part], masks: Sequence[Masks], adapter: str | None
+    ) -> None:
+        self.codecs, self._masks, self._adapter = codecs, masks, adapter
+        self.elements = np.empty(sum([part.x.size for part in parts]), np.uint32)
+        self.questions: list[tuple[int, int]] = []
+        self._asked: list[Asked] = []
+        self.rows = self.answer = first = 0
+        sizes = []
+        for codec, (group, x, out), mask in zip(codecs, parts, masks, strict=True):
+            rows, last = len(x), first + x.size
+            hidden = self.elements[first:last].reshape(x.shape)
+            self._asked.append(codec.ask(x, mask.words, hidden, out))  # steps 1 and 2
+            self.questions.append((group, rows))
+            sizes.append((codec.m, codec.n, rows))
+            self.rows, self.answer, first = self.rows + rows, self.answer + out.nbytes, last
+        self.work = work(sizes)
+
+    def ahead(self) -> None:
+        """What does not depend on the answer, once: a worker that fails is followed by another."""
+        for codec, asked in zip(self.codecs, self._asked, strict=True):
+            if asked.challenges is None:
+                codec.ahead(asked, self._adapter)
+
+    def wrong(self, claims: Sequence[Elements]) -> GroupCodec | None:
+        """Step 4, of every group: the first whose product is wrong.  Other challenges are in force for it
+        then (M15).
+        """
+        for codec, asked, y in zip(self.codecs, self._asked, claims, strict=True):
+            if not codec.holds(asked, y):
+                return codec
+        return None
+
+    def open(self, claims: Sequence[Elements]) -> None:
+        """Step 5, of every group."""
+        for codec, asked, y, mask in zip(self.codecs, self._asked, claims, self._masks, strict=True):
+            codec.opened(asked, y, mask.u)
+
+    def open_plain(self, products: Sequence[Elements]) -> None:
+        """The same for products of what no mask hides."""
+        for codec, asked, y in zip(self.codecs, self._asked, products, strict=True):
+            codec.opened(asked, y, np.zeros_like(y))
+
+    def lossy(self) -> int:
+        """How many rows rounding has cost much.  Raises: PrecisionError."""
+        rows = 0
+        for codec, asked in zip(self.codecs, self._asked, strict=True):
+            rows += codec.judge(asked)
+        return rows
 
 
 class Exchange(Secret):
@@ -70,77 +135,50 @@ class Exchange(Secret):
         Raises: InputError for NaN or infinity; MaskError; ExhaustedError when no answer could be
             checked; the last worker's error when none is left.
         """
-        groups, codecs, clock = (
-            [part.group for part in parts],
-            [self._codecs[p.group] for p in parts],
-            Stopwatch(),
-        )
+        codecs = [self._codecs[part.group] for part in parts]
         for codec in codecs:
             codec.check_left()  # M15: what cannot be checked is not asked for
-        scaled = [codec.scaled(part.x) for codec, part in zip(codecs, parts, strict=True)]  # step 1
-        clock.lap("vault")
         masks = [self._supply.take(part.group, len(part.x)) for part in parts]  # burnt: M7
-        clock.skip()  # the supply has counted it
-        messages = [
-            codec.masked(z, alpha, mask.r)  # step 2
-            for codec, (z, alpha), mask in zip(codecs, scaled, masks, strict=True)
-        ]
-        clock.lap("vault")
-
+        start = perf_counter()  # the supply has counted what was before
+        message = _Message(codecs, parts, masks, adapter)  # steps 1 and 2
         failure: SlipError | None = None
         tried: set[Link] = set()
+        asked = perf_counter()
         while (link := self._workers.pick(tried)) is not None:
             tried.add(link)
             try:
-                with link.exchange(groups, messages) as (claims, micros):  # step 3, of the same message: M8
-                    clock.lap("wait")
-                    took = link.took
-                    self._verify(codecs, link, messages, claims)  # step 4, before all use: M13
-                    clock.lap("check")
-                    losses = [
-                        codec.opened(part.x, alpha, claim, mask.u, part.out, adapter)  # step 5
-                        for codec, part, (_, alpha), claim, mask in zip(
-                            codecs, parts, scaled, claims, masks, strict=True
-                        )
-                    ]
-                    clock.lap("vault")
+                with link:  # its turn: until that ends, nobody else uses the buffer of the answer
+                    claims, micros = link.exchange(message.questions, message.elements, message.ahead)  # M8
+                    answered, took = perf_counter(), link.took
+                    if (wrong := message.wrong(claims)) is not None:  # step 4, before all use: M13
+                        raise self._lie(link, wrong)
+                    checked = perf_counter()
+                    message.open(claims)  # step 5
             except ExhaustedError:
                 raise  # whoever used them up is quarantined already
             except FAILURES as error:
                 failure = error
                 self._workers.failed(link, error, codecs[0].name)
-                clock.lap("wait")
                 continue
-            effort = work((c.m, c.n, len(p.x)) for c, p in zip(codecs, parts, strict=True))
-            self._workers.served(link, took, effort)
-            rows, sent = sum(len(part.x) for part in parts), sum(x.nbytes for x in messages)
-            self._counters.exchanged(rows, sent, sum(p.out.nbytes for p in parts), len(tried), clock, micros)
+            vault = asked - start + perf_counter() - checked
+            self._workers.served(link, took, message.work)
+            self._counters.exchanged(
+                message.rows, message.elements.nbytes, message.answer, len(tried), micros,
+                vault=vault, wait=answered - asked, check=checked - answered,
+            )  # fmt: skip
             break
         else:
-            losses = []
-            for codec, part, (z, alpha) in zip(codecs, parts, scaled, strict=True):
-                y = self._computed_here(part.group, z, alpha, failure)
-                losses.append(codec.opened(part.x, alpha, y, np.zeros_like(y), part.out, adapter))
-        for codec, lost in zip(codecs, losses, strict=True):
-            if lossy := codec.judge(lost):
-                self._counters.lossy(lossy)
+            message.ahead()
+            message.open_plain([self._computed_here(part, failure) for part in parts])
+        if lossy := message.lossy():
+            self._counters.lossy(lossy)
 
-    def _verify(
-        self,
-        codecs: Sequence[GroupCodec],
-        link: Link,
-        messages: Sequence[Elements],
-        claims: Sequence[Elements],
-    ) -> None:
-        """Step 4, of every group.  Raises VerificationError; the worker is then quarantined, other
-        challenges in force for the group whose product is wrong.
+    def _lie(self, link: Link, codec: GroupCodec) -> VerificationError:
+        """The error for a wrong product of a group, of which other challenges are in force already (M15); the
+        worker is quarantined.
+
+        Raises: ExhaustedError when the group has no challenges left.
         """
-        for codec, message, claim in zip(codecs, messages, claims, strict=True):
-            self._verify_one(codec, link, message, claim)
-
-    def _verify_one(self, codec: GroupCodec, link: Link, message: Elements, claim: Elements) -> None:
-        if codec.accepts(message, claim):  # M15: after a False other challenges are in force
-            return
         error = VerificationError(
             f"worker {link.address}: its product for {codec.name} is wrong; nothing of it was used, and "
             "the worker is quarantined",
@@ -148,18 +186,17 @@ class Exchange(Secret):
         )
         self._workers.failed(link, error, codec.name)  # now, while nobody else has his turn with it: M14
         codec.check_left()
-        raise error
+        return error
 
-    def _computed_here(self, group: int, z: Floats, alpha: Scales, failure: SlipError | None) -> Elements:
+    def _computed_here(self, part: Part, failure: SlipError | None) -> Elements:
         """M16: the product from the worker share on this machine, checked, where the owner chose so.
 
         Raises: the last worker's error where he did not; KernelError for a damaged share.
         """
         if self._here is None:
             raise self._workers.refusal(failure)
-        if self._counters.computed_here(len(z)):
+        codec = self._codecs[part.group]
+        if self._counters.computed_here(len(part.x)):
             why = failure or self._workers.nobody()
-            self._audit.write(
-                "computed here", f"slowly, for want of a worker: {why}", group=self._codecs[group].name
-            )
-        return self._here.compute(group, self._codecs[group].in_field(z, alpha))
+            self._audit.write("computed here", f"slowly, for want of a worker: {why}", group=codec.name)
+        return self._here.compute(part.group, codec.unmasked(part.x, part.out).hidden)

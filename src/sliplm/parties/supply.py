@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
+from time import perf_counter
 
 from sliplm.errors import MaskError
 from sliplm.masks.expected import planned, rows_for
@@ -48,14 +48,14 @@ class Supply(Secret):
 
         Raises: MaskError when the vault is closed, or there are no masks and nobody deals.
         """
-        start, late = time.perf_counter(), self._counters.seconds_dealing_late
+        start, late = perf_counter(), self._counters.seconds_dealing_late
         disk = self._disk
         source: DiskPool | MaskPool = self.memory
         if disk is not None and (not self._dealing.possible or disk.available(group) >= rows):
             source = disk
         taken = source.take(group, rows)
         late = self._counters.seconds_dealing_late - late  # other threads' may be in it
-        self._counters.burnt(max(0.0, time.perf_counter() - start - late))
+        self._counters.burnt(max(0.0, perf_counter() - start - late))
         return taken
 
     def add(self, tokens: int) -> None:
@@ -92,9 +92,9 @@ class Supply(Secret):
 
     def _deal(self, group: int, rows: int, background: bool, late: bool) -> Batch:
         """Steps O1 to O3.  late: a request waits for it."""
-        start = time.perf_counter()
+        start = perf_counter()
         if not self._dealing.possible:
             raise MaskError("the pool on disk is used up: run `slip deal` again, or name a dealer")
         batch = self._dealing.batch(group, rows, background=background, freshness=self.freshness)
-        self._counters.dealt(rows, time.perf_counter() - start, late=late)
+        self._counters.dealt(rows, perf_counter() - start, late=late)
         return batch

@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_FLOAT = np.dtype(np.float32)
+
 
 class Vault(Secret, Closing):
     """The trusted side of one split model.
@@ -152,7 +154,13 @@ class Vault(Secret, Closing):
         Raises: InputError for a wrong shape, NaN or infinity; MaskError; ForkError in a forked child;
             WorkerError when no worker is left that serves.
         """
-        return self.products([(group, x)])[0]
+        self._process.check()
+        part = self._part(group, x)
+        if len(part.x) == 1:  # fits a frame, whoever is asked
+            self._exchange.run((part,), self.adapter.current)
+        else:
+            self._ask((part,))
+        return part.out[: len(x)]
 
     @property
     def hides_routing(self) -> bool:
@@ -166,15 +174,15 @@ class Vault(Secret, Closing):
         Raises: as `product`.
         """
         self._process.check()
-        adapter, parts = self.adapter.current, []
-        for group, x in asked:
-            codec = self._codec(group, x)
-            padded = self._padded(x)
-            parts.append(Part(self._index[group], padded, np.empty((len(padded), codec.m), np.float32)))
+        parts = [self._part(group, x) for group, x in asked]
+        self._ask(parts)
+        return [part.out[: len(x)] for part, (_, x) in zip(parts, asked, strict=True)]
+
+    def _ask(self, parts: Sequence[Part]) -> None:
+        adapter = self.adapter.current
         links = [link for link in self._workers.links if link.barred is None]  # the others slow nobody down
         for message in cut(parts, links):
             self._exchange.run(message, adapter)
-        return [part.out[: len(x)] for part, (_, x) in zip(parts, asked, strict=True)]
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:
         """Deal more masks now, in memory: `rows` for each of the groups named, or, where none is, for so many
@@ -212,17 +220,20 @@ class Vault(Secret, Closing):
         """Have something closed after it, which lives as long: a worker of its own."""
         self._others.append(other)
 
-    def _padded(self, x: Floats) -> Floats:
-        missing = -len(x) % self._pad_to if len(x) > 1 else 0
-        return np.concatenate([x, np.zeros((missing, x.shape[1]), np.float32)]) if missing else x
-
-    def _codec(self, group: str, x: Floats) -> GroupCodec:
-        if group not in self._index:
+    def _part(self, group: str, x: Floats) -> Part:
+        """The rows of a group, checked, with more of zeros up to a multiple of `pad_to`, and room for the
+        answer.
+        """
+        index = self._index.get(group)
+        if index is None:
             raise InputError(f"this split has no group {group!r}")
-        codec = self._codecs[self._index[group]]
-        if x.ndim != 2 or x.shape[1] != codec.n or x.dtype != np.float32:
+        codec = self._codecs[index]
+        if x.ndim != 2 or x.shape[1] != codec.n or x.dtype != _FLOAT:
             raise InputError(f"{group} takes float32 [rows, {codec.n}], not {x.dtype} {list(x.shape)}")
-        return codec
+        rows = len(x)
+        if rows > 1 and (missing := -rows % self._pad_to):
+            x = np.concatenate([x, np.zeros((missing, codec.n), np.float32)])
+        return Part(index, x, np.empty((len(x), codec.m), np.float32))
 
     def _greeted(self, role: Role, link: Link, connection: Connection, welcome: Welcome) -> None:
         """A connection was made: no worker may be a dealer, and a machine that was set back shows here."""

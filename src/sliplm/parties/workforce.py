@@ -144,6 +144,10 @@ class Workforce:
         one that served last; now and then a slow one, to see whether it still is; then the lost ones; None
         when nobody is left but `tried`.
         """
+        if len(self._members) == 1:  # as mostly, and on the way of every token
+            only = self._members[0]
+            asked = only.state in ("up", "lost") and only.link not in tried and only.link.barred is None
+            return only.link if asked else None
         with self._lock:
             left = [m for m in self._members if m.link not in tried and m.link.barred is None]
             up = [m for m in left if m.state == "up"]

@@ -87,7 +87,7 @@ class Side(ABC):
         self._longest = wire.ELEMENT * max(max(shape) for shape in shapes)  # one row of the widest group
         if self._longest > wire.MAX_PAYLOAD:
             raise InputError(f"one row takes {self._longest} bytes, a frame at most {wire.MAX_PAYLOAD}")
-        self._max_payload = max(FRAME_BYTES, self._longest)
+        self._fit(max(FRAME_BYTES, self._longest))
         self._state = State.NEW
         self._sequence = 0
         self._incoming: Header | None = None
@@ -105,25 +105,30 @@ class Side(ABC):
         self._state = State.CLOSED
         self._incoming = None
 
+    def _fit(self, max_payload: int) -> None:
+        """Frames carry so many bytes."""
+        self._max_payload = max_payload
+        self._most = [max(1, max_payload // (wire.ELEMENT * max(shape))) for shape in self._shapes]
+
     def max_rows(self, group: int) -> int:
         """How many rows of the group one frame, and its answer, can carry; at least 1.
 
         Raises InputError if there is no such group.
         """
-        if not 0 <= group < len(self._shapes):
+        if not 0 <= group < len(self._most):
             raise InputError(f"there is no group {group}: this split has {len(self._shapes)}")
-        return max(1, self._max_payload // (wire.ELEMENT * max(self._shapes[group])))
+        return self._most[group]
 
     @property
     def max_payload(self) -> int:
         """The longest payload of a frame, and of its answer, in bytes."""
         return self._max_payload
 
-    def carries(self, groups: Sequence[int], rows: Sequence[int]) -> bool:
+    def carries(self, parts: Rows) -> bool:
         """Whether one frame, and its answer, can carry these rows of these groups."""
-        if len(groups) == 1:
-            return rows[0] <= self.max_rows(groups[0])
-        return self._lengths(list(zip(groups, rows, strict=True))) is not None
+        if len(parts) == 1:
+            return parts[0][1] <= self.max_rows(parts[0][0])
+        return self._lengths(parts) is not None
 
     def _lengths(self, parts: Rows) -> tuple[int, int] | None:
         """Payload bytes of a SEVERAL with these parts and of its answer; None unless it may be asked."""

@@ -91,6 +91,10 @@ class VaultSide(Side):
         self._move(Way.SEND, Kind.EVIDENCE)
         return wire.pack_header(Header(Kind.EVIDENCE, 0, 0, 0, 0, len(evidence))) + evidence
 
+    def question(self, parts: Rows) -> bytes:
+        """Step 2: what comes before the elements of one group or several.  Raises as these do."""
+        return self.multiply(*parts[0]) if len(parts) == 1 else self.several(parts)
+
     def multiply(self, group: int, rows: int) -> bytes:
         """Step 2: the header before u32 [rows, n].  Raises InputError, which changes nothing."""
         self._ask(Kind.MULTIPLY, group, rows)
@@ -173,7 +177,7 @@ class VaultSide(Side):
             )
         if max_payload < self._longest:
             raise WireError(f"the worker takes {max_payload} bytes a frame, one row needs {self._longest}")
-        self._max_payload = min(self._max_payload, max_payload)
+        self._fit(min(self._max_payload, max_payload))
         if wants_evidence:
             self._state = State.PROVING
         return Welcome(groups, max_payload, nonce, wants_evidence, evidence)

@@ -1,0 +1,281 @@
+"""The vault's steps for one group of a message, each one compiled call, named as in SPEC section 4.
+
+    ask      steps 1 and 2: rotate, scale, mask; x~ goes straight into the message
+    ahead    what does not depend on the answer, while the worker computes: A (B x), <c, x~>, and what
+             rounding costs the input
+    holds    step 4: <e, y~> = <c, x~> for every row; in `field`, where the check is
+    opened   step 5: mask off, back to the true basis, A (B x) added, straight into the layer's answer
+
+All of a group's secrets lie in one array, laid out once: handing an array to compiled code costs more than
+most of what these loops do for one row.  Each call takes rows `first` to `last` of arrays that hold them all,
+so that many rows can be shared out over the cores.  A rotation without compiled loops (`haar`) is turned
+outside, between `unmask` and `finish`, before `mask`.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sliplm.arithmetic.field import Elements, Sums, add_mod, expect, sub_centred
+from sliplm.arithmetic.fixedpoint import Floats, answer_loss, input_loss, row_alpha, to_field
+from sliplm.arithmetic.jit import fast_jit, jit
+from sliplm.arithmetic.rotation import Fast, Identity, Rotation, Tables, rotate_rows, rotate_rows_back
+
+Sizes = npt.NDArray[np.int64]
+Scales = npt.NDArray[np.float64]
+Losses = npt.NDArray[np.float64]
+
+_N: Final = 0  # inputs
+_D_IN: Final = 1  # where D_in begins
+_SCALE: Final = 2  # where the row scales begin, as float64
+_IN: Final = 3  # of Q_in D_in: kind, where its tables begin, distance, block
+_OUT: Final = 7  # of Q_out D_out
+_SIZES: Final = 11
+
+_IDENTITY, _FAST = 0, 1  # kinds
+_AT_ONCE: Final = 16  # rows: what passes between the parts of a step stays in the cache
+
+
+class Laid(NamedTuple):
+    """A group's secrets for the compiled steps: sizes and places int64 [11], the rest float32 [:]."""
+
+    sizes: Sizes
+    table: Floats
+
+    def __repr__(self) -> str:
+        return f"Laid({self.table.nbytes} bytes, hidden)"
+
+
+def laid_out(rotation_in: Rotation, rotation_out: Rotation, d_in: Floats, scale: Floats) -> Laid:
+    """Lay out both rotations with their diagonals, D_in [n], and the row scales s [m]."""
+    sizes, pieces = np.zeros(_SIZES, np.int64), []
+    place = 0
+
+    def lay(array: npt.NDArray[np.generic]) -> int:
+        nonlocal place
+        words = np.ascontiguousarray(array).reshape(-1).view(np.float32)
+        pieces.append(words)
+        place += words.size
+        return place - words.size
+
+    sizes[_SCALE] = lay(scale.astype(np.float64))  # first, where it is aligned
+    sizes[_N], sizes[_D_IN] = rotation_in.n, lay(d_in)
+    for head, rotation in ((_IN, rotation_in), (_OUT, rotation_out)):
+        if isinstance(rotation, Fast):
+            *arrays, distance, block = rotation.tables
+            sizes[head : head + 4] = _FAST, place, distance, block
+            for array in arrays:
+                lay(array)
+        else:
+            sizes[head : head + 2] = _IDENTITY, place
+            lay(rotation.diagonal if isinstance(rotation, Identity) else np.ones(rotation.n, np.float32))
+    return Laid(sizes, np.concatenate(pieces))
+
+
+# --- the steps -------------------------------------------------------------------------------------------
+
+
+@jit
+def ask(
+    sizes: Sizes,
+    table: Floats,
+    limit: float,
+    x: Floats,
+    r: Elements,
+    hidden: Elements,
+    alpha: Scales,
+    first: int,
+    last: int,
+) -> bool:
+    """Steps 1 and 2: x~ = round(alpha Q_in D_in x) + r mod p into `hidden`, and the secret scales alpha.
+
+    Args:
+        limit: alpha times the norm of a row, see `fixedpoint.scale_limit`.
+        x: float32 [rows, n].  r: uint32 [rows, n or more].  hidden: uint32 [rows, n].  alpha: float64 [rows].
+
+    Returns: False where a row holds NaN or infinity; what was written for it is no message.
+    """
+    finite = True
+    z = np.empty((min(last - first, _AT_ONCE), sizes[_N]), np.float32)
+    for start in range(first, last, _AT_ONCE):
+        end = min(last, start + _AT_ONCE)
+        _turn(sizes, table, x[start:end], z[: end - start])
+        if not mask(limit, z, start, r, hidden, alpha, start, end):
+            finite = False
+    return finite
+
+
+@jit
+def mask(
+    limit: float, z: Floats, above: int, r: Elements, hidden: Elements, alpha: Scales, first: int, last: int
+) -> bool:
+    """The rest of `ask`, for z = Q_in D_in x, which lacks the `above` rows before."""
+    finite = True
+    for i in range(first, last):
+        scale = row_alpha(z[i - above], limit)
+        alpha[i] = scale
+        if not scale > 0:  # NaN
+            finite = False
+            continue
+        for j in range(z.shape[1]):
+            hidden[i, j] = np.uint32(add_mod(to_field(z[i - above, j], scale), np.uint64(r[i, j])))
+    return finite
+
+
+@jit
+def ahead(
+    sizes: Sizes,
+    table: Floats,
+    a_transposed: Floats,
+    b: Floats,
+    c: Elements,
+    x: Floats,
+    hidden: Elements,
+    alpha: Scales,
+    out: Floats,
+    expected: Sums,
+    losses: Losses,
+    first: int,
+    last: int,
+) -> None:
+    """What of steps 4 and 5 does not depend on the answer: A (B x) into `out`, <c, x~> into `expected`, and
+    what rounding costs the input into column 1 of `losses`.
+
+    Args:
+        a_transposed: float32 [k, m].  b: float32 [k, n].  c: uint32 [t, n].
+        out: float32 [rows, m].  expected: uint64 [rows, t].  losses: float64 [rows, 2].
+    """
+    d_in = table[sizes[_D_IN] : sizes[_D_IN] + sizes[_N]]
+    out[first:last] = 0
+    add_low_rank(a_transposed, b, x, out, 0, first, last)
+    expect(c, hidden, expected, first, last)
+    for i in range(first, last):
+        losses[i, 1] = input_loss(x[i], d_in, alpha[i])
+
+
+@fast_jit
+def add_low_rank(
+    a_transposed: Floats, b: Floats, x: Floats, out: Floats, place: int, first: int, last: int
+) -> None:
+    """Add A (B x) to the outputs from `place` on."""
+    for i in range(first, last):
+        for k in range(b.shape[0]):
+            row, vector, factors = b[k], x[i], a_transposed[k]
+            result = out[i, place : place + factors.size]
+            factor = np.float32(0)
+            for j in range(row.size):
+                factor += row[j] * vector[j]
+            for j in range(factors.size):
+                result[j] += factors[j] * factor
+
+
+@jit
+def opened(
+    sizes: Sizes,
+    table: Floats,
+    noise: float,
+    y: Elements,
+    u: Elements,
+    alpha: Scales,
+    out: Floats,
+    losses: Losses,
+    first: int,
+    last: int,
+) -> float:
+    """Step 5: adds D_out Q_out^T (s * centre(y - u) / alpha) to `out`, which holds A (B x); and what rounding
+    the input has cost the answer, into column 0 of `losses`.
+
+    Args:
+        noise: that of rounding in an answer, times alpha.
+
+    Returns: the largest of these rows' losses.
+    """
+    shape = (min(last - first, _AT_ONCE), out.shape[1])
+    unmasked, back = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    worst = 0.0
+    for start in range(first, last, _AT_ONCE):
+        end = min(last, start + _AT_ONCE)
+        unmask(sizes, table, y, u, alpha, unmasked, start, start, end)
+        _turn_back(sizes, table, unmasked[: end - start], back[: end - start])
+        worst = max(worst, finish(noise, back, start, alpha, out, losses, start, end))
+    return worst
+
+
+@jit
+def unmask(
+    sizes: Sizes,
+    table: Floats,
+    y: Elements,
+    u: Elements,
+    alpha: Scales,
+    out: Floats,
+    above: int,
+    first: int,
+    last: int,
+) -> None:
+    """The first part of `opened`: s * centre(y - u) / alpha into `out`, without the `above` rows before."""
+    m = out.shape[1]
+    scale = table[sizes[_SCALE] : sizes[_SCALE] + 2 * m].view(np.float64)
+    for i in range(first, last):
+        inverse = 1.0 / alpha[i]
+        for j in range(m):
+            value = np.float64(sub_centred(y[i, j], u[i, j])) * (scale[j] * inverse)
+            out[i - above, j] = np.float32(value)
+
+
+@jit
+def finish(
+    noise: float, back: Floats, above: int, alpha: Scales, out: Floats, losses: Losses, first: int, last: int
+) -> float:
+    """The last part of `opened`, for `back` in the true basis, which lacks the `above` rows before."""
+    worst = 0.0
+    for i in range(first, last):
+        for j in range(out.shape[1]):
+            out[i, j] += back[i - above, j]
+        losses[i, 0] = answer_loss(out[i], noise, alpha[i])
+        worst = max(worst, losses[i, 0], losses[i, 1])
+    return worst
+
+
+# --- their parts -----------------------------------------------------------------------------------------
+
+
+@jit
+def _turn(sizes: Sizes, table: Floats, x: Floats, z: Floats) -> None:
+    """z = Q_in D_in x."""
+    if sizes[_IN] == _FAST:
+        rotate_rows(x, z, _tables(sizes, table, _IN, x.shape[1]))
+    else:
+        _times(x, table[sizes[_IN + 1] : sizes[_IN + 1] + x.shape[1]], z)
+
+
+@jit
+def _turn_back(sizes: Sizes, table: Floats, x: Floats, out: Floats) -> None:
+    """out = D_out Q_out^T x."""
+    if sizes[_OUT] == _FAST:
+        rotate_rows_back(x, out, _tables(sizes, table, _OUT, x.shape[1]))
+    else:
+        _times(x, table[sizes[_OUT + 1] : sizes[_OUT + 1] + x.shape[1]], out)
+
+
+@jit
+def _times(x: Floats, diagonal: Floats, out: Floats) -> None:
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[i, j] = x[i, j] * diagonal[j]
+
+
+@jit
+def _tables(sizes: Sizes, table: Floats, head: int, n: int) -> Tables:
+    """A fast rotation's tables, as they were before they were laid out."""
+    place, half = sizes[head + 1], n // 2
+    layers = 3 * n
+    order = table[place : place + layers].view(np.int32).reshape((3, n))
+    signs = table[place + layers : place + 2 * layers].reshape((3, n))
+    inverse = table[place + 2 * layers : place + 3 * layers].view(np.int32).reshape((3, n))
+    signs_back = table[place + 3 * layers : place + 4 * layers].reshape((3, n))
+    turns = table[place + 4 * layers : place + 4 * layers + 4 * half].reshape((4, half))
+    return order, signs, inverse, signs_back, turns, sizes[head + 2], sizes[head + 3]
