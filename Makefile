@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help install demo test test-security fuzz check bench families clean
+.PHONY: help install demo test test-security test-gpu fuzz check bench families clean
 
 help:
 	@echo "make demo      split a real model and run it with a worker in a second process"
 	@echo "make test      all tests, real processes and sockets"
 	@echo "make test-security   attacks and faults only, with their table; SLIP_SECURITY=long for the long sizes"
+	@echo "make test-gpu  what needs an NVIDIA card, on a machine with one"
 	@echo "make fuzz SECONDS=600   each fuzz target under atheris for so long"
 	@echo "make check     ruff, mypy --strict, import layers"
 	@echo "make bench     what it costs on this machine"
@@ -33,6 +34,10 @@ test: $(READY)
 
 test-security: $(READY)
 	$(BIN)/python -m pytest tests/security tests/fuzz
+
+test-gpu: $(READY)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton
+	$(BIN)/python -m pytest -m cuda tests/arithmetic/test_cuda.py tests/parties/test_worker.py
 
 SECONDS ?= 600
 

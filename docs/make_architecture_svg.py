@@ -65,7 +65,7 @@ FLOORS = (
     Floor("masks", "#f6f8fa", 80, ({1: "masks"},)),
     Floor("shares", "#fff8ec", 148, (
         {1: "manifest", 2: "ledger"}, {0: "splitting", 1: "tensorfile", 2: "sealing", 3: "contents"})),
-    Floor("arithmetic", "#eef5fd", 84, (
+    Floor("arithmetic", "#eef5fd", 146, (
         {0: "equilibration", 1: "rotation", 2: "fixedpoint", 3: "field", 5: "kernels"},)),
 )  # fmt: skip
 """From the roof down, without what is drawn by itself."""

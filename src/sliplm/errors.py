@@ -17,6 +17,7 @@
     │   ├── DealerError         a dealer lies, is silent or gone
     │   └── ForkError           a forked child would use what its parent uses
     ├── KernelError             no kernel on this machine computes exact products
+    │   └── CardError           a GPU that was named is missing, too small, or wrong
     ├── CredentialError         keys or certificates are missing, readable by others, revoked or refused
     │   ├── AttestationError    the evidence of what runs at the other end is missing or refused
     │   └── PassingCredentialError  our own keys, or a date, cannot be used for now, or the peer refuses ours
@@ -134,6 +135,10 @@ class ForkError(MaskError):
 
 class KernelError(SlipError):
     """No kernel on this machine computes exact products."""
+
+
+class CardError(KernelError):
+    """A GPU is missing, has too little memory, fails, or does not compute exact products."""
 
 
 class CredentialError(SlipError):

@@ -27,6 +27,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sliplm.arithmetic.field import P, new_key, uniform_rows
+from sliplm.arithmetic.kernels.cuda import driver
 from sliplm.errors import (
     AttestationError,
     CredentialError,
@@ -523,6 +524,20 @@ def test_stop_answers_what_was_asked(share: WorkerShare, folder: Path, tmp_path:
             end_of(connection)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not driver.count(), reason="needs an NVIDIA card: `make test-gpu` on a machine with one")
+def test_a_worker_on_a_card(share: WorkerShare, folder: Path, tmp_path: Path) -> None:
+    side, worker = side_of(share), Worker(share, device="cuda")
+    with serving(worker, f"unix:{tmp_path}/socket", folder) as address, connect(address, LIMIT) as connection:
+        greet(connection, side)
+        check_products(connection, side, share, 0)
+        asked, product = question(share, side, 500)
+        connection.send(asked, deadline=soon())
+        answer = connection.receive(side, deadline=soon())
+        assert isinstance(answer, Product)
+        assert np.array_equal(np.frombuffer(answer.payload, np.uint32).reshape(product.shape), product)
+
+
 def test_sigterm_tears_no_frame(share_dir: Path, share: WorkerShare, tmp_path: Path) -> None:
     """Half a question is there when the signal comes: it is read to its end, and answered whole."""
     path, side = tmp_path / "socket", side_of(share)
@@ -686,9 +701,12 @@ def test_errors_of_the_command(share_dir: Path, tmp_path: Path, folder: Path) ->
             ([str(tmp_path)], "ShareError"),
             ([str(share_dir)], "CredentialError"),
             ([str(share_dir), "--listen", "nowhere"], "InputError"),
+            ([str(share_dir), "--device", "tpu"], "InputError"),
+            ([str(share_dir), "--device", "cuda:63"], "CardError"),
             ([str(share_dir), "--listen", place, "--keys", str(folder / "worker")], "WorkerUnavailable"),
         ):
-            done = run("worker", *arguments, "--json")
+            device = [] if "--device" in arguments else ["--device", "cpu"]
+            done = run("worker", *arguments, *device, "--json")
             assert done.returncode == 2
             document = json.loads(done.stdout.splitlines()[-1])
             assert document["error"] == name

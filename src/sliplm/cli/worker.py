@@ -32,6 +32,9 @@ def command(
         typer.Option(help="On a Unix socket, where no key says it: worker or dealer."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores that one product may use.")] = None,
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU if one is there), cpu, cuda, or cards as cuda:0,cuda:1.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
     until_stdin_closes: Annotated[Path | None, typer.Option(metavar="FOLDER", hidden=True)] = None,
 ) -> None:
@@ -44,6 +47,8 @@ def command(
     from sliplm.parties.worker import run  # numba takes a moment, which --help need not
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # a card's first start takes a while, and says so
+    logging.getLogger("sliplm.arithmetic.kernels").setLevel(logging.INFO)
     run(
         share,
         listen,
@@ -52,4 +57,5 @@ def command(
         threads=threads,
         until_stdin_closes=until_stdin_closes,
         role=None if role is None else role.value,
+        device=device,
     )

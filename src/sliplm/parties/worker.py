@@ -28,8 +28,8 @@ from typing import Final
 
 import numpy as np
 
-from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import uniform_rows
+from sliplm.arithmetic.kernels.placing import lay_out
 from sliplm.errors import (
     AttestationError,
     CredentialError,
@@ -74,11 +74,12 @@ class Worker:
         threads: cores that one product may use; None for all.
         attester: makes the evidence that vaults are shown.
         verifier: judges the vaults' evidence; they are asked for none unless it is set.
+        device: where the products are computed, as `placing.lay_out`.
         role: a worker multiplies only, a dealer deals only; None: what the key folder says, and a worker on
             a Unix socket.
 
-    Raises KernelError if no kernel is exact on this machine, InputError if the share has no group or a row
-    longer than a frame.
+    Raises KernelError if no kernel is exact on this machine, CardError if a card that was named cannot serve
+    it, InputError if the share has no group or a row longer than a frame, or for an unknown device.
     """
 
     def __init__(
@@ -88,10 +89,11 @@ class Worker:
         attester: Attester | None = None,
         verifier: Verifier | None = None,
         role: Serving | None = None,
+        device: str = "auto",
     ) -> None:
         self._wanted, self.role = role, role or "worker"
         self._split_id = share.split_id
-        self._matrices = [kernels.prepare(share.matrices[name], threads=threads) for name in share.names]
+        self._matrices = lay_out([share.matrices[name] for name in share.names], device, threads)
         self._shapes = [matrix.shape for matrix in self._matrices]
         WorkerSide(self._split_id, self._shapes)  # refuses here what it would refuse every vault
         self._attester = attester or NullAttester()
@@ -324,6 +326,7 @@ def run(
     threads: int | None = None,
     until_stdin_closes: Path | None = None,
     role: Serving | None = None,
+    device: str = "auto",
 ) -> None:
     """The command `slip worker`: serve a share until SIGTERM or SIGINT.
 
@@ -332,7 +335,7 @@ def run(
     removes that folder then: a process that was killed cannot.
     Raises ShareError, KernelError, and what `Worker.serve` raises.
     """
-    worker = Worker(open_worker(share_dir), threads, role=role)
+    worker = Worker(open_worker(share_dir), threads, role=role, device=device)
     if until_stdin_closes is not None:
         orphan = (until_stdin_closes, worker.stop)
         threading.Thread(target=_wait_for_end_of_input, args=orphan, daemon=True).start()

@@ -4,6 +4,8 @@
     portable    float64 BLAS and 64-bit integer loops: any machine
     vnni        x86 with AVX-512 VNNI: 8- and 16-bit dot products
 
+Those of NVIDIA's cards are in `cuda`, and `placing` puts a share's matrices on either.
+
 `prepare` takes the first of these, from the last up, that works here: each is tested against known answers,
 worst cases included, before its first use,
 because some machines' integer kernels saturate and return wrong sums.
