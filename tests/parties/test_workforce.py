@@ -139,7 +139,7 @@ def test_a_stalled_worker_is_left_alone_and_comes_back(shares: Shares, group: st
             )  # fmt: skip
             vault.drain(second)
             vault.product(group, x)
-            assert len(slow.messages) == 2
+            assert len(slow.messages) >= 2, "asked again; twice, should it stall in earnest"
 
 
 def test_pauses_double(shares: Shares, group: str, tmp_path: Path) -> None:
