@@ -24,6 +24,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from transformers import AutoTokenizer
 import sliplm
 from _common import console, finish, machine, median, split_smollm2
 from sliplm.examples import smollm2, wikipedia
+from sliplm.network import authority
 from sliplm.network.addresses import TcpAddress, parse_address
 
 SHORT, LONG = 16, 250
@@ -77,7 +79,10 @@ def watch(host: str, port: str) -> None:
 @contextlib.contextmanager
 def watched(out: Path, pad_to: int) -> Iterator[tuple[Any, subprocess.Popen[str]]]:
     """The hybrid model, and the process that looks at the clock."""
-    with sliplm.LocalWorker(out / "worker") as worker:
+    with contextlib.ExitStack() as stack:
+        keys = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "keys"
+        authority.init(keys)
+        worker = stack.enter_context(sliplm.LocalWorker(out / "worker", authority=keys))
         target = parse_address(worker.address)
         if not isinstance(target, TcpAddress):
             raise TypeError("the local worker listens on TCP")

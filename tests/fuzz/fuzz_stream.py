@@ -31,6 +31,9 @@ class Pieces:
         self._turn = 0
         self.asked_for = 0
 
+    def fileno(self) -> int:
+        return -1
+
     def settimeout(self, _seconds: float) -> None:
         pass
 

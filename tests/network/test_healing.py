@@ -28,8 +28,9 @@ from sliplm.errors import (
 )
 from sliplm.network import authority, keys
 from sliplm.network.addresses import TcpAddress, anchored, parse_address
+from sliplm.network.dialling import _dial, connect
 from sliplm.network.listener import listen
-from sliplm.network.transport import _dial, connect, keep_alive, translate
+from sliplm.network.transport import keep_alive, translate
 from sliplm.parties.standing import verdict
 
 LIMIT = 30.0

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from sliplm.errors import CredentialError, InputError, SlipError, WireError, WorkerTimeout, WorkerUnavailable
 from sliplm.network import authority, keys
 from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
+from sliplm.network.dialling import connect
 from sliplm.network.listener import Listener, listen
-from sliplm.network.transport import Connection, connect, pair
+from sliplm.network.transport import Connection, pair
 from sliplm.protocol.frames import WELCOME_BYTES, Header, Kind, pack_header
 from sliplm.protocol.vault_side import Product, VaultSide
 from sliplm.protocol.worker_side import Multiply, WorkerSide
@@ -91,10 +92,10 @@ def joined(way: str, folder: Path, tmp_path: Path) -> Iterator[tuple[Connection,
         with left, right:
             yield left, right
         return
-    address = f"unix:{tmp_path}/socket" if way == "unix" else "127.0.0.1:0"
+    address = "127.0.0.1:0" if way == "tls" else f"{way}:{tmp_path}/socket"
     with listen(address, folder / "worker") as listener, ThreadPoolExecutor(1) as pool:
         right_end = pool.submit(serve, listener)
-        suffix = "" if way == "unix" else f"?keys={folder}/vault"
+        suffix = f"?keys={folder}/vault" if way == "tls" else ""
         with connect(listener.address + suffix, 20) as left, right_end.result(20) as right:
             yield left, right
 
@@ -105,7 +106,7 @@ def pour(connection: Connection) -> None:
         connection.send(bytes(28), memoryview(bytes(2**20)), deadline=soon())
 
 
-every_way = pytest.mark.parametrize("way", ["pair", "unix", "tls"])
+every_way = pytest.mark.parametrize("way", ["pair", "unix", "shm", "tls"])
 
 
 @every_way

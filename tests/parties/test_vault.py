@@ -616,8 +616,9 @@ def test_shares_and_workers_of_another_split(shares: Shares, tmp_path: Path, soc
 def test_keys_of_another_authority(folder: Path, shares: Shares, tmp_path: Path) -> None:
     from sliplm.network import authority
 
+    authority.init(tmp_path / "keys")
     authority.init(tmp_path / "other")
-    with LocalWorker(folder / "worker", threads=1) as worker:
+    with LocalWorker(folder / "worker", threads=1, authority=tmp_path / "keys") as worker:
         place = worker.address.partition("?")[0]
         with pytest.raises(CredentialError):
             Vault(shares[0], Terms([f"{place}?keys={tmp_path / 'other' / 'vault'}"], shares[1]))

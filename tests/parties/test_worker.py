@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import termios
@@ -40,7 +41,8 @@ from sliplm.errors import (
 from sliplm.network import authority, keys
 from sliplm.network.addresses import TcpAddress, parse_address
 from sliplm.network.attestation import SoftwareAttester, SoftwareVerifier, binding
-from sliplm.network.transport import Connection, connect, handshake, pair
+from sliplm.network.dialling import connect
+from sliplm.network.transport import Connection, handshake, pair
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.seats import MAX_CONNECTIONS, MAX_STRANGERS
 from sliplm.parties.worker import Worker
@@ -129,19 +131,19 @@ def serving(worker: Worker, address: str, folder: Path, party: str = "worker") -
             while not listening.wait(0.1):
                 if end.done():
                     end.result()
-            suffix = "" if bound[0].startswith("unix:") else f"?keys={folder}/vault"
+            suffix = "" if bound[0].startswith(("unix:", "shm:")) else f"?keys={folder}/vault"
             yield bound[0] + suffix
         finally:
             worker.stop()
             end.result(LIMIT)
 
 
-@pytest.fixture(params=["unix", "tls"])
+@pytest.fixture(params=["unix", "shm", "tls"])
 def address(
     request: pytest.FixtureRequest, share: WorkerShare, folder: Path, tmp_path: Path
 ) -> Iterator[str]:
     """Where a worker serves."""
-    where = f"unix:{tmp_path}/socket" if request.param == "unix" else "127.0.0.1:0"
+    where = "127.0.0.1:0" if request.param == "tls" else f"{request.param}:{tmp_path}/socket"
     with serving(Worker(share, threads=1), where, folder) as made:
         yield made
 
@@ -414,12 +416,12 @@ def test_rotated_while_serving(share: WorkerShare, tmp_path: Path) -> None:
 VAULT_KEY, WORKER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 
 
-@pytest.fixture(params=["unix", "tls"])
+@pytest.fixture(params=["unix", "shm", "tls"])
 def attested(
     request: pytest.FixtureRequest, share: WorkerShare, folder: Path, tmp_path: Path
 ) -> Iterator[str]:
     """Where a worker serves that shows evidence and asks for it."""
-    where = f"unix:{tmp_path}/socket" if request.param == "unix" else "127.0.0.1:0"
+    where = "127.0.0.1:0" if request.param == "tls" else f"{request.param}:{tmp_path}/socket"
     attester = SoftwareAttester(WORKER_KEY, b"worker 1")
     verifier = SoftwareVerifier(VAULT_KEY.public_key(), [b"vault 1"])
     with serving(Worker(share, 1, attester, verifier), where, folder) as made:
@@ -618,13 +620,14 @@ def wait_for_end(pid: int) -> None:
 def test_local_worker(share_dir: Path, share: WorkerShare) -> None:
     side = side_of(share)
     with LocalWorker(share_dir, threads=1) as worker:
-        pid, secrets = worker.pid, Path(worker.address.partition("?keys=")[2])
-        assert (secrets / "key.pem").exists()
+        pid, door = worker.pid, Path(worker.address.removeprefix("shm:"))
+        assert stat.S_IMODE(door.stat().st_mode) == 0o600
+        assert stat.S_IMODE(door.parent.stat().st_mode) == 0o700
         with connect(worker.address, LIMIT) as connection:
             greet(connection, side)
             check_products(connection, side, share, 0)
     assert gone(pid)
-    assert not secrets.parent.exists()
+    assert not door.parent.exists()
     with pytest.raises(WorkerUnavailable, match="with block"):
         worker.address  # noqa: B018
     worker.close()
@@ -668,7 +671,7 @@ def test_local_worker_dies_with_its_parent(share_dir: Path, tmp_path: Path) -> N
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert not gone(pid)
-        assert list(tmp_path.glob("sliplm-*/keys/worker/key.pem"))
+        assert list(tmp_path.glob("sliplm-*/s")) or list(tmp_path.glob("sliplm-*/keys/worker/key.pem"))
         parent.kill()
         parent.wait(LIMIT)
     wait_for_end(pid)

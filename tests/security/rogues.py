@@ -933,8 +933,8 @@ ROGUES: dict[str, Maker] = {
 
 @contextlib.contextmanager
 def serving(worker: Worker, where: Path, party: str | None = None) -> Iterator[str]:
-    """Serve on a Unix socket `where`, or over TLS with the keys of `party` in the folder `where`; gives the
-    address for a vault.
+    """Serve in shared memory with a socket `where`, or over TLS with the keys of `party` in the folder
+    `where`; gives the address for a vault.
     """
     ready: list[str] = []
     came = threading.Event()
@@ -943,7 +943,7 @@ def serving(worker: Worker, where: Path, party: str | None = None) -> Iterator[s
         ready.append(address)
         came.set()
 
-    place = f"unix:{where}" if party is None else "127.0.0.1:0"
+    place = f"shm:{where}" if party is None else "127.0.0.1:0"
     keys = None if party is None else where / party
     thread = threading.Thread(target=worker.serve, args=(place, keys, note))
     thread.start()

@@ -348,7 +348,7 @@ def test_a_dealer_alone_stops_the_request_and_nothing_else(
     with (
         serving(rogue, scene.means.keys, "rogue") as bad,
         serving(worker, tmp_path / "w.sock") as address,
-        vault_of(scene, rogue, [address], dealing_share=None, dealers=[bad, f"unix:{later}"]) as vault,
+        vault_of(scene, rogue, [address], dealing_share=None, dealers=[bad, f"shm:{later}"]) as vault,
     ):
         wrong = sum(scene.wrong(vault, request) for request in before)
         with pytest.raises(DealerError) as caught:

@@ -22,7 +22,8 @@ from sliplm.arithmetic.field import P
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.load import load, reference
 from sliplm.errors import VerificationError, WireError, WorkerFault
-from sliplm.network.transport import Connection, connect
+from sliplm.network.dialling import connect
+from sliplm.network.transport import Connection
 from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault

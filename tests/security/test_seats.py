@@ -8,7 +8,7 @@ from pathlib import Path
 from ledger import Ledger
 from sliplm.errors import WorkerUnavailable
 from sliplm.network import authority
-from sliplm.network.transport import connect
+from sliplm.network.dialling import connect
 from sliplm.parties.seats import MAX_EACH
 from sliplm.parties.worker import Worker
 from sliplm.shares.share import WorkerShare

@@ -10,7 +10,7 @@ from typing import Any
 import sliplm
 from families import make
 from ledger import Ledger
-from sliplm.network import keys
+from sliplm.network import authority, keys
 from sliplm.parties.local_worker import LocalWorker
 
 TRIES = 5
@@ -18,7 +18,8 @@ TRIES = 5
 
 def test_dropped_models_and_lost_keys(tmp_path: Path, ledger: Ledger) -> None:
     sliplm.split(make("llama", tmp_path / "model"), tmp_path / "out")
-    with LocalWorker(tmp_path / "out" / "worker", threads=1) as worker:
+    authority.init(tmp_path / "keys")
+    with LocalWorker(tmp_path / "out" / "worker", threads=1, authority=tmp_path / "keys") as worker:
         key = Path(worker.address.partition("?keys=")[2]) / keys.KEY
         freed = healed = guilty = refused = 0
         for _ in range(TRIES):

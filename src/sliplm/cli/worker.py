@@ -21,7 +21,7 @@ def command(
     share: Annotated[Path, typer.Argument(help="The worker folder that a split wrote.")],
     *,
     listen: Annotated[
-        str, typer.Option(help="HOST:PORT (TLS with client certificates) or unix:/path (no TLS).")
+        str, typer.Option(help="HOST:PORT (TLS with client certificates), unix:/path, or shm:/path (no TLS).")
     ] = "127.0.0.1:7400",
     keys: Annotated[
         Path | None,

@@ -1,7 +1,8 @@
 """Addresses as text.
 
 "127.0.0.1:7400?keys=/folder" (TCP is always TLS with client certificates, see `keys`) or
-"unix:/path/to.sock" (no TLS: the socket file's permissions decide who may connect).
+"unix:/path/to.sock" (no TLS: the socket file's permissions decide who may connect), or
+"shm:/path/to.sock" (the same socket, and frames in memory that both processes share, see `memory`).
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ class TcpAddress(NamedTuple):
 
 
 class UnixAddress(NamedTuple):
-    """The path of a Unix socket."""
+    """The path of a Unix socket, and whether frames go through shared memory beside it."""
 
     path: Path
+    memory: bool = False
 
     def __str__(self) -> str:
-        return f"unix:{self.path}"
+        return f"{'shm' if self.memory else 'unix'}:{self.path}"
 
 
 def anchored(address: str) -> str:
@@ -49,18 +51,18 @@ def anchored(address: str) -> str:
     """
     target = parse_address(address)
     if isinstance(target, UnixAddress):
-        path = target.path.absolute()
-        return f"unix:{path}" if len(os.fsencode(path)) <= _UNIX_PATH else address
+        there = target._replace(path=target.path.absolute())
+        return str(there) if fits(there.path) else address
     return f"{target}?keys={target.folder().absolute()}"
 
 
 def parse_address(text: str) -> TcpAddress | UnixAddress:
     """An address from its text.  Raises InputError."""
-    if text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        if not path or "\0" in path or len(os.fsencode(path)) > _UNIX_PATH:
+    kind, _, path = text.partition(":")
+    if kind in ("unix", "shm"):
+        if not path or "\0" in path or not fits(path):
             raise InputError("the path of a Unix socket has 1 to 107 bytes")
-        return UnixAddress(Path(path))
+        return UnixAddress(Path(path), kind == "shm")
     place, mark, folder = text.partition("?keys=")
     host, colon, port = place.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -69,7 +71,7 @@ def parse_address(text: str) -> TcpAddress | UnixAddress:
         host = ""
     digits = port.isascii() and port.isdigit() and len(port) <= 5
     if not (host and colon and digits and int(port) < 65536) or bool(mark) != bool(folder):
-        raise InputError(f"{text!r} is not an address: write HOST:PORT?keys=FOLDER or unix:/path")
+        raise InputError(f"{text!r} is not an address: write HOST:PORT?keys=FOLDER, unix:/path or shm:/path")
     try:
         host.encode("idna")
     except UnicodeError as error:
@@ -77,3 +79,8 @@ def parse_address(text: str) -> TcpAddress | UnixAddress:
     if "\0" in text:
         raise InputError("an address holds no NUL")
     return TcpAddress(host, int(port), Path(folder) if folder else None)
+
+
+def fits(path: Path | str) -> bool:
+    """Whether a Unix socket can have this path."""
+    return len(os.fsencode(path)) <= _UNIX_PATH

@@ -16,8 +16,9 @@ from sliplm.arithmetic.field import Elements
 from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerTimeout, WorkerUnavailable
 from sliplm.network.addresses import anchored
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding, judge, own_evidence
+from sliplm.network.dialling import connect
 from sliplm.network.keys import Serving
-from sliplm.network.transport import Connection, connect
+from sliplm.network.transport import Connection
 from sliplm.protocol.frames import NONCE_BYTES, Party
 from sliplm.protocol.side import Rows, Shape
 from sliplm.protocol.vault_side import Product, VaultSide, Welcome

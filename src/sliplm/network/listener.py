@@ -17,6 +17,7 @@ from sliplm.closing import Closing
 from sliplm.errors import CredentialError, WorkerUnavailable
 from sliplm.network import keys
 from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
+from sliplm.network.memory import accept, prepare_for
 from sliplm.network.transport import Connection, closing_on_error, enlarge, handshake, keep_alive, why
 
 _BACKLOG: Final = 64
@@ -31,10 +32,16 @@ class Listener(Closing):
     """
 
     def __init__(
-        self, socks: Sequence[socket.socket], address: str, credentials: keys.Credentials | None
+        self,
+        socks: Sequence[socket.socket],
+        address: str,
+        credentials: keys.Credentials | None,
+        *,
+        memory: bool = False,
     ) -> None:
         self.address = address
         self.credentials = credentials
+        self._memory = memory
         self._socks = {sock.fileno(): sock for sock in socks}
         self._wake, self._waker = socket.socketpair()
         self._poll = select.poll()
@@ -69,7 +76,7 @@ class Listener(Closing):
         Raises CredentialError, WireError, WorkerTimeout, WorkerUnavailable; the socket is then closed.
         """
         if self.credentials is None:
-            return Connection(sock, self.address)
+            return accept(sock, self.address, deadline) if self._memory else Connection(sock, self.address)
         with closing_on_error(sock):
             context = self.credentials.context()
         with contextlib.suppress(OSError):
@@ -98,6 +105,7 @@ def listen(address: str, keys_dir: Path | None = None) -> Listener:
     Raises InputError (the address), CredentialError, WorkerUnavailable (in use, or not to be bound).
     """
     target = parse_address(address)
+    prepare_for(target)
     try:
         if isinstance(target, UnixAddress):
             return _listen_unix(target)
@@ -158,7 +166,7 @@ def _listen_unix(target: UnixAddress) -> Listener:
         enlarge(sock)
         sock.listen(_BACKLOG)
         sock.setblocking(False)
-        return Listener([sock], str(target), None)
+        return Listener([sock], str(target), None, memory=target.memory)
 
 
 def _remove_stale(target: UnixAddress) -> None:

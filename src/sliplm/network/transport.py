@@ -31,7 +31,7 @@ from sliplm.errors import (
     WorkerUnavailable,
 )
 from sliplm.network import keys
-from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
+from sliplm.network.patience import Patience, pollfd, readable
 from sliplm.protocol.frames import HEADER_BYTES
 
 _PEER: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
@@ -56,6 +56,7 @@ _REFUSALS: Final = (  # of our certificate, by a word of OpenSSL's reason, and w
     ),
     ("", "use the key folder of our role, from the `slip keys init` that the peer's comes from"),
 )
+_NOTHING: Final = memoryview(b"")
 _FAREWELL: Final = 1.0  # seconds for the last words to reach a peer
 
 EventT_co = TypeVar("EventT_co", covariant=True)
@@ -102,6 +103,8 @@ class Connection(Closing):
         self._start = memoryview(bytearray(_RECORD))
         self._body = memoryview(bytearray(0))
         self._first = memoryview(bytearray(_RECORD))
+        self._patience = Patience()
+        self._watched = pollfd(sock.fileno())
         forks.watch(self)
 
     def __repr__(self) -> str:
@@ -117,10 +120,12 @@ class Connection(Closing):
 
         Raises WorkerTimeout, WorkerUnavailable, CredentialError, WireError.
         """
-        if payload is None:
+        self._send_frame(header, _NOTHING if payload is None else payload.cast("B"), deadline)
+
+    def _send_frame(self, header: bytes, body: memoryview, deadline: float) -> None:
+        if not body:
             self._send_all(memoryview(header), deadline)
             return
-        body = payload.cast("B")
         size = len(header)
         # Header and payload share the first record; the rest leaves without a copy.
         taken = min(len(body), _RECORD - size)
@@ -145,6 +150,7 @@ class Connection(Closing):
         """
         if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
             return True  # decrypted already, so poll would not see it
+        self._stay_awake()
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(wake, select.POLLIN)
@@ -185,18 +191,28 @@ class Connection(Closing):
 
     def _receive_some(self, view: memoryview, deadline: float) -> int:
         try:
-            self._sock.settimeout(_remaining(deadline))
+            began = time.monotonic()
+            awake = self._stay_awake()
+            self._sock.settimeout(remaining(deadline))
             count = self._sock.recv_into(view)
+            if not awake:
+                self._patience.slept(began)
         except (OSError, ValueError) as error:
             raise translate(error, self._peer) from error
         if not count:
             raise WorkerUnavailable(f"{self._peer} closed the connection", self._peer)
         return count
 
+    def _stay_awake(self) -> bool:
+        """Wait awake for something to read, where that has paid lately; whether it came."""
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return True  # decrypted already, so poll would not see it
+        return self._patience.judge(readable(self._watched, self._patience.spin))
+
     def _send_all(self, view: memoryview, deadline: float) -> None:
         try:
             while len(view):
-                self._sock.settimeout(_remaining(deadline))
+                self._sock.settimeout(remaining(deadline))
                 view = view[self._sock.send(view) :]
         except (OSError, ValueError) as error:
             raise self._last_words(translate(error, self._peer)) from error
@@ -233,37 +249,6 @@ class Connection(Closing):
         """Close; harmless when closed already."""
         self.abort()
         self._sock.close()
-
-
-def connect(address: str, timeout: float, role: keys.Serving = "worker") -> Connection:
-    """Connect to a party of this role within `timeout` seconds.
-
-    Raises InputError (the address), CredentialError (our keys, or the peer's), WorkerUnavailable,
-    WorkerTimeout, WireError (whoever answers does not speak TLS 1.3).  A worker that refuses *our*
-    certificate says so only when we first read from it (TLS 1.3): CredentialError comes from there.
-    """
-    deadline = time.monotonic() + timeout
-    target = parse_address(address)
-    if isinstance(target, UnixAddress):
-        try:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            with closing_on_error(sock):
-                enlarge(sock)
-                sock.settimeout(_remaining(deadline))
-                sock.connect(str(target.path))
-        except OSError as error:
-            raise translate(error, str(target)) from error
-        connection = Connection(sock, str(target))
-        with contextlib.suppress(OSError):  # unlinked meanwhile: then nobody else can connect to it
-            found = target.path.stat()
-            connection.place = found.st_dev, found.st_ino
-        return connection
-    folder = target.folder()
-    try:
-        context = keys.context(folder, "vault")
-    except CredentialError as error:
-        raise PassingCredentialError(str(error)) from error
-    return handshake(_dial(target, deadline), context, role, str(target), deadline)
 
 
 def _process_mark(sock: socket.socket) -> bytes:
@@ -344,10 +329,10 @@ def handshake(
     """TLS, then the check that the peer has the role `theirs`."""
     secure: socket.socket = raw
     try:
-        raw.settimeout(_remaining(deadline))
+        raw.settimeout(remaining(deadline))
         wrapped = context.wrap_socket(raw, server_side=theirs == "vault", do_handshake_on_connect=False)
         secure = wrapped
-        wrapped.settimeout(_remaining(deadline))
+        wrapped.settimeout(remaining(deadline))
         wrapped.do_handshake()
         identity = keys.check_role(wrapped, theirs)
     except (OSError, ValueError) as error:
@@ -360,27 +345,6 @@ def handshake(
         secure.close()
         raise
     return Connection(wrapped, peer, identity, context.own)
-
-
-def _dial(target: TcpAddress, deadline: float) -> socket.socket:
-    """A TCP connection to the first of the host's addresses that answers, each with its part of the time."""
-    failure: Exception = OSError("the name has no address")
-    try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise translate(error, str(target)) from error
-    for tried, (family, kind, number, _, where) in enumerate(found):
-        try:
-            sock = socket.socket(family, kind, number)
-            with closing_on_error(sock):
-                sock.settimeout(_remaining(deadline) / (len(found) - tried))
-                sock.connect(where)
-                keep_alive(sock)
-        except OSError as error:
-            failure = error
-        else:
-            return sock
-    raise translate(failure, str(target)) from failure
 
 
 def _linger(sock: socket.socket) -> None:
@@ -420,7 +384,8 @@ def enlarge(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, option, _UNIX_BUFFER)
 
 
-def _remaining(deadline: float) -> float:
+def remaining(deadline: float) -> float:
+    """Seconds until then.  Raises TimeoutError."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError

@@ -18,6 +18,7 @@ from sliplm.closing import Closing
 from sliplm.errors import WorkerUnavailable
 from sliplm.filesystem import because
 from sliplm.network import authority as authorities
+from sliplm.network.addresses import fits
 from sliplm.shares.folders import check_folder
 
 START_LIMIT: Final = 60.0  # seconds; the first start on a machine compiles its kernel
@@ -38,20 +39,20 @@ _TAIL: Final = 2000  # bytes of the worker's last words in an error
 
 
 class LocalWorker(Closing):
-    """A worker in a process of its own, on loopback.
+    """A worker in a process of its own, with which this one shares memory.
 
         with LocalWorker(out_dir / "worker") as worker:
             model = sliplm.load(out_dir / "vault", workers=[worker.address])
 
-    Its keys are its own, in a private temporary folder until the end of the block, unless it is told whose to
-    use: several workers of one vault share an authority.  The process and the folder end with the block, with
-    the object, or with this process, whichever comes first; if this process is killed, the worker notices
-    and removes the folder.
+    Its door is a socket in a private temporary folder.  With an authority it is on loopback instead, over
+    TLS, like workers elsewhere: several workers of one vault share an authority.  The process and the folder
+    end with the block, with the object, or with this process, whichever comes first; if this process is
+    killed, the worker notices and removes the folder.
 
     Args:
         share_dir: the worker share.
         threads: cores that one product may use; None for all.
-        authority: the folder of an authority, as `slip keys init` makes it; None makes a fresh one.
+        authority: the folder of an authority, as `slip keys init` makes it; None needs no keys.
         name: whose keys it uses there; the vault's are those of "vault".
     """
 
@@ -92,7 +93,7 @@ class LocalWorker(Closing):
 
     @property
     def address(self) -> str:
-        """Where it listens, with the vault's keys.  Raises WorkerUnavailable outside the block."""
+        """Where it listens, with the vault's keys, if any.  Raises WorkerUnavailable outside the block."""
         if self._address is None:
             raise WorkerUnavailable("the local worker is not running: use it in a with block")
         return self._address
@@ -122,12 +123,13 @@ class LocalWorker(Closing):
             raise WorkerUnavailable("the local worker runs already: make a second one")
         self._held.folder = places.NewFolder()
         folder, keys = self._held.folder.path, self._authority
-        if keys is None:
+        where = f"shm:{folder / 's'}"
+        if keys is None and not fits(folder / "s"):  # a long name of a folder: TLS does without
             keys = folder / "keys"
             authorities.init(keys)
-        command = [sys.executable, "-P", "-m", "sliplm", "worker", str(self._share)]
-        command += ["--listen", "127.0.0.1:0", "--keys", str(keys / self._name), "--json"]
-        command += ["--until-stdin-closes", str(folder)]
+        command = [sys.executable, "-P", "-m", "sliplm", "worker", str(self._share), "--json"]
+        command += ["--until-stdin-closes", str(folder), "--listen"]
+        command += [where] if keys is None else ["127.0.0.1:0", "--keys", str(keys / self._name)]
         if self._threads is not None:
             command += ["--threads", str(self._threads)]
         try:
@@ -145,7 +147,7 @@ class LocalWorker(Closing):
             listening = json.loads(line)["listening"]
         except (ValueError, KeyError, TypeError) as error:
             raise self._failure(line) from error
-        self._address = f"{listening}?keys={keys / 'vault'}"
+        self._address = listening if keys is None else f"{listening}?keys={keys / 'vault'}"
 
     def _failure(self, line: bytes) -> WorkerUnavailable:
         """Why the process did not come up, in its own words."""

@@ -147,7 +147,7 @@ def plain(address: str) -> str:
     with contextlib.suppress(InputError):
         target = parse_address(address)
         if isinstance(target, UnixAddress):
-            return readable(f"unix:{target.path.absolute()}")
+            return readable(f"unix:{target.path.absolute()}")  # with memory or without, it is the same party
         return readable(str(target))
     return readable(address)
 
