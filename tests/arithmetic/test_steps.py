@@ -97,7 +97,7 @@ def test_ahead_and_opened_are_the_steps_one_by_one(
     a_transposed = np.ascontiguousarray(g.a.T)
     for first, last in cuts(rows, seed):
         steps.ahead(
-            *g.laid, a_transposed, g.b, g.c, g.x, hidden, alpha, out, expected, losses, first, last
+            *g.laid, a_transposed, g.b, g.c, g.e, g.x, hidden, alpha, out, expected, losses, first, last
         )  # fmt: skip
     low = np.zeros_like(out)
     steps.add_low_rank(a_transposed, g.b, g.x, low, 0, 0, rows)

@@ -193,7 +193,8 @@ class MaskPool(Secret):
         self._ready: list[deque[Batch]] = [deque() for _ in range(groups)]
         self._few = [kept - max(1, kept // 4) for kept in self._kept]  # rows below which more are dealt
         self._count = [0] * groups
-        self._change = threading.Condition()
+        self._lock = threading.RLock()  # of `_change`, whose own methods are slower
+        self._change = threading.Condition(self._lock)
         self._failure: Exception | None = None
         self._closed = False
         self._asleep = False  # the background, until it is needed
@@ -231,7 +232,7 @@ class MaskPool(Secret):
         while True:
             parts, missing, age = self._burn_ready(group, rows)
             if not missing:
-                return joined(parts)
+                return parts[0] if len(parts) == 1 else joined(parts)
             late = self._make(group, max(missing, self._step(group) if self._ahead else 0), False, True)
             with self._change:
                 if self._failure is not None:  # somebody deals again
@@ -271,7 +272,7 @@ class MaskPool(Secret):
         """Up to `rows` masks, how many are missing, and the age in which these were good."""
         self._process.check()
         parts: list[Masks] = []
-        with self._change:
+        with self._lock:
             if self._closed:
                 raise MaskError("the vault is closed; load the model again")
             if self._clocks.jumped():

@@ -23,7 +23,6 @@ from sliplm.protocol.frames import NONCE_BYTES, Party
 from sliplm.protocol.side import Rows, Shape
 from sliplm.protocol.vault_side import Product, VaultSide, Welcome
 
-Question = tuple[bytes, memoryview | None]
 Bar = tuple[type[WorkerError], str]
 Marks = tuple[bytes, ...]
 Greet = Callable[["Link", Connection, Welcome], None]
@@ -122,11 +121,7 @@ class Link:
 
         Raises: as `open`, and WorkerFault.
         """
-
-        def ask(side: VaultSide) -> Question:
-            return side.question(parts), message.data
-
-        product = self._answer(ask, parts, meanwhile)
+        product = self._answer(message.data, parts, meanwhile)
         elements = np.frombuffer(product.payload, np.uint32)
         if len(parts) == 1:
             return [elements.reshape(parts[0][1], -1)], product.micros
@@ -152,13 +147,13 @@ class Link:
         """
         known = shown
 
-        def ask(side: VaultSide) -> Question:
+        def ask(side: VaultSide) -> bytes:
             nonlocal known
             marks = () if self.connection is None else self.connection.marks
             if known is not None and marks != known:
                 raise AnotherParty(f"{self.address} is somebody else than before", self.address)
             known = marks
-            return side.deal(group, rows, key, first_row), None
+            return side.deal(group, rows, key, first_row)
 
         with self:
             product = self._answer(ask, [(group, rows)], _nothing)
@@ -224,8 +219,9 @@ class Link:
         self._waiting.pop()
 
     def _answer(
-        self, ask: Callable[[VaultSide], Question], parts: Rows, meanwhile: Callable[[], None]
+        self, asked: memoryview | Callable[[VaultSide], bytes], parts: Rows, meanwhile: Callable[[], None]
     ) -> Product:
+        """The answer to x~ of these groups, or to a frame that is made once it is known who answers."""
         fresh = self.connection is None
         while True:
             connection = self._connected()
@@ -234,8 +230,10 @@ class Link:
             try:
                 start = time.monotonic()
                 deadline = start + self._timeout
-                header, payload = ask(self._side)
-                connection.send(header, payload, deadline=deadline)
+                if isinstance(asked, memoryview):
+                    connection.send(self._side.question(parts), asked, deadline=deadline)
+                else:
+                    connection.send(asked(self._side), deadline=deadline)
                 meanwhile()
                 answer = connection.receive(self._side, deadline=deadline)
                 self.took = time.monotonic() - start

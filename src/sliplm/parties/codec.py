@@ -149,7 +149,7 @@ class GroupCodec(Secret):
         """
         challenges, rows, x, out = self._left(), len(asked.x), asked.x, asked.out
         _over(
-            rows, steps.ahead, *self._laid, *self._kept, challenges.c,
+            rows, steps.ahead, *self._laid, *self._kept, challenges.c, challenges.e,
             x, asked.hidden, asked.alpha, out, asked.expected, asked.losses,
         )  # fmt: skip
         asked.challenges = challenges

@@ -43,6 +43,7 @@ class Counters:
         tries: int,
         micros: int,
         *,
+        burn: float,
         vault: float,
         wait: float,
         check: float,
@@ -53,7 +54,8 @@ class Counters:
             sent, received: bytes.
             tries: how many workers were asked.
             micros: what the one who served says that it took.
-            vault, wait, check: seconds of our own steps 1, 2 and 5, of the wait for workers, of step 4.
+            burn, vault, wait, check: seconds of taking masks, of our own steps 1, 2 and 5, of the wait for
+                workers, of step 4.
         """
         worker = min(micros * 1e-6, wait)  # its word is never more than the wait
         with self._lock:
@@ -62,6 +64,7 @@ class Counters:
             self.retries += tries - 1
             self.bytes_sent += sent
             self.bytes_received += received
+            self.seconds_burn += burn
             self.seconds_vault += vault
             self.seconds_check += check
             self.seconds_worker += worker
@@ -78,11 +81,6 @@ class Counters:
         """Count rows whose input lost precision."""
         with self._lock:
             self.rows_lossy += rows
-
-    def burnt(self, seconds: float) -> None:
-        """Count the time that taking masks took."""
-        with self._lock:
-            self.seconds_burn += seconds
 
     def dealt(self, rows: int, seconds: float, *, late: bool) -> None:
         """Count a batch of masks.  late: a request waited for it."""

@@ -55,7 +55,8 @@ class _Message(Secret):
         self, codecs: Sequence[GroupCodec], parts: Sequence[Part], masks: Sequence[Masks], adapter: str | None
     ) -> None:
         self.codecs, self._masks, self._adapter = codecs, masks, adapter
-        self.elements = np.empty(sum([part.x.size for part in parts]), np.uint32)
+        size = parts[0].x.size if len(parts) == 1 else sum([part.x.size for part in parts])
+        self.elements = np.empty(size, np.uint32)
         self.questions: list[tuple[int, int]] = []
         self._asked: list[Asked] = []
         self.rows = self.answer = first = 0
@@ -138,8 +139,10 @@ class Exchange(Secret):
         codecs = [self._codecs[part.group] for part in parts]
         for codec in codecs:
             codec.check_left()  # M15: what cannot be checked is not asked for
+        begun, late = perf_counter(), self._counters.seconds_dealing_late
         masks = [self._supply.take(part.group, len(part.x)) for part in parts]  # burnt: M7
-        start = perf_counter()  # the supply has counted what was before
+        start = perf_counter()
+        late = self._counters.seconds_dealing_late - late  # other threads' may be in it
         message = _Message(codecs, parts, masks, adapter)  # steps 1 and 2
         failure: SlipError | None = None
         tried: set[Link] = set()
@@ -164,7 +167,8 @@ class Exchange(Secret):
             self._workers.served(link, took, message.work)
             self._counters.exchanged(
                 message.rows, message.elements.nbytes, message.answer, len(tried), micros,
-                vault=vault, wait=answered - asked, check=checked - answered,
+                burn=max(0.0, start - begun - late), vault=vault,
+                wait=answered - asked, check=checked - answered,
             )  # fmt: skip
             break
         else:

@@ -48,15 +48,10 @@ class Supply(Secret):
 
         Raises: MaskError when the vault is closed, or there are no masks and nobody deals.
         """
-        start, late = perf_counter(), self._counters.seconds_dealing_late
         disk = self._disk
-        source: DiskPool | MaskPool = self.memory
         if disk is not None and (not self._dealing.possible or disk.available(group) >= rows):
-            source = disk
-        taken = source.take(group, rows)
-        late = self._counters.seconds_dealing_late - late  # other threads' may be in it
-        self._counters.burnt(max(0.0, perf_counter() - start - late))
-        return taken
+            return disk.take(group, rows)
+        return self.memory.take(group, rows)
 
     def add(self, tokens: int) -> None:
         """Deal, in memory, what so many tokens are expected to take of each group.  Raises: MaskError."""

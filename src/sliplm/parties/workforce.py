@@ -62,7 +62,10 @@ def work(products: Iterable[tuple[int, int, int]]) -> int:
     Args:
         products: (m, n, rows) of each group in it.
     """
-    return sum(m * n * (rows + 8) for m, n, rows in products) + 2**20
+    total = 2**20
+    for m, n, rows in products:
+        total += m * n * (rows + 8)
+    return total
 
 
 class Workforce:
