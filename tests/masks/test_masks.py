@@ -108,7 +108,7 @@ def test_the_background_fills_and_refills() -> None:
 
 
 def test_the_background_gives_way_while_a_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for groups that have less than half of what is kept ready."""
+    """But for groups that are down to a quarter of what is kept ready."""
     monkeypatch.setattr(masks, "_LULL", 0.0)
     pool = masks.MaskPool(2, make, ahead=16)
     pool.start()
@@ -120,7 +120,7 @@ def test_the_background_gives_way_while_a_request_runs(monkeypatch: pytest.Monke
         assert pool._due() is None
         pool.take(1, 16)
         deadline = time.monotonic() + 30
-        while pool.available(1) <= 8:
+        while pool.available(1) <= 4:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert pool.available(0) == 9

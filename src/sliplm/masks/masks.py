@@ -160,7 +160,7 @@ def deal(group: int, n: int, rows: int, products: Callable[[Fresh], Dealt], fres
 class MaskPool(Secret):
     """Masks dealt ahead, in memory, filled by a background thread and by whoever needs more than it holds.
 
-    The thread gives way to requests: it deals when none runs, or for groups that have less than half.
+    The thread gives way to requests: it deals when none runs, or for groups that are down to a quarter.
 
     Keys live in this process alone: after a crash every mask is gone, so none can be used twice.  A forked
     child gets none.
@@ -346,7 +346,7 @@ class MaskPool(Secret):
         """The group that is dealt for next; None while that can wait for the request that runs."""
         group = self._neediest()
         running = time.monotonic() - self._asked < _LULL
-        return None if running and group is not None and 2 * self._count[group] > self._kept[group] else group
+        return None if running and group is not None and 4 * self._count[group] > self._kept[group] else group
 
     def _step(self, group: int) -> int:
         return max(1, self._kept[group] // 4)
