@@ -51,6 +51,7 @@ MODELS: Final[dict[str, tuple[int, tuple[Shape, ...], Shape | None]]] = {
 }
 """Layers, a layer's groups (m, n), and the head."""
 
+SOME: Final = 10_000_019  # random weights, repeated
 COPIES: Final = 2  # of a layer's weights, in turn
 DECODING: Final = (1, 8, 16, 64)
 DEALING, PROMPT = 1024, 2048
@@ -174,9 +175,9 @@ def all_shapes(model: str) -> list[Shape]:
 def random_weights(model: str, bits: int) -> Iterator[kernels.Integers]:
     """Integers as a split makes them, in the order of `all_shapes`."""
     dtype, largest = BITS[bits]
-    generator = np.random.default_rng(bits)
+    some = np.random.default_rng(bits).integers(-largest, largest + 1, SOME, dtype)
     for shape in all_shapes(model):
-        yield generator.integers(-largest, largest + 1, shape, dtype)
+        yield np.resize(some, shape)
 
 
 def median_of(once: Callable[[], float], repeats: int = REPEATS) -> float:

@@ -18,13 +18,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fakecard import FakeCard
+from fakecard import cards as real_cards
 from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import P
 from sliplm.arithmetic.kernels import placing
 from sliplm.arithmetic.kernels.cuda import card as cards
 from sliplm.arithmetic.kernels.cuda import compiling, driver, layout
 from sliplm.arithmetic.kernels.cuda.matrix import CudaMatrix
-from sliplm.arithmetic.kernels.cuda.tiles import BANDS, Tile, band_of, candidates
+from sliplm.arithmetic.kernels.cuda.tiles import (
+    BANDS,
+    Tile,
+    band_of,
+    candidates,
+    cutting,
+    multiplying,
+    unpacking,
+)
 from sliplm.arithmetic.kernels.cuda.tuning import Tuning
 from sliplm.errors import CardError, InputError, KernelError
 
@@ -34,7 +43,7 @@ ROWS = [1, 2, 4, 5, 8, 9, 16, 17, 33, 64, 65, 130]
 on_a_card = [
     pytest.mark.cuda,
     pytest.mark.skipif(
-        not driver.count(), reason="needs an NVIDIA card: `make test-gpu` on a machine with one"
+        not real_cards(), reason="needs an NVIDIA card: `make test-gpu` on a machine with one"
     ),
 ]
 TILES = sorted(
@@ -279,6 +288,31 @@ def test_without_a_card_the_processor_computes(
     assert not caplog.records
 
 
+def test_a_driver_that_does_not_start_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Library:
+        """One that finds that the kernel's part is another version."""
+
+        def __getattr__(self, name: str) -> object:
+            return Failing()
+
+    class Failing:
+        argtypes: object = None
+
+        def __call__(self, *arguments: object) -> int:
+            return 803
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: Library())
+    driver._library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert one("auto").kernel == kernels.choose()
+    assert "driver does not start: error 803" in caplog.text
+    with pytest.raises(CardError, match="does not start"):
+        one("cuda")
+    driver._library.cache_clear()
+
+
 def test_a_card_that_fails_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -329,7 +363,7 @@ def test_without_triton_there_are_words(monkeypatch: pytest.MonkeyPatch) -> None
     compiling.triton.cache_clear()
 
 
-@pytest.mark.skipif(driver.count() > 0, reason="this machine has a card")
+@pytest.mark.skipif(real_cards() > 0, reason="this machine has a card")
 def test_a_missing_card_is_said_to_be_missing() -> None:
     with pytest.raises(CardError, match=r"no NVIDIA driver|no card 0"):
         cards.Card(0)
@@ -339,21 +373,12 @@ def test_a_missing_card_is_said_to_be_missing() -> None:
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed here")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("program", ["cut", "few", "stack", "unpack"])
-def test_programs_compile_without_a_card(program: str, capability: int) -> None:
-    constants = {
-        "cut": {"BLOCK": 1024},
-        "unpack": {"BLOCK": 1024},
-        "few": {"PACKED": True, "UNROLL": 2, "BM": 4, "BK": 128},
-        "stack": {
-            "PACKED": True, "ADD": False, "TMA": False, "BM": 64, "BN": 16, "BK": 64, "GROUP": 8
-        },
-    }[program]  # fmt: skip
-    made = compiling.compiled(
-        program, constants, 1 if program == "few" else 4, 3, aligned=False, capability=capability
-    )
-    assert made.binary[:4] == b"\x7fELF" and made.name == program
-    assert made.shared <= 99 << 10
+@pytest.mark.parametrize("tile", [(4, 0, 128, 1, 2), (64, 16, 64, 4, 4), (64, 32, 64, 4, 3, False, True)])
+def test_programs_compile_without_a_card(tile: tuple[int, ...], capability: int) -> None:
+    for program in (cutting(1024), unpacking(1024), *multiplying(Tile(*tile), packed=True)):
+        made = compiling.compiled(program, aligned=False, capability=capability)
+        assert made.binary[:4] == b"\x7fELF" and made.name == program.name
+        assert made.shared <= 99 << 10
 
 
 # --- on a card ---------------------------------------------------------------------------------------------

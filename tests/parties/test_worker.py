@@ -27,8 +27,8 @@ import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fakecard import cards
 from sliplm.arithmetic.field import P, new_key, uniform_rows
-from sliplm.arithmetic.kernels.cuda import driver
 from sliplm.errors import (
     AttestationError,
     CredentialError,
@@ -527,7 +527,7 @@ def test_stop_answers_what_was_asked(share: WorkerShare, folder: Path, tmp_path:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not driver.count(), reason="needs an NVIDIA card: `make test-gpu` on a machine with one")
+@pytest.mark.skipif(not cards(), reason="needs an NVIDIA card: `make test-gpu` on a machine with one")
 def test_a_worker_on_a_card(share: WorkerShare, folder: Path, tmp_path: Path) -> None:
     side, worker = side_of(share), Worker(share, device="cuda")
     with serving(worker, f"unix:{tmp_path}/socket", folder) as address, connect(address, LIMIT) as connection:

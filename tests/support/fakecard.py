@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,16 @@ import pytest
 from sliplm.arithmetic.field import P
 from sliplm.arithmetic.kernels.cuda import driver
 from sliplm.arithmetic.kernels.cuda.card import Lane
+from sliplm.arithmetic.kernels.cuda.tiles import Program
 from sliplm.errors import CardError
+
+
+def cards() -> int:
+    """How many real cards the tests may use."""
+    try:
+        return driver.count()
+    except CardError:
+        return 0
 
 
 def at(address: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -107,13 +116,16 @@ class FakeCard:
         if self.whole_low is None or self.whole_low.size < size:
             self.whole_low = FakeMemory(size)
 
+    def compile_ahead(self, programs: Iterable[Program], *, aligned: bool) -> None: ...
+
     def launch(
-        self, program: str, constants: Mapping[str, int], warps: int, stages: int, *,
+        self, program: Program, *,
         aligned: bool, grid: tuple[int, int], arguments: tuple[int, ...], lane: Any,
     ) -> None:  # fmt: skip
-        self.asked.append(program)
-        key = warps, constants.get("UNROLL", stages)
-        lane.stream.do(lambda: self._run(program, constants, grid, arguments, key))
+        self.asked.append(program.name)
+        constants = dict(program.constants)
+        key = program.warps, constants.get("UNROLL", program.stages)
+        lane.stream.do(lambda: self._run(program.name, constants, grid, arguments, key))
 
     def _copy(self, name: str, to: int, source: int, size: int, *rest: Any) -> None:
         if name == "cuMemsetD8Async":

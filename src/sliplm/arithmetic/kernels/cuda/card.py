@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int, c_uint64
 from functools import cache
 from typing import Final
 
 from sliplm.arithmetic.kernels.cuda import compiling, driver
+from sliplm.arithmetic.kernels.cuda.tiles import Program
 from sliplm.errors import CardError
 
 STAGE: Final = 16 << 20  # bytes of questions, or of answers, on their way at a time: a frame's
 _FILL: Final = 4 * 64 << 17
 _SCRATCH: Final = 8 << 20
+_COMPILERS: Final = 8  # at a time, at the first start
 _LEAST_CAPABILITY: Final = 80
 
 
@@ -51,7 +54,7 @@ class Card:
             )
         self.versions = f"driver {driver.version()}, triton {compiling.triton()}"
         self._lock = threading.RLock()
-        self._functions: dict[object, tuple[compiling.Compiled, driver.Function]] = {}
+        self._functions: dict[tuple[Program, bool], tuple[compiling.Compiled, driver.Function]] = {}
         self.whole_low: driver.Memory | None = None
         self.device.enter()
         self.lanes = (Lane(), Lane())
@@ -72,12 +75,17 @@ class Card:
             self.whole_low = None
             self.whole_low = driver.Memory(size)
 
+    def compile_ahead(self, programs: Iterable[Program], *, aligned: bool) -> None:
+        """Compile several programs at a time; one that does not compile says so when it is launched."""
+        wanted = [each for each in programs if (each, aligned) not in self._functions]
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            for each in [pool.submit(self._compiled, program, aligned) for program in wanted]:
+                with contextlib.suppress(CardError):
+                    each.result()
+
     def launch(
         self,
-        program: str,
-        constants: Mapping[str, int],
-        warps: int,
-        stages: int,
+        program: Program,
         *,
         aligned: bool,
         grid: tuple[int, int],
@@ -85,25 +93,25 @@ class Card:
         lane: Lane,
     ) -> None:
         """Ask a lane for one program.  Raises CardError, also where its tile does not fit this card."""
-        key = (program, *constants.values(), warps, stages, aligned)
-        found = self._functions.get(key)
+        found = self._functions.get((program, aligned))
         if found is None:
-            made = compiling.compiled(
-                program, constants, warps, stages, aligned=aligned, capability=self.device.capability
-            )
+            made = self._compiled(program, aligned)
             if made.shared > self.device.shared_memory:
-                raise CardError(f"{program} needs {made.shared} bytes of a block's memory on this card")
+                raise CardError(f"{program.name} needs {made.shared} bytes of a block's memory on this card")
             function = driver.Function(made.binary, made.name, made.shared, made.warps)
-            found = self._functions[key] = (made, function)
+            found = self._functions[program, aligned] = (made, function)
         made, function = found
         if made.scratch * grid[0] * grid[1] > lane.scratch.size:
-            raise CardError(f"{program} needs more scratch memory than there is")
+            raise CardError(f"{program.name} needs more scratch memory than there is")
         values: list[c_uint64 | c_int] = [
             c_uint64(value) if pointer else c_int(value)
             for pointer, value in zip(made.parameters, arguments, strict=True)
         ]
         # what Triton adds to every program: memory of each block's own, and none to profile with
         function.launch(grid, [*values, c_uint64(lane.scratch.address), c_uint64(0)], lane.stream)
+
+    def _compiled(self, program: Program, aligned: bool) -> compiling.Compiled:
+        return compiling.compiled(program, aligned=aligned, capability=self.device.capability)
 
 
 @cache

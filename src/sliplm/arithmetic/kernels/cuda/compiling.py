@@ -6,12 +6,12 @@ driver instead (`driver.Function`).  Triton keeps what it has compiled in its ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, Final
 
+from sliplm.arithmetic.kernels.cuda.tiles import Program
 from sliplm.errors import CardError
 
 _DIVISIBLE: Final = [["tt.divisibility", 16]]
@@ -41,25 +41,17 @@ def triton() -> str:
     """Triton's version.  Raises CardError without Triton."""
     try:
         import triton as library
-    except ImportError as error:
+    except Exception as error:  # whatever a broken installation raises
         raise CardError(
-            "Triton, which compiles the card's programs, is not installed: `pip install triton`, or run on "
-            "the CPU"
+            "Triton, which compiles the card's programs, is not installed or broken: `pip install triton`, "
+            f"or run on the CPU ({_first_line(error)})"
         ) from error
     version: str = library.__version__
     return version
 
 
-def compiled(
-    program: str,
-    constants: Mapping[str, int],
-    warps: int,
-    stages: int,
-    *,
-    aligned: bool,
-    capability: int,
-) -> Compiled:
-    """Compile one of `programs` for cards of a capability (90 for 9.0).
+def compiled(program: Program, *, aligned: bool, capability: int) -> Compiled:
+    """Compile for cards of a capability (90 for 9.0); from several threads if wished.
 
     Args:
         aligned: the matrix has multiples of 16 rows and columns.
@@ -67,25 +59,23 @@ def compiled(
     Raises CardError, also where Triton's compiler fails.
     """
     triton()
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     programs = _programs()
-    function = getattr(programs, program)
+    function, constants = getattr(programs, program.name), dict(program.constants)
     kinds = {name: programs.POINTERS.get(name, "i32") for name in function.arg_names if name not in constants}
     divisible = _ALWAYS | set(programs.POINTERS) | (_ALIGNED if aligned else set())
     signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
     attributes = {(i,): _DIVISIBLE for i, name in enumerate(function.arg_names) if name in divisible}
     try:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
         made = compile(
-            ASTSource(function, signature, constexprs=dict(constants), attrs=attributes),
+            ASTSource(function, signature, constexprs=constants, attrs=attributes),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps, "num_stages": stages},
+            options={"num_warps": program.warps, "num_stages": program.stages},
         )
     except Exception as error:  # whatever a compiler raises
-        raise CardError(
-            f"Triton {triton()} does not compile {program} {dict(constants)}: {_first_line(error)}"
-        ) from error
+        raise CardError(f"Triton {triton()} does not compile {program}: {_first_line(error)}") from error
     facts: Any = made.metadata
     parameters = tuple(kind.startswith("*") for kind in kinds.values())
     scratch = int(getattr(facts, "global_scratch_size", 0) or 0)

@@ -105,13 +105,13 @@ def _words(library: ctypes.CDLL, code: int) -> str:
 
 
 def count() -> int:
-    """How many cards this process may use; 0 without a driver."""
-    found = c_int()
+    """How many cards this process may use; 0 without a driver.  Raises CardError for one that fails."""
     try:
-        library = _library()
-    except CardError:
+        ctypes.CDLL(_LIBRARY)
+    except OSError:
         return 0
-    return 0 if library.cuDeviceGetCount(byref(found)) else found.value
+    found = c_int()
+    return 0 if _library().cuDeviceGetCount(byref(found)) else found.value
 
 
 def version() -> int:

@@ -15,14 +15,22 @@ import numpy.typing as npt
 from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.kernels.cuda import driver, layout
 from sliplm.arithmetic.kernels.cuda.card import Card, Lane
-from sliplm.arithmetic.kernels.cuda.tiles import BANDS, RECORDED, Tile, band_of
+from sliplm.arithmetic.kernels.cuda.tiles import (
+    BANDS,
+    RECORDED,
+    Program,
+    Tile,
+    band_of,
+    cutting,
+    multiplying,
+    unpacking,
+)
 from sliplm.arithmetic.kernels.cuda.tuning import Choice
 from sliplm.errors import CardError
 
 _BLOCK: Final = 1024  # elements that a block of `cut` and `unpack` takes
 _SMALL_BLOCK: Final = 256  # where there are few of them
-_GROUP: Final = 8  # tiles of w that neighbouring blocks share
-_LAYOUT_ROWS: Final = 1024  # laid out at a time
+_LAYOUT_ROWS: Final = 128  # laid out at a time, in the processor's cache
 _STEP: Final = 64  # rows: chunks are whole blocks
 
 
@@ -127,52 +135,35 @@ class CudaMatrix:
             raise CardError(f"{rows} rows of {n} columns are too many at a time")
         block = _SMALL_BLOCK if rows <= RECORDED else _BLOCK
         self._launch(
-            lane, "cut", {"BLOCK": block}, (4, 1), (rows, -(-width // block)),
+            lane, cutting(block), (rows, -(-width // block)),
             (x, lane.limbs.address, n, width, tile.rows_a_block),
         )  # fmt: skip
+        first, *second = multiplying(tile, packed=self.packed)
+        tall = -(-m // tile.bm)
         if tile.bn == 0:
             self._launch(
-                lane, "few", {"PACKED": self.packed, "UNROLL": tile.stages, "BM": tile.bm, "BK": tile.bk},
-                (tile.warps, 1), (-(-m // tile.bm), 1),
+                lane, first, (tall, 1),
                 (self._w.address, self._low.address, lane.limbs.address, out, m, width // 4),
             )  # fmt: skip
             return
-        self._stack(lane, tile, self._w.address, out, rows, add=False)
-        if self.packed and tile.whole and self._card.whole_low is not None:
-            self._stack(lane, tile, self._card.whole_low.address, out, rows, add=True)
+        rest = (self._low.address, lane.limbs.address, out, rows, m, width)
+        self._launch(lane, first, (tall * blocks, 1), (self._w.address, *rest))
+        if second and self._card.whole_low is not None:
+            self._launch(lane, second[0], (tall * blocks, 1), (self._card.whole_low.address, *rest))
 
     def unpack(self, lane: Lane) -> None:
         """Unpack the low parts for products of many rows; other matrices' are gone then."""
         whole = self._card.whole_low
         if whole is not None:
             self._launch(
-                lane, "unpack", {"BLOCK": _BLOCK}, (4, 1), (self.shape[0], -(-self.width // 2 // _BLOCK)),
+                lane, unpacking(_BLOCK), (self.shape[0], -(-self.width // 2 // _BLOCK)),
                 (self._low.address, whole.address, self.width),
             )  # fmt: skip
 
-    def _stack(self, lane: Lane, tile: Tile, w: int, out: int, rows: int, *, add: bool) -> None:
-        (m, _), width = self.shape, self.width
-        constants = {
-            "PACKED": self.packed and not tile.whole, "ADD": add, "TMA": tile.tma,
-            "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP": _GROUP,
-        }  # fmt: skip
-        self._launch(
-            lane, "stack", constants, (tile.warps, tile.stages), (-(-m // tile.bm) * -(-rows // tile.bn), 1),
-            (w, self._low.address, lane.limbs.address, out, rows, m, width),
-        )  # fmt: skip
-
     def _launch(
-        self,
-        lane: Lane,
-        program: str,
-        constants: dict[str, int],
-        warps_stages: tuple[int, int],
-        grid: tuple[int, int],
-        arguments: tuple[int, ...],
+        self, lane: Lane, program: Program, grid: tuple[int, int], arguments: tuple[int, ...]
     ) -> None:
-        self._card.launch(
-            program, constants, *warps_stages, aligned=self.aligned, grid=grid, arguments=arguments, lane=lane
-        )
+        self._card.launch(program, aligned=self.aligned, grid=grid, arguments=arguments, lane=lane)
 
 
 def _collect(lane: Lane, out: Elements) -> None:

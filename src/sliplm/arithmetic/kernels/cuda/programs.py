@@ -76,10 +76,18 @@ def _quarters(words, ROWS: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _dots(w0, w1, w2, w3, at, BK: tl.constexpr, inside, total):
-    """total + the products of four words of weights with those of one limb at `at`."""
-    x0, x1, x2, x3 = _quarters(tl.load(at, inside, other=0)[None, :], 1, BK)
-    return _dp4a(w3, x3, _dp4a(w2, x2, _dp4a(w1, x1, _dp4a(w0, x0, total))))
+def _dots(words, x, plane, inside, a, b, c, d, ROWS: tl.constexpr, BK: tl.constexpr):
+    """The sums of four limbs, with the products of these words of weights and the limbs' at x added."""
+    w0, w1, w2, w3 = _quarters(words, ROWS, BK)
+    x0, x1, x2, x3 = _quarters(tl.load(x, inside, other=0)[None, :], 1, BK)
+    a = _dp4a(w3, x3, _dp4a(w2, x2, _dp4a(w1, x1, _dp4a(w0, x0, a))))
+    x0, x1, x2, x3 = _quarters(tl.load(x + plane, inside, other=0)[None, :], 1, BK)
+    b = _dp4a(w3, x3, _dp4a(w2, x2, _dp4a(w1, x1, _dp4a(w0, x0, b))))
+    x0, x1, x2, x3 = _quarters(tl.load(x + 2 * plane, inside, other=0)[None, :], 1, BK)
+    c = _dp4a(w3, x3, _dp4a(w2, x2, _dp4a(w1, x1, _dp4a(w0, x0, c))))
+    x0, x1, x2, x3 = _quarters(tl.load(x + 3 * plane, inside, other=0)[None, :], 1, BK)
+    d = _dp4a(w3, x3, _dp4a(w2, x2, _dp4a(w1, x1, _dp4a(w0, x0, d))))
+    return a, b, c, d
 
 
 @triton.jit
@@ -94,7 +102,7 @@ def few(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     a = tl.zeros((BM, BK // 4), tl.int32)
     b, c, d = a, a, a
-    low_a, low_b, low_c, low_d = a, a, a, a
+    la, lb, lc, ld = a, a, a, a
     half = plane // 2
     for start in tl.range(0, half, BK, loop_unroll_factor=UNROLL):
         k = start + tl.arange(0, BK)
@@ -107,35 +115,18 @@ def few(
             at = rows[:, None].to(tl.int64) * half + k[None, :]
             both = tl.load(low_words + at, wanted, other=0, eviction_policy="evict_first")
         x = limb_words + k
-        w0, w1, w2, w3 = _quarters(first, BM, BK)
-        a = _dots(w0, w1, w2, w3, x, BK, inside, a)
-        b = _dots(w0, w1, w2, w3, x + plane, BK, inside, b)
-        c = _dots(w0, w1, w2, w3, x + 2 * plane, BK, inside, c)
-        d = _dots(w0, w1, w2, w3, x + 3 * plane, BK, inside, d)
+        a, b, c, d = _dots(first, x, plane, inside, a, b, c, d, BM, BK)
+        a, b, c, d = _dots(second, x + half, plane, inside, a, b, c, d, BM, BK)
         if PACKED:
-            w0, w1, w2, w3 = _quarters(both & 0x0F0F0F0F, BM, BK)
-            low_a = _dots(w0, w1, w2, w3, x, BK, inside, low_a)
-            low_b = _dots(w0, w1, w2, w3, x + plane, BK, inside, low_b)
-            low_c = _dots(w0, w1, w2, w3, x + 2 * plane, BK, inside, low_c)
-            low_d = _dots(w0, w1, w2, w3, x + 3 * plane, BK, inside, low_d)
-        x += half
-        w0, w1, w2, w3 = _quarters(second, BM, BK)
-        a = _dots(w0, w1, w2, w3, x, BK, inside, a)
-        b = _dots(w0, w1, w2, w3, x + plane, BK, inside, b)
-        c = _dots(w0, w1, w2, w3, x + 2 * plane, BK, inside, c)
-        d = _dots(w0, w1, w2, w3, x + 3 * plane, BK, inside, d)
-        if PACKED:
-            w0, w1, w2, w3 = _quarters((both >> 4) & 0x0F0F0F0F, BM, BK)
-            low_a = _dots(w0, w1, w2, w3, x, BK, inside, low_a)
-            low_b = _dots(w0, w1, w2, w3, x + plane, BK, inside, low_b)
-            low_c = _dots(w0, w1, w2, w3, x + 2 * plane, BK, inside, low_c)
-            low_d = _dots(w0, w1, w2, w3, x + 3 * plane, BK, inside, low_d)
+            early, late = both & 0x0F0F0F0F, (both >> 4) & 0x0F0F0F0F
+            la, lb, lc, ld = _dots(early, x, plane, inside, la, lb, lc, ld, BM, BK)
+            la, lb, lc, ld = _dots(late, x + half, plane, inside, la, lb, lc, ld, BM, BK)
     a, b, c, d = _total(a), _total(b), _total(c), _total(d)
     if PACKED:
-        a = 16 * a + _total(low_a)
-        b = 16 * b + _total(low_b)
-        c = 16 * c + _total(low_c)
-        d = 16 * d + _total(low_d)
+        a = 16 * a + _total(la)
+        b = 16 * b + _total(lb)
+        c = 16 * c + _total(lc)
+        d = 16 * d + _total(ld)
     tl.store(out + rows, _element(_folded(a, b, c, d)), rows < m)
 
 

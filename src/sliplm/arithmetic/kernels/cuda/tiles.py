@@ -14,7 +14,7 @@ class Tile:
     Attributes:
         bm, bn, bk: rows of w, rows of x, and columns that a block takes at a time; bn 0: program `few`, with
             bk in words of four columns.
-        warps, stages: of a block; how many steps' tiles are on their way at a time.
+        warps, stages: of a block; how many steps' tiles are on their way at a time, or a loop's are unrolled.
         tma: tiles are fetched by the card's copy engine (from capability 9.0 on).
         whole: a packed matrix is unpacked first, and its two planes are multiplied one after the other.
     """
@@ -33,6 +33,21 @@ class Tile:
         return self.bn or 1
 
 
+@dataclass(frozen=True)
+class Program:
+    """One of `programs`, with all that it is compiled for but the card and the matrix's alignment.
+
+    Attributes:
+        constants: names and values, in the program's order.
+        warps, stages: as a tile's.
+    """
+
+    name: str
+    constants: tuple[tuple[str, int], ...]
+    warps: int = 4
+    stages: int = 1
+
+
 BANDS: Final = (1, 4, 8, 16, 64, 1024)
 """Numbers of rows up to which one choice of a tile holds, and for which it is measured; the last is for more
 too."""
@@ -40,6 +55,7 @@ too."""
 RECORDED: Final = 16
 """Rows up to which a product is one recorded launch."""
 
+_GROUP: Final = 8  # tiles of w that neighbouring blocks share
 _Cut = tuple[int, int, int, int]  # bm, bk, warps, stages: bn is the band's
 _ONE: Final[tuple[_Cut, ...]] = (
     (4, 128, 1, 1),
@@ -84,3 +100,29 @@ def candidates(band: int, *, packed: bool, capability: int) -> tuple[Tile, ...]:
 
 def _tiles(bn: int, cuts: tuple[_Cut, ...]) -> tuple[Tile, ...]:
     return tuple(Tile(bm, bn, bk, warps, stages) for bm, bk, warps, stages in cuts)
+
+
+def cutting(block: int) -> Program:
+    """Cuts x, so many elements at a time."""
+    return Program("cut", (("BLOCK", block),))
+
+
+def unpacking(block: int) -> Program:
+    """Unpacks low parts, so many bytes at a time."""
+    return Program("unpack", (("BLOCK", block),))
+
+
+def multiplying(tile: Tile, *, packed: bool) -> tuple[Program, ...]:
+    """What a product by this tile takes, after x was cut; the second program is for the low parts."""
+    if tile.bn == 0:
+        constants = (("PACKED", packed), ("UNROLL", tile.stages), ("BM", tile.bm), ("BK", tile.bk))
+        return (Program("few", constants, tile.warps),)
+    sizes = (("BM", tile.bm), ("BN", tile.bn), ("BK", tile.bk), ("GROUP", _GROUP))
+    both = packed and tile.whole
+    kinds = [(packed and not tile.whole, False)] + [(False, True)] * both
+    return tuple(
+        Program(
+            "stack", (("PACKED", fused), ("ADD", add), ("TMA", tile.tma), *sizes), tile.warps, tile.stages
+        )
+        for fused, add in kinds
+    )

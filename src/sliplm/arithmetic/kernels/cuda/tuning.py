@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import astuple
+from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,9 +21,10 @@ import numpy as np
 
 from sliplm import durable, places
 from sliplm.arithmetic import kernels
+from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.kernels.cuda import driver
 from sliplm.arithmetic.kernels.cuda.card import Card, Lane
-from sliplm.arithmetic.kernels.cuda.tiles import Tile, candidates
+from sliplm.arithmetic.kernels.cuda.tiles import BANDS, Tile, candidates, multiplying
 from sliplm.errors import CardError, PlaceError
 from sliplm.reading import read_bounded
 
@@ -89,6 +91,7 @@ class Tuning:
         if self._until is None:
             logger.info("measuring what is fastest on %s, once for each shape", self._card.device.name)
             self._until = time.monotonic() + self._limit
+            self._compile(matrix)
         usable = [tile for tile in tiles[:1] if self._is_exact(tile, matrix, band)]
         if usable and time.monotonic() > self._until:
             return usable[0]
@@ -108,6 +111,13 @@ class Tuning:
                 durable.replace(self._file, json.dumps(self._kept, indent=1).encode(), lasting=False)
                 self._new = False
 
+    def _compile(self, matrix: Product) -> None:
+        """All that may be tried for such matrices, several at a time."""
+        packed, capability = matrix.packed, self._card.device.capability
+        tiles = [tile for band in BANDS for tile in candidates(band, packed=packed, capability=capability)]
+        programs = {each for tile in tiles for each in multiplying(tile, packed=packed)}
+        self._card.compile_ahead(programs, aligned=matrix.aligned)
+
     def _is_exact(self, tile: Tile, matrix: Product, band: int) -> bool:
         """Does this tile's program, as compiled for such a matrix, give the known answers?"""
         key = tile, band, matrix.packed, matrix.aligned
@@ -116,16 +126,14 @@ class Tuning:
         return self._exact[key]
 
     def _gives_known_answers(self, tile: Tile, band: int, packed: bool, aligned: bool) -> bool:
-        m, n = (336, 1104) if aligned else (331, 1101)
-        rows = min(band, 70)
-        largest, dtype = (2047, np.int16) if packed else (127, np.int8)
-        w, x = kernels.known_operands(m, n, rows, largest)
+        w, x, wanted = _known(packed=packed, aligned=aligned)
+        rows = min(band, len(x))
         try:
-            answer = self._build(w.astype(dtype), tile).product(x)
+            answer = self._build(w, tile).product(x[:rows])
         except CardError as error:  # it does not fit this card, say
             logger.debug("%s is passed over: %s", tile, error)
             return False
-        return np.array_equal(answer, kernels.known_answer(w, x))
+        return np.array_equal(answer, wanted[:rows])
 
     def _milliseconds(self, matrix: Product, tile: Tile, band: int) -> float:
         """The median of a few runs, with the card's cache emptied before each."""
@@ -140,6 +148,15 @@ class Tuning:
             matrix.ask(lane, tile, lane.x.address, lane.out.address, rows)
             spent.append(driver.elapsed(before, lane.stream.mark()))
         return sorted(spent)[_REPEATS // 2]
+
+
+@cache
+def _known(*, packed: bool, aligned: bool) -> tuple[kernels.Integers, Elements, Elements]:
+    """Weights, 70 rows, and what they give: odd shapes, or multiples of 16, for which others are compiled."""
+    m, n = (336, 1104) if aligned else (331, 1101)
+    largest, dtype = (2047, np.int16) if packed else (127, np.int8)
+    w, x = kernels.known_operands(m, n, 70, largest)
+    return w.astype(dtype), x, kernels.known_answer(w, x)
 
 
 def _file(card: Card) -> Path | None:
