@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core.errors import TypingError
 
 from sliplm.arithmetic import rotation
 from sliplm.arithmetic.field import new_key
@@ -68,6 +69,25 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     turned = rotation.make("fast", new_key(), 300)
     x = np.random.default_rng(0).standard_normal((5, 300)).astype(np.float32)
     assert np.array_equal(turned.apply(x)[2:3], turned.apply(x[2:3]))
+
+
+@given(widths, st.sampled_from([1, 5, 6, 15, 16, 17, 21, 22, 48]))
+def test_many_rows_have_the_same_bits_as_each_alone(n: int, rows: int) -> None:
+    turned = rotation.make("fast", new_key(), n)
+    x = np.random.default_rng(n).standard_normal((rows, n)).astype(np.float32)
+    for turn in (turned.apply, turned.apply_transpose):
+        alone = np.concatenate([turn(x[i : i + 1]) for i in range(rows)])
+        memory = np.full(rows * n + 32, 7, np.float32)
+        out = turn(x, memory[16:-16].reshape(rows, n))
+        assert np.array_equal(out.view(np.uint32), alone.view(np.uint32))
+        assert (memory[:16] == 7).all()
+        assert (memory[-16:] == 7).all()
+
+
+def test_an_output_with_gaps_is_refused() -> None:
+    turned = rotation.make("fast", new_key(), 64)
+    with pytest.raises(TypingError):
+        turned.apply(np.zeros((20, 64), np.float32), np.zeros((20, 128), np.float32)[:, ::2])
 
 
 def test_gaussians_are_standard_normal() -> None:

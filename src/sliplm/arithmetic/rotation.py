@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from sliplm.arithmetic.field import derive_key, keystream
 from sliplm.arithmetic.jit import jit
+from sliplm.arithmetic.lanes import LANES, from_lines, hadamard_lines, move_lines, to_lines, turn_lines
 from sliplm.errors import RecipeError
 
 Floats = npt.NDArray[np.float32]
@@ -28,6 +29,7 @@ Tables = tuple[Orders, Floats, Orders, Floats, Floats, int, int]
 first of a pair from the second, block size."""
 
 MAX_HAAR = 8192  # columns; a wider Haar matrix costs the vault more than the layer itself
+_FEW = 6  # rows below which each is turned alone
 _LAYERS = 3  # secret layers of the fast transform; a Hadamard layer lies between each two
 
 
@@ -297,13 +299,46 @@ def fast_rotate_back(x: Floats, out: Floats, work: Floats, tables: Tables) -> No
 
 @jit
 def rotate_rows(x: Floats, out: Floats, tables: Tables) -> None:
-    work = np.empty(x.shape[1], np.float32)
-    for i in range(x.shape[0]):
-        fast_rotate(x[i], out[i], work, tables)
+    rows, n = x.shape
+    alone = rows % LANES if rows % LANES < _FEW else 0
+    order, signs, _, _, turns, distance, block = tables
+    size = n * LANES if rows > alone else n
+    here, there = np.empty(size, np.float32), np.empty(size, np.float32)
+    for i in range(0, rows - alone, LANES):
+        to_lines(x, i, here)
+        move_lines(here, there, order[0], signs[0])
+        for layer in range(1, order.shape[0]):
+            hadamard_lines(there, 0, block, n // block)
+            if n % block:
+                hadamard_lines(there, n - block, block, 1)
+            here, there = there, here
+            move_lines(here, there, order[layer], signs[layer])
+            if layer == 1:
+                turn_lines(there, turns[0], turns[1], turns[2], turns[3], distance)
+        from_lines(there, out, i)
+    for i in range(rows - alone, rows):
+        fast_rotate(x[i], out[i], here[:n], tables)
 
 
 @jit
 def rotate_rows_back(x: Floats, out: Floats, tables: Tables) -> None:
-    work = np.empty(x.shape[1], np.float32)
-    for i in range(x.shape[0]):
-        fast_rotate_back(x[i], out[i], work, tables)
+    rows, n = x.shape
+    alone = rows % LANES if rows % LANES < _FEW else 0
+    _, _, inverse, signs, turns, distance, block = tables
+    size = n * LANES if rows > alone else n
+    here, there = np.empty(size, np.float32), np.empty(size, np.float32)
+    last = inverse.shape[0] - 1
+    for i in range(0, rows - alone, LANES):
+        to_lines(x, i, here)
+        move_lines(here, there, inverse[last], signs[last])
+        for layer in range(last - 1, -1, -1):
+            if n % block:
+                hadamard_lines(there, n - block, block, 1)
+            hadamard_lines(there, 0, block, n // block)
+            if layer == 1:
+                turn_lines(there, turns[0], turns[2], turns[1], turns[3], distance)
+            here, there = there, here
+            move_lines(here, there, inverse[layer], signs[layer])
+        from_lines(there, out, i)
+    for i in range(rows - alone, rows):
+        fast_rotate_back(x[i], out[i], here[:n], tables)
