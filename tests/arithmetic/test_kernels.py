@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +16,11 @@ from hypothesis.extra import numpy as hnp
 
 from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import P
-from sliplm.arithmetic.kernels import vnni
+from sliplm.arithmetic.kernels import amx, vnni
 from sliplm.errors import KernelError
 
 FAST = [
+    pytest.param("amx", marks=pytest.mark.skipif(not amx.available(), reason="the processor has no AMX")),
     pytest.param(
         "vnni", marks=pytest.mark.skipif(not vnni.available(), reason="the processor has no AVX-512 VNNI")
     ),
@@ -194,11 +199,44 @@ class Saturating(kernels.portable.PortableMatrix):
 def test_a_kernel_that_is_wrong_here_is_passed_over(
     fresh_choice: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(kernels._KERNELS, "vnni", (lambda: True, Saturating))
-    assert not kernels.self_test("vnni")
+    for name in ("amx", "vnni"):
+        monkeypatch.setitem(kernels._KERNELS, name, (lambda: True, Saturating))
+        assert not kernels.self_test(name)
     assert kernels.choose() == "portable"
     with pytest.raises(KernelError, match="wrong products"):
         kernels.prepare(np.ones((4, 4), np.int8), kernel="vnni")
+
+
+class Slow(kernels.portable.PortableMatrix):
+    """Right, and in no hurry."""
+
+    def product(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        time.sleep(0.2)
+        return super().product(x, out)
+
+
+@pytest.mark.parametrize(("slow", "other"), [("amx", "vnni"), ("vnni", "amx")])
+def test_of_two_right_kernels_the_faster_is_taken(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, slow: str, other: str
+) -> None:
+    monkeypatch.setitem(kernels._KERNELS, slow, (lambda: True, Slow))
+    monkeypatch.setitem(kernels._KERNELS, other, (lambda: True, kernels.portable.PortableMatrix))
+    assert kernels.choose() == other
+
+
+@pytest.mark.skipif(not vnni.available(), reason="its tiles are emulated with AVX-512 VNNI")
+def test_the_amx_kernel_on_emulated_tiles(tmp_path: Path) -> None:
+    """Its layout and loops, in a process that keeps its compiled code apart from that of real tiles."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "support" / "amx_emulated.py")],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "right\n"
 
 
 def test_without_any_right_kernel_there_is_an_error(

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from sliplm.arithmetic.field import Elements, P
 from sliplm.arithmetic.jit import jit
+from sliplm.arithmetic.kernels.folding import fold
 from sliplm.arithmetic.kernels.threads import in_parallel, pieces
 from sliplm.arithmetic.kernels.vnni_tile import (
     BYTE_BLOCK,
@@ -50,7 +51,6 @@ Bytes = npt.NDArray[np.uint8]
 Sums = npt.NDArray[np.int64]
 
 _AHEAD = 1 << 14  # bytes: w is asked for at least this far ahead, and never inside the same tile
-_FEW_ROWS = 10  # rows of x up to which tall tiles beat a block filled up with zeros
 _CACHED = 1 << 19  # bytes of packed x at a time: half of a second-level cache
 _BLOCKS = 8  # at a time: enough to read w seldom
 
@@ -75,6 +75,7 @@ class VnniMatrix:
     """
 
     kernel = "vnni"
+    few_rows = 10  # of x, up to which tall tiles beat a block filled up with zeros
 
     def __init__(self, w: Weights, threads: int = 1) -> None:
         self.shape, self._threads = (w.shape[0], w.shape[1]), threads
@@ -92,7 +93,7 @@ class VnniMatrix:
         if x.shape[1] != n or out.shape != (rows, m):
             raise KernelError(f"{x.shape} and {out.shape} do not fit a matrix of {m} x {n}")
         x = _read_only(x)
-        few = rows % TOKENS if rows % TOKENS <= _FEW_ROWS else 0
+        few = rows % TOKENS if rows % TOKENS <= self.few_rows else 0
         if few:
             self._few_rows(x[rows - few :], out[rows - few :])
         if rows > few:
@@ -212,7 +213,7 @@ def _many_bytes(w: Weights, x: Elements, out: Elements, start: int, end: int, fi
     for token in range(start, end, blocks * TOKENS):
         count = -(-(min(end, token + blocks * TOKENS) - token) // TOKENS)
         for b in range(count):
-            block = _block_of(x, token + b * TOKENS, n)
+            block = block_of(x, token + b * TOKENS, n)
             for j in range(0, n, TOKENS):
                 pack_bytes(block, j, n, packed, b * size + j * TOKENS)
         for i in range(first, last, BYTE_BLOCK):
@@ -223,13 +224,12 @@ def _many_bytes(w: Weights, x: Elements, out: Elements, start: int, end: int, fi
                     ahead = row * n + j * BYTE_BLOCK + max(BYTE_BLOCK * n, _AHEAD)
                     steps = min(BYTE_EXACT, n - j) // 4
                     block_bytes(w, row * n + j, n, packed, b * size + j * TOKENS, ahead, steps, sums)
-                for k in range(sums.size):
-                    residues[k] = _residue(sums[k])
+                fold(sums, residues, sums.size)
                 where = token + b * TOKENS
                 if where + TOKENS <= out.shape[0] and row + BYTE_BLOCK <= out.shape[1]:
-                    put_bytes(residues, out, where * out.shape[1] + row, out.shape[1])
+                    put_bytes(residues, 0, out, where * out.shape[1] + row, out.shape[1])
                 else:
-                    _put_part(residues, out, where, row, BYTE_BLOCK)
+                    put_part(residues, out, where, row, BYTE_BLOCK)
 
 
 @jit
@@ -243,7 +243,7 @@ def _many_words(w: Weights, x: Elements, out: Elements, start: int, end: int, fi
     for token in range(start, end, blocks * TOKENS):
         count = -(-(min(end, token + blocks * TOKENS) - token) // TOKENS)
         for b in range(count):
-            block = _block_of(x, token + b * TOKENS, n)
+            block = block_of(x, token + b * TOKENS, n)
             for j in range(0, n, TOKENS):
                 pack_words(block, j, n, packed, b * size + j * TOKENS)
         for row in range(first, last, WORD_BLOCK):
@@ -251,17 +251,16 @@ def _many_words(w: Weights, x: Elements, out: Elements, start: int, end: int, fi
                 unpack(w, (row + half) * (steps * PACKED // TALL), steps, strip, half * n)
             for b in range(count):
                 block_words(strip, 0, n, packed, b * size, sums)
-                for k in range(sums.size):
-                    residues[k] = _residue(sums[k])
+                fold(sums, residues, sums.size)
                 where = token + b * TOKENS
                 if where + TOKENS <= out.shape[0] and row + WORD_BLOCK <= out.shape[1]:
-                    put_words(residues, out, where * out.shape[1] + row, out.shape[1])
+                    put_words(residues, 0, out, where * out.shape[1] + row, out.shape[1])
                 else:
-                    _put_part(residues, out, where, row, WORD_BLOCK)
+                    put_part(residues, out, where, row, WORD_BLOCK)
 
 
 @jit
-def _block_of(x: Elements, token: int, n: int) -> Elements:
+def block_of(x: Elements, token: int, n: int) -> Elements:
     """16 rows of x, filled up with zeros where there are fewer, or fewer columns than n."""
     if token + TOKENS <= x.shape[0] and x.shape[1] == n:
         return x[token : token + TOKENS]
@@ -272,7 +271,7 @@ def _block_of(x: Elements, token: int, n: int) -> Elements:
 
 
 @jit
-def _put_part(residues: Elements, out: Elements, token: int, row: int, height: int) -> None:
+def put_part(residues: Elements, out: Elements, token: int, row: int, height: int) -> None:
     """What `put` does, as far as there are rows and columns."""
     for t in range(min(TOKENS, out.shape[0] - token)):
         for r in range(min(height, out.shape[1] - row)):

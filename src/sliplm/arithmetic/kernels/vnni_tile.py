@@ -310,15 +310,16 @@ def _packing(words: Any) -> Any:
 
 def _putting(height: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
-    def put(typing: Any, results: Any, out: Any, out_start: Any, out_stride: Any) -> Any:
-        """out[out_start + t out_stride + r] = results[r, t] for r < height, uint32 results[8, 16]."""
-        signature = types.void(results, out, types.intp, types.intp)
+    def put(typing: Any, results: Any, start: Any, out: Any, out_start: Any, out_stride: Any) -> Any:
+        """out[out_start + t out_stride + r] = results[start + 16 r + t] for r < height, of uint32 results."""
+        signature = types.void(results, types.intp, out, types.intp, types.intp)
 
         def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            source, target = (data(context, builder, signature, args, k) for k in (0, 1))
+            results, target = (data(context, builder, signature, args, k) for k in (0, 2))
+            source = at(builder, results, args[1])
             rows = [load(builder, at(builder, source, const(r * TOKENS)), SUMS) for r in range(8)]
             pairs = transposed(builder, rows)
-            for t, place in enumerate(starts(builder, target, args[2], args[3], TOKENS)):
+            for t, place in enumerate(starts(builder, target, args[3], args[4], TOKENS)):
                 lanes = range(t % 2 * 8, t % 2 * 8 + height)
                 store(builder, shuffle(builder, pairs[t // 2], pairs[t // 2], lanes), place)
             return context.get_dummy_value()
