@@ -56,19 +56,23 @@ class MemoryConnection(Connection):
         self._looked = time.monotonic()
         self._door = select.poll()
         self._door.register(sock, select.POLLIN)
+        self._doors: dict[int, select.poll] = {}  # with what else ends a wait
+        self._start_bytes = np.frombuffer(self._start, np.uint8)
         sock.setblocking(False)
 
     def wait(self, idle: float, wake: int) -> bool:
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        poll.register(wake, select.POLLIN)
+        if (poll := self._doors.get(wake)) is None:
+            poll = self._doors[wake] = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            poll.register(wake, select.POLLIN)
         deadline = time.monotonic() + idle
         while True:
             came = self._patience.judge(self._sound(ring.arrived(self._words, self._patience.spin)))
             ready = poll.poll(0) if came else self._sleep(poll, ring.FOR_BYTES, deadline)
-            self._answer_door(ready)
-            if any(handle == wake for handle, _ in ready):
-                return False
+            if ready:
+                self._answer_door(ready)
+                if any(handle == wake for handle, _ in ready):
+                    return False
             if came or self._over:
                 return True  # `receive` says that it is over
 
@@ -94,7 +98,7 @@ class MemoryConnection(Connection):
         raise self._closed()
 
     def _receive_some(self, view: memoryview, deadline: float) -> int:
-        out = np.frombuffer(view, np.uint8)
+        out = self._start_bytes if view is self._start else np.frombuffer(view, np.uint8)
         if self._look() >= deadline:
             raise self._late()
         while True:

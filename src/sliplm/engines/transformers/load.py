@@ -104,7 +104,7 @@ def load(
 def open(out_dir: Folder, **options: Any) -> PreTrainedModel:
     """Run a split on this machine: `out_dir/worker` in a worker process, `out_dir/vault` here.
 
-    The worker process and its keys end with `model.close()`, at the end of a block `with open(...) as model`,
+    The worker process ends with `model.close()`, at the end of a block `with open(...) as model`,
     when nothing refers to the model any more, or with this process.
 
     Both share the cores, so what the vault computes itself runs on few of torch's threads (`idle`).
