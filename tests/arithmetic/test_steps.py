@@ -35,7 +35,7 @@ class Group(NamedTuple):
     u: np.ndarray
 
 
-def group(kind: str, m: int, n: int, rank: int, rows: int, seed: int) -> Group:
+def group(kind: str, m: int, n: int, rank: int, rows: int, seed: int, edge: int = P // 2) -> Group:
     rng = np.random.default_rng(seed)
 
     def floats(*shape: int) -> np.ndarray:
@@ -48,9 +48,9 @@ def group(kind: str, m: int, n: int, rank: int, rows: int, seed: int) -> Group:
     q_in = rotation.make(kind, secrets.token_bytes(32), n, d_in)
     q_out = rotation.make(kind, secrets.token_bytes(32), m, np.exp(floats(m)) if seed % 2 else None)
     return Group(
-        q_in, q_out, steps.laid_out(q_in, q_out, d_in, scale), d_in, scale, floats(m, rank), floats(rank, n),
-        elements(2, m), elements(2, n), floats(rows, n), elements(rows, n + seed % 3), elements(rows, m),
-        elements(rows, m),
+        q_in, q_out, steps.laid_out(q_in, q_out, d_in, scale, edge), d_in, scale,
+        floats(m, rank), floats(rank, n), elements(2, m), elements(2, n), floats(rows, n),
+        elements(rows, n + seed % 3), elements(rows, m), elements(rows, m),
     )  # fmt: skip
 
 
@@ -151,6 +151,18 @@ def test_a_rotation_without_loops_takes_the_outer_parts_alone() -> None:
     back = g.rotation_out.apply_transpose(unmasked)
     assert steps.finish(NOISE, back, 0, alpha, found, lost, 0, 20) == worst
     assert np.array_equal(found, out) and np.array_equal(lost, losses)
+
+
+@pytest.mark.parametrize("size", [999, 1000, 1001, -1000, -1001, P // 2])
+@pytest.mark.parametrize("place", [0, 17, 39])
+def test_a_product_beyond_the_edge_is_no_answer(size: int, place: int) -> None:
+    g = group("fast", 30, 20, 2, 40, 1, edge=1000)
+    y = g.u.copy()
+    y[place, 29] = (int(g.u[place, 29]) + size) % P
+    out, losses = np.zeros((40, 30), np.float32), np.zeros((40, 2))
+    worst = steps.opened(*g.laid, NOISE, y, g.u, np.ones(40), out, losses, 0, 40)
+    assert np.isnan(worst) == (abs(size) > 1000)
+    assert steps.unmask(*g.laid, y, g.u, np.ones(40), out, 0, 0, 40) == (abs(size) <= 1000)
 
 
 def test_what_is_laid_out_stays_hidden() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sliplm.arithmetic import kernels
-from sliplm.arithmetic.fixedpoint import input_loss, scale_limit
+from sliplm.arithmetic.fixedpoint import input_loss, norm_bound, scale_limit
 from sliplm.errors import InputError, PrecisionError, SlipWarning
 from sliplm.parties.codec import LOSSY, Asked, GroupCodec
 from sliplm.shares.publicbase import split_base
@@ -129,6 +129,26 @@ def test_what_cannot_lose_anything_is_not_counted() -> None:
     _, codec, asked = product(narrow, np.zeros((2, 64), np.float32))
     asked.losses, asked.worst = np.array([[0.9, 0.0], [0.9, np.inf]]), np.inf
     assert codec.judge(asked) == 0
+
+
+@pytest.mark.parametrize("kind", ["fast", "haar", "none"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_product_near_the_end_of_the_field_is_refused_in_a_secret_basis(kind: str, rows: int) -> None:
+    """Of an input that knows the basis, and a scale that lets it come there: M64."""
+    parts = split(gaussian(60, 300), 12, kind)
+    row = int(np.argmax(np.square(parts.w.astype(np.int64)).sum(axis=1)))
+    aligned = parts.secrets.rotation_in().apply_transpose(parts.w[row : row + 1].astype(np.float32))
+    aligned /= np.square(parts.secrets.d_in)  # D_in came along
+    x = gaussian(rows, 300, 1)
+    x[-1] = aligned / np.float32(np.linalg.norm(aligned))
+    reaches = norm_bound(parts.w) / parts.secrets.norm  # of ROOM
+    for size, refused in ((0.86, False), (0.89, kind != "none"), (0.99, kind != "none")):
+        _, codec, asked = product(parts, x, size / reaches)
+        if refused:
+            with pytest.raises(PrecisionError, match="left the field"):
+                codec.judge(asked)
+        else:
+            assert codec.judge(asked) == 0
 
 
 def test_a_million_columns() -> None:

@@ -33,7 +33,8 @@ _D_IN: Final = 1  # where D_in begins
 _SCALE: Final = 2  # where the row scales begin, as float64
 _IN: Final = 3  # of Q_in D_in: kind, where its tables begin, distance, block
 _OUT: Final = 7  # of Q_out D_out
-_SIZES: Final = 11
+_EDGE: Final = 11  # what an answer must stay within
+_SIZES: Final = 12
 
 _IDENTITY, _FAST = 0, 1  # kinds
 _AT_ONCE: Final = 16  # rows: what passes between the parts of a step stays in the cache
@@ -41,7 +42,7 @@ _NEAR: Final = 2**17  # numbers that a core's own cache holds beside all else
 
 
 class Laid(NamedTuple):
-    """A group's secrets for the compiled steps: sizes and places int64 [11], the rest float32 [:]."""
+    """A group's secrets for the compiled steps: sizes and places int64 [12], the rest float32 [:]."""
 
     sizes: Sizes
     table: Floats
@@ -50,9 +51,12 @@ class Laid(NamedTuple):
         return f"Laid({self.table.nbytes} bytes, hidden)"
 
 
-def laid_out(rotation_in: Rotation, rotation_out: Rotation, d_in: Floats, scale: Floats) -> Laid:
-    """Lay out both rotations with their diagonals, D_in [n], and the row scales s [m]."""
+def laid_out(rotation_in: Rotation, rotation_out: Rotation, d_in: Floats, scale: Floats, edge: float) -> Laid:
+    """Lay out both rotations with their diagonals, D_in [n], the row scales s [m], and the size that no
+    product is above (M64).
+    """
     sizes, pieces = np.zeros(_SIZES, np.int64), []
+    sizes[_EDGE] = int(edge)
     place = 0
 
     def lay(array: npt.NDArray[np.generic]) -> int:
@@ -210,17 +214,18 @@ def opened(
     Args:
         noise: that of rounding in an answer, times alpha.
 
-    Returns: the largest of these rows' losses.
+    Returns: the largest of these rows' losses; NaN where a product is too large to be believed (M64).
     """
     shape = (min(last - first, _AT_ONCE), out.shape[1])
     unmasked, back = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    worst = 0.0
+    worst, within = 0.0, True
     for start in range(first, last, _AT_ONCE):
         end = min(last, start + _AT_ONCE)
-        unmask(sizes, table, y, u, alpha, unmasked, start, start, end)
+        if not unmask(sizes, table, y, u, alpha, unmasked, start, start, end):
+            within = False
         _turn_back(sizes, table, unmasked[: end - start], back[: end - start])
         worst = max(worst, finish(noise, back, start, alpha, out, losses, start, end))
-    return worst
+    return worst if within else np.nan
 
 
 @jit
@@ -234,15 +239,20 @@ def unmask(
     above: int,
     first: int,
     last: int,
-) -> None:
-    """The first part of `opened`: s * centre(y - u) / alpha into `out`, without the `above` rows before."""
-    m = out.shape[1]
+) -> bool:
+    """The first part of `opened`: s * centre(y - u) / alpha into `out`, without the `above` rows before.
+
+    Returns: whether all products w x_int are as large as they may be, at most (M64).
+    """
+    m, largest = out.shape[1], np.int64(0)
     scale = table[sizes[_SCALE] : sizes[_SCALE] + 2 * m].view(np.float64)
     for i in range(first, last):
         inverse = 1.0 / alpha[i]
         for j in range(m):
-            value = np.float64(sub_centred(y[i, j], u[i, j])) * (scale[j] * inverse)
-            out[i - above, j] = np.float32(value)
+            product = sub_centred(y[i, j], u[i, j])
+            largest = max(largest, abs(product))
+            out[i - above, j] = np.float32(np.float64(product) * (scale[j] * inverse))
+    return bool(largest <= sizes[_EDGE])
 
 
 @jit

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sliplm.arithmetic import field, steps
-from sliplm.arithmetic.field import Elements, Sums
-from sliplm.arithmetic.fixedpoint import Floats, scale_limit
+from sliplm.arithmetic.field import Elements, P, Sums
+from sliplm.arithmetic.fixedpoint import EDGE, ROOM, Floats, scale_limit
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
 from sliplm.arithmetic.rotation import Haar
 from sliplm.arithmetic.steps import Losses, Scales, laid_out
@@ -44,7 +44,8 @@ class Asked(Secret):
         x: the input, float32 [rows, n].  hidden: x~, uint32 [rows, n], in the message.
         alpha: the secret scales, float64 [rows].
         out: A (B x) once that was made, in the end the answer: float32 [rows, m].
-        losses: what rounding the input has cost, for `judge`: float64 [rows, 2].  worst: the largest of them.
+        losses: what rounding the input has cost, for `judge`: float64 [rows, 2].  worst: the largest of them,
+            or NaN where a product is too large to be believed.
     """
 
     __slots__ = ("alpha", "challenges", "expected", "hidden", "losses", "out", "worst", "x")
@@ -71,7 +72,7 @@ class GroupCodec(Secret):
             if isinstance(rotation_in, Haar) and isinstance(rotation_out, Haar)
             else None
         )
-        self._laid = laid_out(rotation_in, rotation_out, secrets.d_in, secrets.scale)
+        self._laid = laid_out(rotation_in, rotation_out, secrets.d_in, secrets.scale, _edge(secrets))
         self._noise, self._warned = secrets.noise, False
         self._float_loses = 2**20 * math.sqrt(self.n / 12) / self._limit  # so small a rest float32 loses too
         self._kept = np.ascontiguousarray(secrets.a.T), np.ascontiguousarray(secrets.b)
@@ -189,10 +190,11 @@ class GroupCodec(Secret):
             worst = _over(rows, steps.opened, *self._laid, self._noise, y, u, alpha, out, losses)
         else:
             unmasked = np.empty_like(out)
-            _over(rows, steps.unmask, *self._laid, y, u, alpha, unmasked, 0)
+            within = all(_over(rows, steps.unmask, *self._laid, y, u, alpha, unmasked, 0))
             back = self._dense[1].apply_transpose(unmasked)
             worst = _over(rows, steps.finish, self._noise, back, 0, alpha, out, losses)
-        asked.worst = max(worst)
+            worst = worst if within else [math.nan]
+        asked.worst = math.nan if any(map(math.isnan, worst)) else max(worst)
 
     def here(
         self,
@@ -218,10 +220,16 @@ class GroupCodec(Secret):
         """Number of rows of which rounding the input has cost much; the first in a group is warned of.
 
         Raises: PrecisionError if of a row nothing is left: the answer is smaller than its error, and so is
-            the input beside its largest entry.
+            the input beside its largest entry; or if a product is too large to be believed (M64).
         """
         if asked.worst <= LOSSY:
             return 0  # nearly always, and on the way of every token
+        if math.isnan(asked.worst):
+            raise PrecisionError(
+                f"{self.name}: a product is so large that it may have left the field, which chance brings "
+                "about less than once in 2^64 rows; nothing of it was used: split the model again, or give "
+                'this group placement="vault" by a rule'
+            )
         losses = asked.losses
         answer = losses[:, 0] if self.m >= _FEW else np.zeros(len(losses))
         rest = np.where(losses[:, 1] < self._float_loses, losses[:, 1], 0.0)
@@ -247,6 +255,11 @@ class GroupCodec(Secret):
                 stacklevel=2,
             )
         return lossy
+
+
+def _edge(secrets: GroupSecrets) -> float:
+    """The size that no product is above: by norms for certain, in a secret basis nearly (M64)."""
+    return P // 2 if secrets.rotation == "none" else EDGE * ROOM
 
 
 def _added(parts: Iterable[LowRank]) -> list[tuple[Floats, Floats, int]]:
