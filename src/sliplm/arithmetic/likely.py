@@ -95,8 +95,8 @@ def unevenness(key: bytes, m: int) -> npt.NDArray[np.float64]:
 
 
 def spectral_bound(matrix: Floats) -> float:
-    """At least the largest singular value of a matrix, but with probability 2^-104: by the power method from
-    random starts, one of which has its share of the singular vector.
+    """At least the largest singular value of a matrix whose squares float32 can hold, but with probability
+    2^-104: by the power method from random starts, one of which has its share of the singular vector.
     """
     n = matrix.shape[1]
     turned = gaussians(new_key(), n * _STARTS).reshape(n, _STARTS).astype(np.float32)
