@@ -88,6 +88,13 @@ def test_and_not_by_much() -> None:
     assert likely.spectral_bound(np.zeros((3, 4), np.float32)) == 0
 
 
+@pytest.mark.parametrize("part", [0.3, 0.7, 0.9])
+def test_what_is_seen_of_it_will_do_where_that_is_enough(part: float) -> None:
+    matrix = np.random.default_rng(0).standard_normal((300, 200)).astype(np.float32)
+    true = float(np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[0])
+    assert part * true <= likely.spectral_bound(matrix, part * true) <= true * (1 + 1e-5)
+
+
 @pytest.mark.parametrize(("kind", "m"), [("fast", 3072), ("haar", 1024)])
 def test_answers_stay_within_the_edge_unless_the_input_knows_the_basis(kind: str, m: int) -> None:
     n, rng = 1024, np.random.default_rng(1)

@@ -42,9 +42,11 @@ def likely_norm(hidden: Floats, w: npt.NDArray[np.integer], scale: Floats, kind:
         exact = integers.astype(np.float64)
         norms[i] = math.sqrt(float(np.dot(exact, exact)))
         errors[i] = np.linalg.norm(row.astype(np.float64) / float(s) - exact)
-    size = spectral_bound(hidden) / scale.astype(np.float64)
     longest = int(np.argmax(norms))
-    if _least(kind, m) * size[longest] < norms[longest]:  # else its norm is the bound, whatever the basis
+    enough = norms[longest] * float(scale[longest]) / _least(kind, m)
+    largest = spectral_bound(hidden, enough)
+    if largest < enough:  # else the longest row's norm is the bound, whatever the basis
+        size = largest / scale.astype(np.float64)
         sizes = np.minimum(norms, _RESERVE * (reach(kind, key, m) * size + errors))
     else:
         sizes = norms
@@ -94,19 +96,28 @@ def unevenness(key: bytes, m: int) -> npt.NDArray[np.float64]:
     return np.maximum(found, (2 * math.cosh(1 / 4) - 2) * 4**2)  # below the first point
 
 
-def spectral_bound(matrix: Floats) -> float:
+def spectral_bound(matrix: Floats, enough: float = math.inf) -> float:
     """At least the largest singular value of a matrix whose squares float32 can hold, but with probability
     2^-104: by the power method from random starts, one of which has its share of the singular vector.
+
+    Args:
+        enough: where the singular value is seen to be no less than this, what was seen of it will do.
     """
     n = matrix.shape[1]
     turned = gaussians(new_key(), n * _STARTS).reshape(n, _STARTS).astype(np.float32)
     grown = -math.log(_SHARE)
+    lengths = np.linalg.norm(turned.astype(np.float64), axis=0)
     for _ in range(_POWERS):
         turned = matrix.T @ (matrix @ turned)
-        size = np.linalg.norm(turned.astype(np.float64), axis=0).max()
+        before, lengths = lengths, np.linalg.norm(turned.astype(np.float64), axis=0)
+        size = lengths.max()
         if size == 0:
             return 0.0
+        seen = math.sqrt((lengths / np.maximum(before, np.finfo(np.float32).tiny)).max())
+        if seen >= enough:
+            return seen
         turned /= np.float32(size)
+        lengths /= size
         grown += math.log(size)
     return math.exp(grown / (2 * _POWERS))
 
