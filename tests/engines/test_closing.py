@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where keys of worker processes go."""
+    """Where worker processes have their sockets."""
     monkeypatch.setenv("SLIPLM_HOME", str(tmp_path))
     monkeypatch.delenv("TMPDIR", raising=False)
     return tmp_path / "tmp"
@@ -53,8 +53,9 @@ def descriptors(pid: int | str = "self") -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def keys(temporary: Path) -> list[Path]:
-    return list(temporary.glob("sliplm-*/keys/*/key.pem"))
+def doors(temporary: Path) -> list[Path]:
+    """The sockets of worker processes; their keys, where the name of a folder is too long for a socket."""
+    return [*temporary.glob("sliplm-*/s"), *temporary.glob("sliplm-*/keys")]
 
 
 def ends(pid: int) -> bool:
@@ -64,16 +65,16 @@ def ends(pid: int) -> bool:
 @torch.no_grad()
 def test_open_without_a_block(folder: Path, own_temporary: Path) -> None:
     model: Any = sliplm.open(folder)
-    assert isinstance(model, sliplm_class()) and keys(own_temporary)
+    assert isinstance(model, sliplm_class()) and doors(own_temporary)
     first = model(INPUT).logits
     pid = model.slip._others[0].pid
     del model
     gc.collect()
-    wait_until(lambda: ends(pid) and not keys(own_temporary))
+    wait_until(lambda: ends(pid) and not doors(own_temporary))
     with sliplm.open(folder) as other:
         assert torch.equal(other(INPUT).logits, first)
         pid = other.slip._others[0].pid
-    assert ends(pid) and not keys(own_temporary)
+    assert ends(pid) and not doors(own_temporary)
     with pytest.raises(MaskError, match="closed"):
         other(INPUT)
 
@@ -159,7 +160,7 @@ def test_modules_close_too(tmp_path: Path, own_temporary: Path) -> None:
     module(torch.ones(2, 64))
     pid = module.slip._others[0].pid
     module.close()
-    assert ends(pid) and not keys(own_temporary)
+    assert ends(pid) and not doors(own_temporary)
     with sliplm.open_module(make(), tmp_path / "split") as again:
         pid = again.slip._others[0].pid
     assert ends(pid)
@@ -167,11 +168,11 @@ def test_modules_close_too(tmp_path: Path, own_temporary: Path) -> None:
     pid = dropped.slip._others[0].pid
     del dropped
     gc.collect()
-    wait_until(lambda: ends(pid) and not keys(own_temporary))
+    wait_until(lambda: ends(pid) and not doors(own_temporary))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_command_that_is_told_to_end_leaves_no_keys(
+def test_a_command_that_is_told_to_end_leaves_nothing(
     folder: Path, own_temporary: Path, number: signal.Signals
 ) -> None:
     command = [sys.executable, "-m", "sliplm", "generate", str(folder), "--prompt", "hello"]
@@ -183,7 +184,7 @@ def test_a_command_that_is_told_to_end_leaves_no_keys(
         signal.signal(number, before)
     with process:
         try:
-            wait_until(lambda: keys(own_temporary) or process.poll() is not None)
+            wait_until(lambda: doors(own_temporary) or process.poll() is not None)
             for _ in range(2):  # as `timeout` does
                 process.send_signal(number)
             assert process.wait(LIMIT) == 128 + number
