@@ -117,10 +117,12 @@ class MemoryConnection(Connection):
         Raises WorkerTimeout.
         """
         began = time.monotonic()
+        if began >= deadline:  # also while it rings without end
+            raise self._late()
         try:
             if not ring.lie_down(self._words, reason):
                 return poll.poll(0)
-            ready = poll.poll(max(0.0, deadline - began) * 1000)
+            ready = poll.poll((deadline - began) * 1000)
         finally:
             ring.get_up(self._words)
         if not ready:
