@@ -24,7 +24,7 @@ _SHARE = 2.0**-3.25 * math.sqrt(math.pi / 2)  # that all starts have less has pr
 _BINS = 64  # of an entry's size, for each sqrt(1/m)
 _WIDEST = 16  # sqrt(1/m): a row with a larger entry is given up
 _STEP = 1.01  # from one argument of the moment function to the next
-_ROWS = 256  # of a rotation at a time
+_ROWS = 64  # of a rotation at a time
 
 
 def likely_norm(hidden: Floats, w: npt.NDArray[np.integer], scale: Floats, kind: str, key: bytes) -> float:
