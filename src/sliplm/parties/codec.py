@@ -26,7 +26,7 @@ LOSSY = 1 / 32  # an expected relative error that is counted and warned of; that
 _LOST = 1 / 2  # one that leaves nothing
 _FEW = 16  # outputs below which an answer may be small by chance
 
-_ROWS_SHARED = 8  # rows from which a second thread gains more than it costs
+_SHARED = 1 << 17  # numbers of inputs and outputs, 0.3 ms, that a thread needs to gain more than it costs
 
 
 class _Challenges(NamedTuple):
@@ -123,10 +123,12 @@ class GroupCodec(Secret):
         """
         asked = Asked(np.ascontiguousarray(x), hidden, out)
         if self._dense is None:
-            finite = _over(len(x), steps.ask, *self._laid, self._limit, asked.x, words, hidden, asked.alpha)
+            finite = self._over(
+                len(x), steps.ask, *self._laid, self._limit, asked.x, words, hidden, asked.alpha
+            )
         else:
             z = self._dense[0].apply(asked.x)
-            finite = _over(len(x), steps.mask, self._limit, z, 0, words, hidden, asked.alpha)
+            finite = self._over(len(x), steps.mask, self._limit, z, 0, words, hidden, asked.alpha)
         if not all(finite):
             raise InputError(
                 f"{self.name}: the input holds NaN or infinity; look for the cause in the layers before it"
@@ -149,14 +151,14 @@ class GroupCodec(Secret):
         Raises: as `check_left`.
         """
         challenges, rows, x, out = self._left(), len(asked.x), asked.x, asked.out
-        _over(
+        self._over(
             rows, steps.ahead, *self._laid, *self._kept, challenges.c, challenges.e,
             x, asked.hidden, asked.alpha, out, asked.expected, asked.losses,
         )  # fmt: skip
         asked.challenges = challenges
         if adapter is not None:
             for a_transposed, b, place in self._adapters.get(adapter, ()):
-                _over(rows, steps.add_low_rank, a_transposed, b, x, out, place)
+                self._over(rows, steps.add_low_rank, a_transposed, b, x, out, place)
 
     def holds(self, asked: Asked, y: Elements) -> bool:
         """Step 4: is y [rows, m] the product of x~?  Wrong at most once in p^t.
@@ -167,9 +169,9 @@ class GroupCodec(Secret):
         """
         challenges, rows = self._left(), len(asked.x)
         if asked.challenges is not challenges:  # renewed meanwhile
-            _over(rows, field.expect, challenges.c, asked.hidden, asked.expected)
+            self._over(rows, field.expect, challenges.c, asked.hidden, asked.expected)
             asked.challenges = challenges
-        if all(_over(rows, field.holds, challenges.e, y, asked.expected)):
+        if all(self._over(rows, field.holds, challenges.e, y, asked.expected)):
             return True
         self._renew_challenges(challenges)
         return False
@@ -177,8 +179,8 @@ class GroupCodec(Secret):
     def accepts(self, x: Elements, y: Elements) -> bool:
         """O3, the same for a product of elements x [rows, n] that were not asked for by `ask`."""
         challenges, expected = self._left(), np.empty((len(x), CHALLENGES), np.uint64)
-        _over(len(x), field.expect, challenges.c, x, expected)
-        if all(_over(len(x), field.holds, challenges.e, y, expected)):
+        self._over(len(x), field.expect, challenges.c, x, expected)
+        if all(self._over(len(x), field.holds, challenges.e, y, expected)):
             return True
         self._renew_challenges(challenges)
         return False
@@ -187,12 +189,12 @@ class GroupCodec(Secret):
         """Step 5: adds D_out Q_out^T (s * centre(y - u) / alpha) to `asked.out`, and completes its losses."""
         rows, out, alpha, losses = len(asked.x), asked.out, asked.alpha, asked.losses
         if self._dense is None:
-            worst = _over(rows, steps.opened, *self._laid, self._noise, y, u, alpha, out, losses)
+            worst = self._over(rows, steps.opened, *self._laid, self._noise, y, u, alpha, out, losses)
         else:
             unmasked = np.empty_like(out)
-            within = all(_over(rows, steps.unmask, *self._laid, y, u, alpha, unmasked, 0))
+            within = all(self._over(rows, steps.unmask, *self._laid, y, u, alpha, unmasked, 0))
             back = self._dense[1].apply_transpose(unmasked)
-            worst = _over(rows, steps.finish, self._noise, back, 0, alpha, out, losses)
+            worst = self._over(rows, steps.finish, self._noise, back, 0, alpha, out, losses)
             worst = worst if within else [math.nan]
         asked.worst = math.nan if any(map(math.isnan, worst)) else max(worst)
 
@@ -215,6 +217,16 @@ class GroupCodec(Secret):
         y = multiply(asked.hidden)
         self.opened(asked, y, np.zeros_like(y))
         return asked
+
+    def _over(self, rows: int, step: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call a compiled step on all rows, shared out over the cores where it is much; what it returned."""
+        pieces = rows * (self.m + self.n) // _SHARED
+        if pieces <= 1:
+            return [step(*arguments, 0, rows)]
+        found: list[Any] = []
+        threads = min(pieces, default_threads())
+        in_parallel(lambda first, last: found.append(step(*arguments, first, last)), rows, threads)
+        return found
 
     def judge(self, asked: Asked) -> int:
         """Number of rows of which rounding the input has cost much; the first in a group is warned of.
@@ -269,12 +281,3 @@ def _added(parts: Iterable[LowRank]) -> list[tuple[Floats, Floats, int]]:
         for part in parts
         if len(part.b)
     ]
-
-
-def _over(rows: int, step: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call a compiled step on all rows, shared out over the cores where there are many; what it returned."""
-    if rows < _ROWS_SHARED:
-        return [step(*arguments, 0, rows)]
-    found: list[Any] = []
-    in_parallel(lambda first, last: found.append(step(*arguments, first, last)), rows, default_threads())
-    return found
