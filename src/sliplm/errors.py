@@ -29,6 +29,7 @@
     │   ├── WorkerFault         the worker answered that it cannot
     │   └── VerificationError   the worker's product is wrong
     │       └── ExhaustedError  so many were wrong that no other can be checked
+    ├── BusyError               a server has no room for a request now
     ├── PlaceError              no folder for a file that nobody named: no home, or none that can be written
     ├── FetchError              a package that carries an example cannot be fetched
     └── ReportError             a report cannot be made: a library is missing
@@ -201,6 +202,10 @@ class VerificationError(WorkerError):
 
 class ExhaustedError(VerificationError):
     """Wrong products used up a group's challenges: no product of it can be checked any more."""
+
+
+class BusyError(SlipError):
+    """A server has no room for a request now: ask again later."""
 
 
 class PlaceError(SlipError):

@@ -1,0 +1,373 @@
+"""Many requests at once: transformers' continuous batching, whose loop outlives every product that fails.
+
+Its scheduler, paged cache and loop are the library's.  Ours are four things that it lacks:
+
+    an error inside a layer     ends its loop, and with it every request, for good.  Here it fails the
+                                requests of that batch.  Where the error is about an input, they are tried
+                                again, each alone: the one that cannot be computed fails by itself
+    one sampling for everybody  here each request has its own (`drawing`)
+    adapters                    the requests of one batch choose the same one; adapters take turns
+    its memory                  by default most of the machine's; here as much as is said
+
+Sharing of equal beginnings is off: how fast an answer begins would tell one user what another has asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+
+from sliplm.closing import Closing
+from sliplm.engines.transformers.drawing import Drawing, Token
+from sliplm.errors import BusyError, InputError, SlipError
+
+logger = logging.getLogger(__name__)
+
+PAGE: Final = 32  # tokens
+_SCHEDULER: Final = "sliplm"
+_STOP_LIMIT: Final = 10.0
+_TRIAL_LIMIT: Final = 300.0
+
+
+class Room(NamedTuple):
+    """Memory of a batch.
+
+    Attributes:
+        tokens: that the cache of keys and values holds, of all requests together.
+        batch: rows of one step.
+        requests: in one step.
+    """
+
+    tokens: int = 8192
+    batch: int = 256
+    requests: int = 32
+
+
+@dataclass(eq=False)
+class Request:
+    """What is generated for one prompt.
+
+    Attributes:
+        prompt: token ids.
+        most: how many tokens are generated at most.
+        drawing: how they are chosen.
+        adapter: of the vault's share, or None.
+        tell: called in the batch's thread after each token, and at the end; it must not wait.
+        tokens: what was generated so far, an end token included.
+        done: nothing more comes.
+        error: why not, where it failed.
+    """
+
+    prompt: Sequence[int]
+    most: int
+    drawing: Drawing
+    adapter: str | None
+    tell: Callable[[Request], None]
+    tokens: list[Token] = field(default_factory=list)
+    done: bool = False
+    error: Exception | None = None
+    alone: bool = False  # it shared a batch that failed for somebody's input
+
+    def __repr__(self) -> str:
+        return f"Request({len(self.prompt)} tokens, {len(self.tokens)} of {self.most} generated)"
+
+
+class Load(NamedTuple):
+    """How busy a batch is: requests that compute, those that wait, and the part of the cache in use."""
+
+    running: int
+    waiting: int
+    cache: float
+
+
+class Batch(Closing):
+    """Answers many requests at once with one model.
+
+    Args:
+        model: a split model (or, in tests, any other).
+        room: its memory.
+
+    Attributes:
+        longest: tokens that prompt and answer may have together.
+
+    Raises: InputError for a model that cannot be batched; what a product raises.
+    """
+
+    def __init__(self, model: PreTrainedModel, room: Room = Room()) -> None:  # noqa: B008
+        self._model, self._room = model, room
+        self._requests: dict[str, Request] = {}
+        self._lock = threading.Lock()
+        self._made = 0
+        self._closed = False
+        try:
+            self._manager = _Manager(model, room, self._requests)
+            self._manager.warmup()
+        except (ValueError, AttributeError, KeyError) as error:
+            raise _unbatched(model, error) from error
+        taken = infer_max_single_request_tokens(self._manager.batch_processor.cache)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.longest = int(min(taken, context))
+        self._manager.start()
+        try:
+            self._try_out()
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"Batch({len(self._requests)} requests)"
+
+    @property
+    def load(self) -> Load:
+        """How busy it is now."""
+        processor = self._manager.batch_processor
+        if processor is None:
+            return Load(0, 0, 0.0)
+        scheduler = processor.scheduler
+        running = len(scheduler.active_requests)
+        return Load(
+            running,
+            max(0, len(self._requests) - running),
+            1.0 - float(processor.cache.compute_free_capacity()),
+        )
+
+    def submit(self, request: Request) -> None:
+        """Begin to answer.
+
+        Raises: InputError for more tokens than there is room for, or when closed; BusyError while the loop
+            begins anew.
+        """
+        if not request.prompt or request.most < 1 or len(request.prompt) + request.most > self.longest:
+            raise InputError(f"prompt and answer take 2 to {self.longest} tokens together")
+        with self._lock:
+            if self._closed:
+                raise InputError("the batch is closed")
+            self._made += 1
+            name = str(self._made)
+            self._requests[name] = request
+            self._revive()
+            begun = self._manager.add_request(
+                list(request.prompt), request_id=name, max_new_tokens=request.most, streaming=True
+            )
+            if begun is None:
+                del self._requests[name]
+                raise BusyError("the batch begins anew: ask again")
+
+    def cancel(self, request: Request) -> None:
+        """Compute nothing more for a request, and free its place; harmless when it is done."""
+        with self._lock:
+            for name, found in list(self._requests.items()):
+                if found is request:
+                    del self._requests[name]
+                    self._manager.cancel_request(name)
+
+    def close(self) -> None:
+        """Stop; what is under way fails."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self._manager.stop(block=True, timeout=_STOP_LIMIT, hard_stop=True)
+
+    def _try_out(self) -> None:
+        """One token: what a model cannot do in a batch shows before it is asked for.  Raises: InputError."""
+        told = threading.Event()
+        request = Request([0, 0], 1, Drawing(), None, lambda request: told.set() if request.done else None)
+        self.submit(request)
+        if not told.wait(_TRIAL_LIMIT):
+            raise InputError(f"a first token took more than {_TRIAL_LIMIT:.0f} seconds")
+        if isinstance(request.error, SlipError):
+            raise request.error
+        if request.error is not None:
+            raise _unbatched(self._model, request.error)
+
+    def revive(self) -> None:
+        """Begin the loop anew where it has ended by an error of its own: to be called now and then."""
+        with self._lock:
+            if not self._closed:
+                self._revive()
+
+    def _revive(self) -> None:
+        status = self._manager.background_thread_status
+        if status.fatal_error is not None and not self._manager.is_running():
+            logger.error("the batch's loop had ended and is started again")
+            self._manager.start()
+
+
+class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
+    """The library's loop, with what is ours put in its places."""
+
+    def __init__(self, model: PreTrainedModel, room: Room, requests: dict[str, Request]) -> None:
+        super().__init__(
+            model=model,
+            generation_config=GenerationConfig(
+                do_sample=False, eos_token_id=_end_tokens(model), max_new_tokens=room.tokens
+            ),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE,
+                num_blocks=math.ceil(room.tokens / PAGE),
+                max_batch_tokens=room.batch,
+                max_requests_per_batch=min(room.requests, room.batch),
+                max_memory_percent=1.0,
+                allow_block_sharing=False,
+                use_async_batching=False,
+                auto_switch_to_flash=False,
+                scheduler_type=_SCHEDULER,
+                cpu_group_timeout=None,
+            ),
+        )
+        self._requests = requests
+        self.output_router = _Router(requests)
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        processor.scheduler.requests = self._requests
+        processor.model_runner._sample = self._draw
+        return processor
+
+    def _generation_step(self) -> None:
+        """One step of the batch.  What a layer raises fails its requests; the loop goes on."""
+        batch = [future.state for future in self.batch_processor.inputs_and_outputs.requests_in_batch]
+        asked = [request for state in batch if (request := self._requests.get(state.request_id))]
+        slip = getattr(self.model, "slip", None)
+        try:
+            if slip is None or not asked:
+                super()._generation_step()
+                return
+            with slip.adapter(asked[0].adapter):
+                super()._generation_step()
+        except Exception as error:  # whatever a layer raises: a batch is lost, and not the server
+            if not isinstance(error, SlipError):
+                logger.exception("a step of the batch failed")
+            if isinstance(error, InputError) and len(batch) > 1:
+                self._part(batch)
+            else:
+                self._fail(asked, error)
+            self.batch_processor.inputs_and_outputs.requests_in_batch = []  # nothing of this step is taken up
+
+    def _fail(self, asked: Sequence[Request], error: Exception) -> None:
+        for request in asked:
+            request.error = error
+        self.batch_processor.handle_batch_error(error)
+
+    def _part(self, batch: Sequence[RequestState]) -> None:
+        """Begin each request of the batch again, from what it has so far, in a batch of its own."""
+        scheduler = self.batch_processor.scheduler
+        for state in batch:
+            if (request := self._requests.get(state.request_id)) is not None:
+                request.alone = True
+            scheduler.finish_request(state.request_id)
+            scheduler.add_waiting_request(state.create_equivalent_initial_request())
+
+    def _draw(self, scores: Tensor, out: Tensor) -> None:
+        """Each request's next token.
+
+        Args:
+            scores: float32 [1, requests that get a token, vocabulary].
+            out: where the tokens go, int32 [1, as many or more].
+        """
+        states = [
+            future.state
+            for future in self.batch_processor.inputs_and_outputs.requests_in_batch
+            if future.has_new_token
+        ]
+        likeliest = scores[0, : len(states)].argmax(dim=-1).tolist()
+        for row, state in enumerate(states):
+            request = self._requests.get(state.request_id)
+            if request is None:  # cancelled
+                continue
+            request.alone = False
+            how = request.drawing
+            token = Token(likeliest[row], math.nan, ()) if how.greedy else how.next(scores[0, row])
+            request.tokens.append(token)
+            likeliest[row] = token.id
+        out[0, : len(states)] = torch.tensor(likeliest, dtype=out.dtype)
+
+
+class _Router(OutputRouter):  # type: ignore[misc]
+    """Tells each request of its tokens; what was cancelled meanwhile is told nobody."""
+
+    def __init__(self, requests: dict[str, Request]) -> None:
+        super().__init__()
+        self._requests = requests
+
+    def deliver(self, output: GenerationOutput) -> None:
+        request = self._requests.get(output.request_id)
+        if request is None:
+            return
+        if output.is_finished():
+            self._requests.pop(output.request_id, None)
+            if output.error is not None and request.error is None:
+                request.error = RuntimeError(output.error)
+            request.done = True
+        request.tell(request)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+
+class _OneAdapter(FIFOScheduler):  # type: ignore[misc]
+    """The library's order, of those only who may share a batch with whoever waited longest."""
+
+    requests: dict[str, Request]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.requests = {}
+        self._last: str | None = None
+        super().__init__(*args, **kwargs)
+
+    def _process_candidates(self, candidates: list[RequestState], *args: Any) -> Any:
+        return super()._process_candidates(self._together(candidates), *args)
+
+    def _together(self, candidates: list[RequestState]) -> list[RequestState]:
+        """Those of one adapter, the adapters taking turns; or one that must be alone."""
+        for state in candidates:
+            request = self.requests.get(state.request_id)
+            if request is not None and request.alone:
+                return [state]
+        kinds = [self._adapter(state) for state in candidates]
+        waiting = sorted(set(kinds), key=lambda kind: (kind is not None, kind or ""))
+        if len(waiting) < 2:
+            return candidates
+        later = [kind for kind in waiting if _after(kind, self._last)]
+        self._last = (later or waiting)[0]
+        return [state for state, kind in zip(candidates, kinds, strict=True) if kind == self._last]
+
+    def _adapter(self, state: RequestState) -> str | None:
+        request = self.requests.get(state.request_id)
+        return None if request is None else request.adapter
+
+
+SCHEDULER_MAPPING[_SCHEDULER] = _OneAdapter
+
+
+def _unbatched(model: PreTrainedModel, error: Exception) -> InputError:
+    return InputError(
+        f"transformers has no continuous batching for {type(model).__name__} ({error}): serve another model, "
+        "or answer one caller at a time with slip generate"
+    )
+
+
+def _after(kind: str | None, last: str | None) -> bool:
+    return kind is not None and (last is None or kind > last)
+
+
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    """What ends an answer."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        found = cast(Any, getattr(config, "eos_token_id", None))
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
