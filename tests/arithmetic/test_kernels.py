@@ -62,6 +62,9 @@ def test_a_kernel_equals_the_reference(kernel: str, data: st.DataObject) -> None
         (100, 600, 33),
         (13, 8300, 27),
         (31, 70_000, 11),
+        (3072, 576, 8),
+        (1030, 1536, 5),
+        (517, 4097, 7),
         (257, 11_008, 64),
     ],
 )
@@ -76,7 +79,7 @@ def test_large_shapes_and_worst_cases(kernel: str, dtype: type, m: int, n: int, 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16])
 @pytest.mark.parametrize("rows", [*range(1, 35), 63, 64, 65, 75, 80, 128, 139])
 def test_every_number_of_rows(kernel: str, dtype: type, rows: int) -> None:
-    """Blocks of 16, full and filled up, single rows, and several groups of blocks."""
+    """Blocks of 4, 8 and 16, full and filled up, single rows, and several groups of blocks."""
     w, x = kernels.known_operands(25, 640, rows, LARGEST[dtype])
     answer = kernels.prepare(w.astype(dtype), kernel=kernel, threads=3).product(x)
     assert answer.flags.c_contiguous
@@ -85,7 +88,7 @@ def test_every_number_of_rows(kernel: str, dtype: type, rows: int) -> None:
 
 @pytest.mark.parametrize("kernel", FAST)
 @pytest.mark.parametrize("dtype", [np.int8, np.int16])
-@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("rows", [3, 4, 8, 16])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums(kernel: str, dtype: type, rows: int, sign: int) -> None:
     """Every limb at its largest and every weight of one sign, beyond what a 32-bit lane can sum."""
@@ -97,7 +100,7 @@ def test_the_largest_sums(kernel: str, dtype: type, rows: int, sign: int) -> Non
 
 
 @pytest.mark.parametrize("kernel", FAST)
-@pytest.mark.parametrize("rows", [2, 16])
+@pytest.mark.parametrize("rows", [2, 4, 8, 16])
 def test_operands_of_every_kind_of_memory(kernel: str, rows: int, tmp_path: Path) -> None:
     w, x = kernels.known_operands(10, 128, rows, 2047)
     np.save(tmp_path / "w.npy", w.astype(np.int16))
@@ -112,7 +115,7 @@ def test_operands_of_every_kind_of_memory(kernel: str, rows: int, tmp_path: Path
 
 @pytest.mark.parametrize("kernel", [*FAST, "reference"])
 @pytest.mark.parametrize("dtype", [np.int8, np.int16])
-@pytest.mark.parametrize("rows", [1, 5, 16, 27])
+@pytest.mark.parametrize("rows", [1, 5, 7, 16, 27])
 @pytest.mark.parametrize(("m", "n"), [(24, 128), (25, 100)])
 def test_a_product_is_written_where_it_is_wanted_and_nowhere_else(
     kernel: str, dtype: type, rows: int, m: int, n: int
@@ -125,6 +128,20 @@ def test_a_product_is_written_where_it_is_wanted_and_nowhere_else(
     assert np.array_equal(out, kernels.known_answer(w, x))
     assert (memory[:7] == 77).all()
     assert (memory[-7:] == 77).all()
+
+
+@pytest.mark.skipif(not vnni.available(), reason="the processor has no AVX-512 VNNI")
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
+@given(st.data())
+@settings(max_examples=25)
+def test_every_kind_of_block_for_any_number_of_rows(tokens: int, data: st.DataObject) -> None:
+    """Also where another kind would be chosen: several blocks at a time, the last filled up."""
+    dtype = data.draw(st.sampled_from([np.int8, np.int16]))
+    m, n, rows = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300)), data.draw(st.integers(1, 20))
+    w, x = kernels.known_operands(m, n, rows, LARGEST[dtype])
+    matrix = vnni.VnniMatrix(w.astype(dtype), 2)
+    matrix.blocks = ((tokens, 1),)
+    assert np.array_equal(matrix.product(x), kernels.known_answer(w, x))
 
 
 @pytest.mark.skipif(not vnni.available(), reason="the processor has no AVX-512 VNNI")
@@ -151,7 +168,7 @@ EDGES = [0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF, 0x800
 
 
 @pytest.mark.parametrize("kernel", FAST)
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
 @pytest.mark.parametrize("n", [1, 512, 513, 1100])
 def test_elements_at_the_edges_of_their_limbs(kernel: str, rows: int, n: int) -> None:
     """Where signed limbs of 16 bits turn over, times the largest weights of either sign."""

@@ -62,7 +62,15 @@ def _row(builder: ir.IRBuilder, tile: object, r: int) -> object:
 def main() -> None:
     """Compare with the known answers."""
     amx_tile._call = emulated
-    shapes = ((1, 1, 16), (25, 640, 33), (9, 33, 5), (40, 200, 150), (16, 8256, 16), (33, 66_000, 17))
+    shapes = (
+        (1, 1, 16),
+        (25, 640, 33),
+        (9, 33, 5),
+        (9, 33, 4),
+        (40, 200, 150),
+        (16, 8256, 16),
+        (33, 66_000, 17),
+    )
     for dtype, largest in ((np.int8, 127), (np.int16, 2047)):
         for m, n, rows in shapes:
             w, x = kernels.known_operands(m, n, rows, largest)

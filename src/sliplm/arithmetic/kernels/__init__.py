@@ -103,10 +103,12 @@ def _fastest(names: list[str]) -> str:
 
 @cache
 def self_test(name: str) -> bool:
-    """Does the kernel give the known answers?  Extremes of both operands, odd shapes, one row and many."""
+    """Does the kernel give the known answers?  Extremes of both operands, odd shapes, one row and many: every
+    kind of block that a kernel has.
+    """
     build = _KERNELS[name][1]
     for dtype, largest in ((np.int8, 127), (np.int16, 2047)):
-        for m, n, rows in ((1, 1, 1), (9, 33, 1), (17, 96, 5), (16, 8256, 2), (17, 1100, 27)):
+        for m, n, rows in ((1, 1, 1), (9, 33, 1), (17, 96, 5), (16, 8256, 2), (16, 8256, 4), (17, 1100, 27)):
             w, x = known_operands(m, n, rows, largest)
             try:
                 answer = build(w.astype(dtype), 2).product(x)

@@ -52,18 +52,17 @@ class AmxMatrix(VnniMatrix):
     """w as `VnniMatrix` has it."""
 
     kernel = "amx"
-    few_rows = 4
+    blocks = ((TOKENS, 5), (4, 4), (1, 1))
 
     def __init__(self, w: Weights, threads: int = 1) -> None:
         super().__init__(w, threads)
-        if w.dtype == np.int8:
-            self._many, self._height = _many_bytes, 2 * ROWS
-        else:
-            self._many, self._height = _many_words, ROWS
+        self._loops[TOKENS] = (_many_bytes, 2 * ROWS) if w.dtype == np.int8 else (_many_words, ROWS)
 
 
 @jit
-def _many_bytes(w: Weights, x: Elements, out: Elements, start: int, end: int, first: int, last: int) -> None:
+def _many_bytes(
+    w: Weights, x: Elements, out: Elements, tokens: int, start: int, end: int, first: int, last: int
+) -> None:
     n, height = w.shape[1], 2 * ROWS
     packed, strip = _packed(n), np.empty(n * height, np.int8)
     sums, totals = np.empty(4 * PAIR, np.int32), np.empty((2, TOKENS * ROWS), np.int64)
@@ -88,7 +87,9 @@ def _many_bytes(w: Weights, x: Elements, out: Elements, start: int, end: int, fi
 
 
 @jit
-def _many_words(w: Weights, x: Elements, out: Elements, start: int, end: int, first: int, last: int) -> None:
+def _many_words(
+    w: Weights, x: Elements, out: Elements, tokens: int, start: int, end: int, first: int, last: int
+) -> None:
     steps = w.shape[1]
     n = steps * STEP
     packed, strip = _packed(n), np.empty(2 * n * ROWS, np.int8)
@@ -139,4 +140,4 @@ def _put(totals: Totals, residues: Elements, out: Elements, token: int, row: int
         if token + TOKENS <= out.shape[0] and row + r + 8 <= out.shape[1]:
             put_words(residues, r * TOKENS, out, token * out.shape[1] + row + r, out.shape[1])
         else:
-            put_part(residues[r * TOKENS :], out, token, row + r, 8)
+            put_part(residues[r * TOKENS :], out, TOKENS, token, row + r, 8)

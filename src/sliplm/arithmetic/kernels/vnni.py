@@ -4,13 +4,14 @@
     int16 w   x in two signed limbs of 16 bits, vpdpwssd; |w| <= 2047 is packed into 12 bits, in the order in
               which it is read
 
-Few rows of x are multiplied one by one with the rows of w (memory decides), many in blocks of 16, packed so
-that every lane has an x of its own (arithmetic decides).  A product is one compiled call, or one for each
-thread where that pays.
+Very few rows of x are multiplied one by one with the rows of w (memory decides), more in blocks of 4, 8 and
+16, packed so that every lane belongs to one x (arithmetic decides).  A product is one compiled call for each
+kind of block, or one for each thread where that pays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
 
@@ -33,8 +34,12 @@ from sliplm.arithmetic.kernels.vnni_tile import (
     WORD_BLOCK,
     WORD_LIMBS,
     WRAP,
-    block_bytes,
-    block_words,
+    block_bytes_4,
+    block_bytes_8,
+    block_bytes_16,
+    block_words_4,
+    block_words_8,
+    block_words_16,
     pack_bytes,
     pack_words,
     put_bytes,
@@ -48,7 +53,10 @@ from sliplm.errors import KernelError
 Scalar = TypeVar("Scalar", bound=np.generic)
 Weights = npt.NDArray[np.integer]
 Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.int16]
 Sums = npt.NDArray[np.int64]
+Loop = Callable[[Weights, Elements, Elements, int, int, int, int, int], None]
+"""(w, x, out, tokens in a block, rows of x from and to, rows of w from and to)."""
 
 _AHEAD = 1 << 14  # bytes: w is asked for at least this far ahead, and never inside the same tile
 _CACHED = 1 << 19  # bytes of packed x at a time: half of a second-level cache
@@ -75,15 +83,17 @@ class VnniMatrix:
     """
 
     kernel = "vnni"
-    few_rows = 10  # of x, up to which tall tiles beat a block filled up with zeros
+    blocks: Sequence[tuple[int, int]] = ((TOKENS, 12), (8, 6), (4, 4), (1, 1))
+    """Tokens of each kind of block, and how many of them make it worth filling up with zeros."""
 
     def __init__(self, w: Weights, threads: int = 1) -> None:
         self.shape, self._threads = (w.shape[0], w.shape[1]), threads
         self._w: Weights
         if w.dtype == np.int8:
-            self._w, self._height, self._few, self._many = _whole(w), BYTE_BLOCK, _few_bytes, _many_bytes
+            self._w, few, many = _whole(w), (_one_by_one_bytes, TALL), (_block_by_block_bytes, BYTE_BLOCK)
         else:
-            self._w, self._height, self._few, self._many = _packed(w), WORD_BLOCK, _few_words, _many_words
+            self._w, few, many = _packed(w), (_one_by_one_words, TALL), (_block_by_block_words, WORD_BLOCK)
+        self._loops: dict[int, tuple[Loop, int]] = {1: few, 4: many, 8: many, TOKENS: many}
 
     def product(self, x: Elements, out: Elements | None = None) -> Elements:
         """w x mod p for each row x: uint32 [rows, n] -> uint32 [rows, m], new or `out` (contiguous)."""
@@ -92,32 +102,27 @@ class VnniMatrix:
             out = np.empty((rows, m), np.uint32)
         if x.shape[1] != n or out.shape != (rows, m):
             raise KernelError(f"{x.shape} and {out.shape} do not fit a matrix of {m} x {n}")
-        x = _read_only(x)
-        few = rows % TOKENS if rows % TOKENS <= self.few_rows else 0
-        if few:
-            self._few_rows(x[rows - few :], out[rows - few :])
-        if rows > few:
-            self._many_rows(x[: rows - few], out[: rows - few])
+        x, first = _read_only(x), 0
+        for tokens, enough in self.blocks:
+            left = (rows - first) % tokens
+            last = rows - left if left < enough else rows
+            if last > first:
+                self._multiply(tokens, x[first:last], out[first:last])
+                first = last
         return out
 
-    def _few_rows(self, x: Elements, out: Elements) -> None:
-        m, n = self.shape
-        threads = pieces(self._threads, m * n * len(x))
-        if threads == 1:
-            self._few(self._w, x, out, 0, m)
-        else:
-            in_parallel(lambda first, last: self._few(self._w, x, out, first, last), m, threads, TALL)
-
-    def _many_rows(self, x: Elements, out: Elements) -> None:
-        """By rows of x, where each thread has blocks enough; by rows of w elsewhere."""
-        (m, n), rows = self.shape, len(x)
+    def _multiply(self, tokens: int, x: Elements, out: Elements) -> None:
+        """In blocks of so many tokens: shared out by rows of x, where each thread has blocks enough; by rows
+        of w elsewhere.
+        """
+        (m, n), rows, (loop, height) = self.shape, len(x), self._loops[tokens]
         threads = pieces(self._threads, m * n * rows)
         if threads == 1:
-            self._many(self._w, x, out, 0, rows, 0, m)
+            loop(self._w, x, out, tokens, 0, rows, 0, m)
         elif rows >= 2 * threads * TOKENS:
-            in_parallel(lambda a, b: self._many(self._w, x, out, a, b, 0, m), rows, threads, TOKENS)
+            in_parallel(lambda a, b: loop(self._w, x, out, tokens, a, b, 0, m), rows, threads, tokens)
         else:
-            in_parallel(lambda a, b: self._many(self._w, x, out, 0, rows, a, b), m, threads, self._height)
+            in_parallel(lambda a, b: loop(self._w, x, out, tokens, 0, rows, a, b), m, threads, height)
 
 
 def _whole(w: Weights) -> Weights:
@@ -169,94 +174,160 @@ def _pack_weights(w: Weights, packed: Bytes) -> bool:
 
 
 @jit
-def _few_bytes(w: Weights, x: Elements, out: Elements, first: int, last: int) -> None:
+def _one_by_one_bytes(
+    w: Weights, x: Elements, out: Elements, tokens: int, start: int, end: int, first: int, last: int
+) -> None:
     n = w.shape[1]
-    limbs = np.zeros((x.shape[0], BYTE_LIMBS, n), np.uint8)
-    for r in range(x.shape[0]):
-        for limb in range(BYTE_LIMBS):
-            shift = np.uint32(8 * limb)
-            for j in range(x.shape[1]):
-                limbs[r, limb, j] = x[r, j] >> shift
+    limbs = byte_limbs(x[start:end], end - start, n)
     sums = np.empty(TALL, np.int64)
     for i in range(first, last, TALL):
         row = min(i, w.shape[0] - TALL)  # the last tile may overlap the one before it
-        for r in range(x.shape[0]):
+        for r in range(end - start):
             tall_bytes(w, row * n, n, limbs, r * limbs[0].size, row * n + max(TALL * n, _AHEAD), sums)
             for k in range(min(TALL, out.shape[1] - row)):
-                out[r, row + k] = _residue(sums[k])
+                out[start + r, row + k] = _residue(sums[k])
 
 
 @jit
-def _few_words(w: Weights, x: Elements, out: Elements, first: int, last: int) -> None:
+def _one_by_one_words(
+    w: Weights, x: Elements, out: Elements, tokens: int, start: int, end: int, first: int, last: int
+) -> None:
     steps = w.shape[1]
-    limbs = np.zeros((x.shape[0], WORD_LIMBS, steps * STEP), np.int16)
-    for r in range(x.shape[0]):
-        for j in range(x.shape[1]):
-            v = x[r, j] + np.uint32(5 if x[r, j] >= WRAP else 0)
-            limbs[r, 0, j] = v
-            limbs[r, 1, j] = (v + np.uint32(0x8000)) >> np.uint32(16)
+    limbs = word_limbs(x[start:end], end - start, steps * STEP)
     sums = np.empty(TALL, np.int64)
     for row in range(first, last, TALL):
-        for r in range(x.shape[0]):
+        for r in range(end - start):
             tall_words(w, row * (steps * PACKED // TALL), steps, limbs, r * limbs[0].size, sums)
             for k in range(min(TALL, out.shape[1] - row)):
-                out[r, row + k] = _residue(sums[k])
+                out[start + r, row + k] = _residue(sums[k])
 
 
 @jit
-def _many_bytes(w: Weights, x: Elements, out: Elements, start: int, end: int, first: int, last: int) -> None:
+def _block_by_block_bytes(
+    w: Weights, x: Elements, out: Elements, tokens: int, start: int, end: int, first: int, last: int
+) -> None:
     n = w.shape[1]
-    size = BYTE_LIMBS * n * TOKENS // 4
+    size = BYTE_LIMBS * n * tokens // 4
     blocks = max(1, min(_BLOCKS, _CACHED // (4 * size)))
     packed = np.empty((blocks, size), np.uint32)
     sums, residues = np.empty(BYTE_BLOCK * TOKENS, np.int64), np.zeros(8 * TOKENS, np.uint32)
-    for token in range(start, end, blocks * TOKENS):
-        count = -(-(min(end, token + blocks * TOKENS) - token) // TOKENS)
+    for token in range(start, end, blocks * tokens):
+        count = -(-(min(end, token + blocks * tokens) - token) // tokens)
         for b in range(count):
-            block = block_of(x, token + b * TOKENS, n)
-            for j in range(0, n, TOKENS):
-                pack_bytes(block, j, n, packed, b * size + j * TOKENS)
+            if tokens == TOKENS:
+                block = block_of(x, token + b * tokens, n)
+                for j in range(0, n, TOKENS):
+                    pack_bytes(block, j, n, packed, b * size + j * TOKENS)
+            else:
+                interleave(byte_limbs(x[token + b * tokens : token + (b + 1) * tokens], tokens, n), packed[b])
         for i in range(first, last, BYTE_BLOCK):
             row = min(i, w.shape[0] - BYTE_BLOCK)
             for b in range(count):
                 sums[:] = 0
                 for j in range(0, n, BYTE_EXACT):
                     ahead = row * n + j * BYTE_BLOCK + max(BYTE_BLOCK * n, _AHEAD)
-                    steps = min(BYTE_EXACT, n - j) // 4
-                    block_bytes(w, row * n + j, n, packed, b * size + j * TOKENS, ahead, steps, sums)
+                    steps = min(BYTE_EXACT, n - j) * tokens // STEP
+                    _block_bytes(tokens, w, row * n + j, n, packed, b * size + j * tokens, ahead, steps, sums)
                 fold(sums, residues, sums.size)
-                where = token + b * TOKENS
-                if where + TOKENS <= out.shape[0] and row + BYTE_BLOCK <= out.shape[1]:
+                where = token + b * tokens
+                if tokens == TOKENS and where + TOKENS <= out.shape[0] and row + BYTE_BLOCK <= out.shape[1]:
                     put_bytes(residues, 0, out, where * out.shape[1] + row, out.shape[1])
                 else:
-                    put_part(residues, out, where, row, BYTE_BLOCK)
+                    put_part(residues, out, tokens, where, row, BYTE_BLOCK)
 
 
 @jit
-def _many_words(w: Weights, x: Elements, out: Elements, start: int, end: int, first: int, last: int) -> None:
+def _block_by_block_words(
+    w: Weights, x: Elements, out: Elements, tokens: int, start: int, end: int, first: int, last: int
+) -> None:
     steps = w.shape[1]
     n = steps * STEP
-    size = WORD_LIMBS * n * TOKENS // 2
+    size = WORD_LIMBS * n * tokens // 2
     blocks = max(1, min(_BLOCKS, _CACHED // (4 * size)))
     packed, strip = np.empty((blocks, size), np.uint32), np.empty((WORD_BLOCK, n), np.int16)
     sums, residues = np.empty(WORD_BLOCK * TOKENS, np.int64), np.zeros(8 * TOKENS, np.uint32)
-    for token in range(start, end, blocks * TOKENS):
-        count = -(-(min(end, token + blocks * TOKENS) - token) // TOKENS)
+    for token in range(start, end, blocks * tokens):
+        count = -(-(min(end, token + blocks * tokens) - token) // tokens)
         for b in range(count):
-            block = block_of(x, token + b * TOKENS, n)
-            for j in range(0, n, TOKENS):
-                pack_words(block, j, n, packed, b * size + j * TOKENS)
+            if tokens == TOKENS:
+                block = block_of(x, token + b * tokens, n)
+                for j in range(0, n, TOKENS):
+                    pack_words(block, j, n, packed, b * size + j * TOKENS)
+            else:
+                interleave(word_limbs(x[token + b * tokens : token + (b + 1) * tokens], tokens, n), packed[b])
         for row in range(first, last, WORD_BLOCK):
             for half in range(0, WORD_BLOCK, TALL):
                 unpack(w, (row + half) * (steps * PACKED // TALL), steps, strip, half * n)
+            ahead = (row + WORD_BLOCK) * (steps * PACKED // TALL)
             for b in range(count):
-                block_words(strip, 0, n, packed, b * size, sums)
-                fold(sums, residues, sums.size)
-                where = token + b * TOKENS
-                if where + TOKENS <= out.shape[0] and row + WORD_BLOCK <= out.shape[1]:
+                _block_words(tokens, strip, n, packed, b * size, w, ahead, sums)
+                fold(sums, residues, WORD_BLOCK * tokens)
+                where = token + b * tokens
+                if tokens == TOKENS and where + TOKENS <= out.shape[0] and row + WORD_BLOCK <= out.shape[1]:
                     put_words(residues, 0, out, where * out.shape[1] + row, out.shape[1])
                 else:
-                    put_part(residues, out, where, row, WORD_BLOCK)
+                    put_part(residues, out, tokens, where, row, WORD_BLOCK)
+
+
+@jit
+def _block_bytes(
+    tokens: int, w: Weights, place: int, n: int, packed: Elements, x: int, ahead: int, steps: int, sums: Sums
+) -> None:
+    if tokens == 4:
+        block_bytes_4(w, place, n, packed, x, ahead, steps, sums)
+    elif tokens == 8:
+        block_bytes_8(w, place, n, packed, x, ahead, steps, sums)
+    else:
+        block_bytes_16(w, place, n, packed, x, ahead, steps, sums)
+
+
+@jit
+def _block_words(
+    tokens: int, strip: Weights, n: int, packed: Elements, x: int, w: Weights, ahead: int, sums: Sums
+) -> None:
+    if tokens == 4:
+        block_words_4(strip, n, packed, x, w, ahead, sums)
+    elif tokens == 8:
+        block_words_8(strip, n, packed, x, w, ahead, sums)
+    else:
+        block_words_16(strip, n, packed, x, w, ahead, sums)
+
+
+@jit
+def byte_limbs(x: Elements, rows: int, n: int) -> Bytes:
+    """uint8 [rows, 4, n] of as many rows of x, filled up with zeros."""
+    limbs = np.zeros((rows, BYTE_LIMBS, n), np.uint8)
+    for r in range(x.shape[0]):
+        for limb in range(BYTE_LIMBS):
+            shift = np.uint32(8 * limb)
+            for j in range(x.shape[1]):
+                limbs[r, limb, j] = x[r, j] >> shift
+    return limbs
+
+
+@jit
+def word_limbs(x: Elements, rows: int, n: int) -> Words:
+    """int16 [rows, 2, n] of as many rows of x, filled up with zeros."""
+    limbs = np.zeros((rows, WORD_LIMBS, n), np.int16)
+    for r in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            v = x[r, j] + np.uint32(5 if x[r, j] >= WRAP else 0)
+            limbs[r, 0, j] = v
+            limbs[r, 1, j] = (v + np.uint32(0x8000)) >> np.uint32(16)
+    return limbs
+
+
+@jit
+def interleave(limbs: npt.NDArray[np.integer], packed: Elements) -> None:
+    """Limbs [tokens, limbs, n] as blocks of 2 to 8 tokens take them: 64 / tokens bytes of each in turn."""
+    tokens, count = limbs.shape[:2]
+    source = limbs.reshape(-1).view(np.uint64).reshape(tokens, count, -1)
+    target, size = packed.view(np.uint64).reshape(-1, count, tokens, 8 // tokens), 8 // tokens
+    for t in range(tokens):
+        for limb in range(count):
+            for step in range(target.shape[0]):
+                for k in range(size):
+                    target[step, limb, t, k] = source[t, limb, step * size + k]
 
 
 @jit
@@ -271,11 +342,11 @@ def block_of(x: Elements, token: int, n: int) -> Elements:
 
 
 @jit
-def put_part(residues: Elements, out: Elements, token: int, row: int, height: int) -> None:
-    """What `put` does, as far as there are rows and columns."""
-    for t in range(min(TOKENS, out.shape[0] - token)):
+def put_part(residues: Elements, out: Elements, tokens: int, token: int, row: int, height: int) -> None:
+    """What `put` does for a block of so many tokens, as far as there are rows and columns."""
+    for t in range(min(tokens, out.shape[0] - token)):
         for r in range(min(height, out.shape[1] - row)):
-            out[token + t, row + r] = residues[r * TOKENS + t]
+            out[token + t, row + r] = residues[r * tokens + t]
 
 
 @jit

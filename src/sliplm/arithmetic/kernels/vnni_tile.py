@@ -1,7 +1,8 @@
 """The inner tiles of the VNNI kernel, as LLVM code: rows of w times the limbs of x, all sums in registers.
 
     tall    4 rows of w times one x: columns lie in the lanes, which are added up at the end
-    block   6 or 8 rows of w times 16 x: each lane has an x of its own, so that no sum crosses lanes
+    block   6 or 8 rows of w times 4, 8 or 16 x: of 16 lanes each x has its own neighbours, added up at the
+            end; what is read of a row of w lies before each of them
 
 Each for w of 8 bits (`bytes`) and of 12 (`words`): int16, or packed as `unpacked` reads it.
 """
@@ -33,14 +34,13 @@ from sliplm.arithmetic.kernels.llvm import (
     prefetch,
     shuffle,
     side_by_side,
-    splat,
     starts,
     store,
     transposed,
     zeros,
 )
 
-TOKENS = 16  # rows of x in a block
+TOKENS = 16  # rows of x in a block, at most; 32-bit lanes
 TALL = 4  # rows of w in a tall tile
 STEP = 64  # columns that a tall tile reads at a time
 BYTE_LIMBS, WORD_LIMBS = 4, 2
@@ -141,86 +141,116 @@ def tall_words(typing: Any, w: Any, w_start: Any, steps: Any, x: Any, x_start: A
     return signature, code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def block_bytes(
-    typing: Any, w: Any, w_start: Any, stride: Any, x: Any, x_start: Any, ahead: Any, steps: Any, sums: Any
-) -> Any:
-    """sums[r, t] += <w[w_start + r stride :], x of token t> over steps > 0 of 4 columns, for int64
-    sums[BYTE_BLOCK, 16].
+def _blocks_of_bytes(tokens: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def block_bytes(
+        typing: Any,
+        w: Any,
+        w_start: Any,
+        stride: Any,
+        x: Any,
+        x_start: Any,
+        ahead: Any,
+        steps: Any,
+        sums: Any,
+    ) -> Any:
+        """sums[r, t] += <w[w_start + r stride :], x of token t> over steps > 0 of 64 / tokens columns, for
+        int64 sums[BYTE_BLOCK, tokens].
 
-    w is int8; x[x_start :] is uint32 [steps, limbs, 16]: in a word, a limb of each column of a step.  From
-    w[ahead :] on, as much of w is asked for as the tile reads.
-    """
-    signature = types.void(w, types.intp, types.intp, x, types.intp, types.intp, types.intp, sums)
+        w is int8; x[x_start :] is uint32 [steps, limbs, tokens, 16 / tokens]: in a word, a limb of each of
+        four columns.  From w[ahead :] on, as much of w is asked for as the tile reads.
+        """
+        signature = types.void(w, types.intp, types.intp, x, types.intp, types.intp, types.intp, sums)
 
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        weights, out = (data(context, builder, signature, args, k) for k in (0, 7))
-        rows = starts(builder, weights, args[1], args[2], BYTE_BLOCK)
-        hints = builder.gep(weights, [args[5]])
-        packed = at(builder, data(context, builder, signature, args, 3), args[4])
+        def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            weights, out = (data(context, builder, signature, args, k) for k in (0, 7))
+            rows = starts(builder, weights, args[1], args[2], BYTE_BLOCK)
+            hints = builder.gep(weights, [args[5]])
+            packed = at(builder, data(context, builder, signature, args, 3), args[4])
 
-        def body(step: Any, totals: list[Any]) -> list[Any]:
-            xs = _limbs(builder, packed, step, BYTE_LIMBS)
-            column = builder.mul(step, const(4))
-            prefetch(builder, hints, builder.mul(column, const(BYTE_BLOCK)))
-            updated = []
-            for r, row in enumerate(rows):
-                weight = splat(builder, load(builder, at(builder, row, column), I32))
-                for k, limb in enumerate(xs):
-                    updated.append(_dot_bytes(builder, totals[r * BYTE_LIMBS + k], limb, weight))
-            return updated
+            def body(step: Any, totals: list[Any]) -> list[Any]:
+                xs = _limbs(builder, packed, step, BYTE_LIMBS)
+                column = builder.mul(step, const(STEP // tokens))
+                _ask_for(builder, hints, builder.mul(column, const(BYTE_BLOCK)), STEP // tokens * BYTE_BLOCK)
+                updated = []
+                for r, row in enumerate(rows):
+                    weight = _for_all(builder, at(builder, row, column), tokens)
+                    for k, limb in enumerate(xs):
+                        updated.append(_dot_bytes(builder, totals[r * BYTE_LIMBS + k], limb, weight))
+                return updated
 
-        totals = loop(builder, args[6], 1, zeros(BYTE_BLOCK * BYTE_LIMBS), body)
-        for r in range(BYTE_BLOCK):
-            joined = _joined_bytes(builder, totals[r * BYTE_LIMBS : (r + 1) * BYTE_LIMBS])
-            place = at(builder, out, const(r * TOKENS))
-            store(builder, builder.add(load(builder, place, WIDE), joined), place)
-        return context.get_dummy_value()
+            totals = loop(builder, args[6], 1, zeros(BYTE_BLOCK * BYTE_LIMBS), body)
+            for r in range(BYTE_BLOCK):
+                joined = _joined_bytes(builder, totals[r * BYTE_LIMBS : (r + 1) * BYTE_LIMBS])
+                place = at(builder, out, const(r * tokens))
+                before = load(builder, place, ir.VectorType(I64, tokens))
+                store(builder, builder.add(before, _by_token(builder, joined, tokens)), place)
+            return context.get_dummy_value()
 
-    return signature, code
+        return signature, code
+
+    return block_bytes
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def block_words(typing: Any, w: Any, w_start: Any, stride: Any, x: Any, x_start: Any, sums: Any) -> Any:
-    """sums[r, t] = <w[w_start + r stride :], x of token t> over `stride` columns, a multiple of 32, for int64
-    sums[WORD_BLOCK, 16].
+def _blocks_of_words(tokens: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def block_words(
+        typing: Any, w: Any, stride: Any, x: Any, x_start: Any, source: Any, ahead: Any, sums: Any
+    ) -> Any:
+        """sums[r, t] = <w[r stride :], x of token t> over `stride` columns, a multiple of 64, for int64
+        sums[WORD_BLOCK, tokens].
 
-    w is int16; x[x_start :] is uint32 [stride / 2, limbs, 16]: in a word, a limb of each of two columns.
-    """
-    signature = types.void(w, types.intp, types.intp, x, types.intp, sums)
+        w is int16; x[x_start :] is uint32 [steps, limbs, tokens, 16 / tokens], a step for 32 / tokens
+        columns: in a word, a limb of each of two.  From source[ahead :] on, as much is asked for as `unpack`
+        reads for the next block.
+        """
+        signature = types.void(w, types.intp, x, types.intp, source, types.intp, sums)
 
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        weights, out = (data(context, builder, signature, args, k) for k in (0, 5))
-        rows = starts(builder, weights, args[1], args[2], WORD_BLOCK)
-        packed = at(builder, data(context, builder, signature, args, 3), args[4])
-        count = WORD_BLOCK * WORD_LIMBS
+        def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            weights, hints, out = (data(context, builder, signature, args, k) for k in (0, 4, 6))
+            rows = starts(builder, weights, const(0), args[1], WORD_BLOCK)
+            packed = at(builder, data(context, builder, signature, args, 2), args[3])
+            hints = builder.gep(hints, [args[5]])
+            count, columns = WORD_BLOCK * WORD_LIMBS, STEP // 2 // tokens
+            read = columns * WORD_BLOCK * PACKED // STEP // TALL
 
-        def body(step: Any, totals: list[Any]) -> list[Any]:
-            xs = _limbs(builder, packed, step, WORD_LIMBS)
-            updated = []
-            for r, row in enumerate(rows):
-                weight = splat(builder, load(builder, at(builder, row, builder.mul(step, const(2))), I32))
-                for k, limb in enumerate(xs):
-                    updated.append(_dot_words(builder, totals[r * WORD_LIMBS + k], weight, limb))
-            return updated
+            def body(step: Any, totals: list[Any]) -> list[Any]:
+                xs = _limbs(builder, packed, step, WORD_LIMBS)
+                _ask_for(builder, hints, builder.mul(step, const(read)), read)
+                updated = []
+                for r, row in enumerate(rows):
+                    place = at(builder, row, builder.mul(step, const(columns)))
+                    weight = _for_all(builder, place, tokens)
+                    for k, limb in enumerate(xs):
+                        updated.append(_dot_words(builder, totals[r * WORD_LIMBS + k], weight, limb))
+                return updated
 
-        def chunk(first: Any, state: list[Any]) -> list[Any]:
-            sums_ = loop(
-                builder,
-                const(_PAIRS),
-                1,
-                state[:count],
-                lambda step, totals: body(builder.add(first, step), totals),
-            )
-            return _split(builder, sums_, state[count:])
+            steps = builder.udiv(args[1], const(columns))
 
-        pairs = builder.lshr(args[2], const(1))
-        state = loop(builder, pairs, _PAIRS, zeros(count + WORD_BLOCK), chunk)
-        for r, joined in enumerate(_joined_words(builder, state, WORD_BLOCK)):
-            store(builder, joined, at(builder, out, const(r * TOKENS)))
-        return context.get_dummy_value()
+            def chunk(first: Any, state: list[Any]) -> list[Any]:
+                left = builder.sub(steps, first)
+                fits = builder.icmp_signed("<", left, const(_PAIRS))
+                sums_ = loop(
+                    builder,
+                    builder.select(fits, left, const(_PAIRS)),
+                    1,
+                    state[:count],
+                    lambda step, totals: body(builder.add(first, step), totals),
+                )
+                return _split(builder, sums_, state[count:])
 
-    return signature, code
+            state = loop(builder, steps, _PAIRS, zeros(count + WORD_BLOCK), chunk)
+            for r, joined in enumerate(_joined_words(builder, state, WORD_BLOCK)):
+                store(builder, _by_token(builder, joined, tokens), at(builder, out, const(r * tokens)))
+            return context.get_dummy_value()
+
+        return signature, code
+
+    return block_words
+
+
+block_bytes_4, block_bytes_8, block_bytes_16 = map(_blocks_of_bytes, (4, 8, 16))
+block_words_4, block_words_8, block_words_16 = map(_blocks_of_words, (4, 8, 16))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -235,8 +265,6 @@ def unpack(typing: Any, w: Any, w_start: Any, steps: Any, out: Any, start: Any) 
 
         def body(step: Any, state: list[Any]) -> list[Any]:
             column, place = builder.mul(step, const(STEP)), builder.mul(step, const(PACKED))
-            for line in range(0, PACKED, 64):
-                prefetch(builder, tile, builder.add(place, const(_AHEAD + line)))
             for r, row in enumerate(rows):
                 for half, weight in zip((0, 32), unpacked(builder, tile, place, r), strict=True):
                     store(builder, weight, at(builder, row, builder.add(column, const(half))))
@@ -330,6 +358,27 @@ def _putting(height: int) -> Any:
 
 
 put_bytes, put_words = _putting(BYTE_BLOCK), _putting(WORD_BLOCK)
+
+
+def _for_all(builder: ir.IRBuilder, place: Any, tokens: int) -> Any:
+    """As many weights as a step takes for each token: 64 / tokens bytes from there, once for each."""
+    lanes = TOKENS // tokens
+    words = load(builder, place, ir.VectorType(I32, lanes))
+    return shuffle(builder, words, words, list(range(lanes)) * tokens)
+
+
+def _by_token(builder: ir.IRBuilder, sums: Any, tokens: int) -> Any:
+    """The sum of each token's neighbouring lanes, in 64 bits."""
+    while (left := sums.type.count) > tokens:
+        even, odd = (shuffle(builder, sums, sums, range(k, left, 2)) for k in (0, 1))
+        sums = builder.add(even, odd)
+    return sums
+
+
+def _ask_for(builder: ir.IRBuilder, pointer: Any, index: Any, size: int) -> None:
+    """Ask for so many bytes from a place on, as far as they begin a line of the cache, or nearly."""
+    for line in range(0, size, 64):
+        prefetch(builder, pointer, builder.add(index, const(line)))
 
 
 def _limbs(builder: ir.IRBuilder, packed: Any, step: Any, limbs: int) -> list[Any]:
