@@ -1,10 +1,11 @@
-"""Where the time of one decoded token goes, beside the plain model's in the same run.
+"""Where the time of one decoded token goes, or of one of several sequences each, beside the plain model's in
+the same run.
 
 The functions on the way of one token (docs/ARCHITECTURE.md) are wrapped in clocks; each figure is what a
 function takes by itself, without those named below it, and with what the clocks add: half a microsecond a
 call.  The worker's time is its own word.  Masks are dealt before.
 
-    python bench/onetoken.py [--bits 12] [--tokens 48]
+    python bench/onetoken.py [--bits 12] [--rows 1] [--tokens 48]
 """
 
 from __future__ import annotations
@@ -122,19 +123,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", type=int, default=12, help="precision of the split")
-    parser.add_argument("--tokens", type=int, default=48, help="decoded tokens")
+    parser.add_argument("--rows", type=int, default=1, help="sequences at once")
+    parser.add_argument("--tokens", type=int, default=48, help="decoded tokens of each")
     args = parser.parse_args()
-    with Side("Plain", prompt=SHORT) as plain:
+    with Side("Plain", prompt=args.rows * SHORT) as plain:
         found = {
-            d: plain.call("decode", dtype=d, rows=1, tokens=args.tokens) for d in ("float32", "bfloat16")
+            d: plain.call("decode", dtype=d, rows=args.rows, tokens=args.tokens)
+            for d in ("float32", "bfloat16")
         }
     base = {name: 1e6 * each["seconds"] / args.tokens for name, each in found.items()}
-    text = AutoTokenizer.from_pretrained(smollm2(), trust_remote_code=False)(wikipedia()[:2000])
-    ids, clocks = torch.tensor([text.input_ids[:SHORT]]), Clocks()
+    text = AutoTokenizer.from_pretrained(smollm2(), trust_remote_code=False)(wikipedia()[:20_000])
+    ids, clocks = torch.tensor(text.input_ids[: args.rows * SHORT]).reshape(args.rows, SHORT), Clocks()
     with sliplm.open(split_smollm2(args.bits), ahead=0) as model:
         vault: Any = model.slip
-        vault.deal(2 * args.tokens + 3 * SHORT + 8, [name for name in vault.groups if name != HEAD])
-        vault.deal(2 * args.tokens + 11, [HEAD])
+        inner = [name for name in vault.groups if name != HEAD]
+        vault.deal(args.rows * (2 * args.tokens + 3 * SHORT + 8), inner)
+        vault.deal(args.rows * (2 * args.tokens + 11), [HEAD])
         decode(model, ids, 8, clocks.clear)
         bare = 1e6 * decode(model, ids, args.tokens, clocks.clear)
         for name, owner, attribute in WAY:
@@ -161,7 +165,8 @@ def main() -> None:
         *(row(f"one token, plain {kind}", 1, took) for kind, took in base.items()),
     ]
     console.print(table(rows, total, args.bits))
-    finish({"bench": "onetoken", "machine": machine(), "bits": args.bits, "rows": rows, "plain": base})
+    document = {"bench": "onetoken", "machine": machine(), "bits": args.bits, "sequences": args.rows}
+    finish({**document, "rows": rows, "plain": base})
 
 
 if __name__ == "__main__":
