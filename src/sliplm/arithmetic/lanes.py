@@ -1,4 +1,4 @@
-"""Sixteen vectors turned at once: coordinate j of all of them lies in line j, 16 float32 side by side.
+"""Eight vectors turned at once: coordinate j of all of them lies in line j, 8 float32 side by side.
 
 For each vector the operations of `rotation`, in their order, so that its result has the same bits as alone;
 but what moves single numbers there moves whole lines here.  In LLVM's words, so that lines stay in registers.
@@ -6,7 +6,7 @@ but what moves single numbers there moves whole lines here.  In LLVM's words, so
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +15,17 @@ from numba import types
 from numba.extending import intrinsic
 
 from sliplm.arithmetic.jit import jit
-from sliplm.arithmetic.kernels.llvm import SUMS, at, const, data, load, starts, store, transposed
+from sliplm.arithmetic.kernels.llvm import SUMS, at, const, data, load, shuffle, starts, store, transposed
 
 Floats = npt.NDArray[np.float32]
 Orders = npt.NDArray[np.int32]
-
-LANES = 16
+LANES: Final = 8  # sixteen are hardly faster for 16 rows and more, and far slower for less
 
 _LINE = ir.VectorType(ir.FloatType(), LANES)
+_WORDS: Final = SUMS.count  # columns that are transposed at a time, and words of two lines
+_PAIRS: Final = [
+    [word for k in range(LANES) for word in (k + side, k + side + _WORDS)] for side in (0, LANES)
+]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -84,18 +87,39 @@ hadamard_2, hadamard_4, hadamard_8, hadamard_16 = (_hadamard(size) for size in (
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def transpose(typing: Any, x: Any, start: Any, stride: Any, out: Any, out_start: Any, out_stride: Any) -> Any:
-    """out[out_start + j out_stride + i] = x[start + i stride + j] for i and j below 16, both C-contiguous."""
+def put_lines(typing: Any, x: Any, start: Any, count: Any, stride: Any, out: Any, to: Any) -> Any:
+    """16 columns x[start + i stride :] of `count` rows i as lines from out[to] on; the last row again where
+    there are fewer than lanes.  Both are C-contiguous.
+    """
     if x.layout != "C" or out.layout != "C":
         return None  # does not compile
-    signature = types.void(x, types.intp, types.intp, out, types.intp, types.intp)
+    signature = types.void(x, types.intp, types.intp, types.intp, out, types.intp)
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        source, target = (data(context, builder, signature, args, k) for k in (0, 3))
-        rows = [load(builder, place, SUMS) for place in starts(builder, source, args[1], args[2], LANES)]
-        places = starts(builder, target, args[4], args[5], LANES)
-        for column, place in zip(transposed(builder, rows), places, strict=True):
-            store(builder, column, place)
+        places = _rows(context, builder, signature, args)
+        target = at(builder, data(context, builder, signature, args, 4), args[5])
+        for k, lines in enumerate(transposed(builder, [load(builder, place, SUMS) for place in places])):
+            store(builder, lines, at(builder, target, const(k * _WORDS)))
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def get_lines(typing: Any, out: Any, start: Any, count: Any, stride: Any, x: Any, source: Any) -> Any:
+    """The way back: 16 columns out[start + i stride :] of `count` rows from lines x[source :]."""
+    if x.layout != "C" or out.layout != "C":
+        return None  # does not compile
+    signature = types.void(out, types.intp, types.intp, types.intp, x, types.intp)
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        source = at(builder, data(context, builder, signature, args, 4), args[5])
+        lines = [load(builder, at(builder, source, const(k * _WORDS)), SUMS) for k in range(LANES)]
+        columns, half = transposed(builder, lines), LANES // 2
+        for t, place in reversed(list(enumerate(_rows(context, builder, signature, args)))):
+            even, odd = columns[t // 2], columns[half + t // 2]  # of row t from even lines, and from odd ones
+            row = shuffle(builder, even, odd, _PAIRS[t % 2])
+            store(builder, row, place)  # the last row's own comes last
         return context.get_dummy_value()
 
     return signature, code
@@ -103,35 +127,26 @@ def transpose(typing: Any, x: Any, start: Any, stride: Any, out: Any, out_start:
 
 @jit
 def to_lines(x: Floats, first: int, lines: Floats) -> None:
-    """16 rows of x from `first` on, side by side; zeros where there are fewer."""
-    n = x.shape[1]
-    rows = x[first : first + LANES]
-    if len(rows) < LANES:
-        rows = np.zeros((LANES, n), np.float32)
-        rows[: len(x) - first] = x[first:]
-    whole = n // LANES * LANES
-    for j in range(0, whole, LANES):
-        transpose(rows, j, n, lines, j * LANES, LANES)
+    """Rows of x from `first` on, side by side; the last one again where there are fewer than lanes."""
+    n, count = x.shape[1], min(LANES, x.shape[0] - first)
+    whole = n // _WORDS * _WORDS
+    for j in range(0, whole, _WORDS):
+        put_lines(x, first * n + j, count, n, lines, j * LANES)
     for j in range(whole, n):
         for t in range(LANES):
-            lines[j * LANES + t] = rows[t, j]
+            lines[j * LANES + t] = x[first + min(t, count - 1), j]
 
 
 @jit
 def from_lines(lines: Floats, out: Floats, first: int) -> None:
     """The way back, into rows of out from `first` on, as far as it has them."""
-    n = out.shape[1]
-    rows = out[first : first + LANES]
-    if len(rows) < LANES:
-        rows = np.empty((LANES, n), np.float32)
-    whole = n // LANES * LANES
-    for j in range(0, whole, LANES):
-        transpose(lines, j * LANES, LANES, rows, j, n)
+    n, count = out.shape[1], min(LANES, out.shape[0] - first)
+    whole = n // _WORDS * _WORDS
+    for j in range(0, whole, _WORDS):
+        get_lines(out, first * n + j, count, n, lines, j * LANES)
     for j in range(whole, n):
-        for t in range(LANES):
-            rows[t, j] = lines[j * LANES + t]
-    if first + LANES > len(out):
-        out[first:] = rows[: len(out) - first]
+        for t in range(count):
+            out[first + t, j] = lines[j * LANES + t]
 
 
 @jit
@@ -169,6 +184,16 @@ def turn_lines(x: Floats, aa: Floats, ab: Floats, ba: Floats, bb: Floats, distan
         turn(x, j, other, aa[j], ab[j], ba[j], bb[j])
 
 
+def _rows(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> list[Any]:
+    """Where each lane's row begins: arguments 0 to 3 are the array, its start, rows and stride."""
+    array, last = data(context, builder, signature, args, 0), builder.sub(args[2], const(1))
+    places = []
+    for t in range(LANES):
+        row = builder.select(builder.icmp_signed("<", args[2], const(t + 1)), last, const(t))
+        places.append(at(builder, array, builder.add(args[1], builder.mul(row, args[3]))))
+    return places
+
+
 def _line(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, k: int, line: Any) -> Any:
     return at(builder, data(context, builder, signature, args, k), builder.mul(line, const(LANES)))
 
@@ -176,4 +201,4 @@ def _line(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, k: int
 def _all(builder: ir.IRBuilder, value: Any) -> Any:
     undefined = ir.Constant(_LINE, ir.Undefined)
     one = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(SUMS, [0] * LANES))
+    return shuffle(builder, one, undefined, [0] * LANES)

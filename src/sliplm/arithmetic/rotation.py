@@ -29,7 +29,7 @@ Tables = tuple[Orders, Floats, Orders, Floats, Floats, int, int]
 first of a pair from the second, block size."""
 
 MAX_HAAR = 8192  # columns; a wider Haar matrix costs the vault more than the layer itself
-_FEW = 6  # rows below which each is turned alone
+_FEW = 3  # rows below which each is turned alone
 _LAYERS = 3  # secret layers of the fast transform; a Hadamard layer lies between each two
 
 
@@ -299,6 +299,7 @@ def fast_rotate_back(x: Floats, out: Floats, work: Floats, tables: Tables) -> No
 
 @jit
 def rotate_rows(x: Floats, out: Floats, tables: Tables) -> None:
+    """out = Q S v for each row v of x."""
     rows, n = x.shape
     alone = rows % LANES if rows % LANES < _FEW else 0
     order, signs, _, _, turns, distance, block = tables
@@ -322,6 +323,7 @@ def rotate_rows(x: Floats, out: Floats, tables: Tables) -> None:
 
 @jit
 def rotate_rows_back(x: Floats, out: Floats, tables: Tables) -> None:
+    """out = S Q^T v for each row v of x."""
     rows, n = x.shape
     alone = rows % LANES if rows % LANES < _FEW else 0
     _, _, inverse, signs, turns, distance, block = tables
