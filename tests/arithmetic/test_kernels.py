@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sliplm import forks
 from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import P
 from sliplm.arithmetic.kernels import amx, vnni
+from sliplm.arithmetic.kernels.threads import _pool, default_threads, in_parallel
 from sliplm.errors import KernelError
 
 FAST = [
@@ -162,6 +165,38 @@ def test_operands_that_do_not_fit_are_refused_before_any_memory_is_touched(rows:
         matrix.product(np.zeros((rows, 63), np.uint32))
     with pytest.raises(KernelError, match="do not fit"):
         matrix.product(np.zeros((rows, 64), np.uint32), np.zeros((rows, 5), np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("count", "threads", "step"), [(1, 2, 1), (9, 2, 4), (100, 3, 7), (64, 2, 16), (0, 2, 1)]
+)
+def test_work_is_shared_out_whole_and_once(count: int, threads: int, step: int) -> None:
+    ranges: list[tuple[int, int]] = []
+    in_parallel(lambda first, last: ranges.append((first, last)), count, threads, step)
+    assert [place for first, last in sorted(ranges) for place in range(first, last)] == list(range(count))
+    assert all(first % step == 0 for first, _ in ranges)
+
+
+def test_helpers_who_are_busy_are_not_waited_for() -> None:
+    pool, over = _pool(forks.token()), threading.Event()
+    busy = [pool.submit(over.wait, 60) for _ in range(default_threads())]
+    try:
+        ranges: list[tuple[int, int]] = []
+        in_parallel(lambda first, last: ranges.append((first, last)), 40, 2)
+        assert sum(last - first for first, last in ranges) == 40
+        assert not any(each.done() for each in busy)
+    finally:
+        over.set()
+
+
+def test_an_error_in_any_part_reaches_the_caller() -> None:
+    def part(first: int, last: int) -> None:
+        if last == 40:
+            raise KernelError("the last part")
+
+    for _ in range(20):
+        with pytest.raises(KernelError, match="last part"):
+            in_parallel(part, 40, 2)
 
 
 EDGES = [0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF, 0x80000000, P - 0x8001, P - 1]

@@ -16,6 +16,7 @@ from sliplm.arithmetic import field, steps
 from sliplm.arithmetic.field import Elements, P, Sums
 from sliplm.arithmetic.fixedpoint import EDGE, ROOM, Floats, scale_limit
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
+from sliplm.arithmetic.lanes import LANES
 from sliplm.arithmetic.rotation import Haar
 from sliplm.arithmetic.steps import Losses, Scales, laid_out
 from sliplm.errors import ExhaustedError, InputError, PrecisionError, SlipWarning
@@ -225,7 +226,7 @@ class GroupCodec(Secret):
             return [step(*arguments, 0, rows)]
         found: list[Any] = []
         threads = min(pieces, default_threads())
-        in_parallel(lambda first, last: found.append(step(*arguments, first, last)), rows, threads)
+        in_parallel(lambda first, last: found.append(step(*arguments, first, last)), rows, threads, LANES)
         return found
 
     def judge(self, asked: Asked) -> int:

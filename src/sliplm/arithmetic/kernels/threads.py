@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Final
 
 from sliplm import forks
 
 _WORTH: Final = 1 << 22  # multiply-adds, 100 to 200 us: a hand-over costs 20 to 60 us, and may gain nothing
+_EACH: Final = 2  # parts for each thread: whoever comes late, or is held up, takes fewer
 
 
 def default_threads() -> int:
@@ -31,17 +33,24 @@ def pieces(threads: int, macs: int) -> int:
 
 def in_parallel(part: Callable[[int, int], None], count: int, threads: int, step: int = 1) -> None:
     """Call part(first, last) over ranges that cover 0..count, cut at multiples of `step`, at most `threads`
-    at once.
+    at once; helpers who have not woken when all is taken are not waited for.
 
     `part` must release the GIL, and the ranges must write to different places.
     """
-    pieces = max(1, min(threads, count // step))
-    if pieces == 1:
+    pieces = min(_EACH * threads, count // step)
+    if threads == 1 or pieces <= 1:
         part(0, count)
         return
     cuts = [count * i // pieces // step * step for i in range(pieces)] + [count]
+    left = iter(list(pairwise(cuts)))  # one step of a list's iterator is not cut in two by another thread
+
+    def take() -> None:
+        for first, last in left:
+            part(first, last)
+
     pool = _pool(forks.token())
-    waiting = [pool.submit(part, cuts[i], cuts[i + 1]) for i in range(1, pieces)]
-    part(cuts[0], cuts[1])
-    for future in waiting:
-        future.result()
+    helpers = [pool.submit(take) for _ in range(1, min(threads, pieces))]
+    take()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
