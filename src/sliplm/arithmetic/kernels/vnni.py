@@ -11,6 +11,7 @@ kind of block, or one for each thread where that pays.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
@@ -61,6 +62,8 @@ Loop = Callable[[Weights, Elements, Elements, int, int, int, int, int], None]
 _AHEAD = 1 << 14  # bytes: w is asked for at least this far ahead, and never inside the same tile
 _CACHED = 1 << 19  # bytes of packed x at a time: half of a second-level cache
 _BLOCKS = 8  # at a time: enough to read w seldom
+
+_TOGETHER = 1 << 24  # bytes of packed weights that lie in one block of memory
 
 _OFFSET = np.uint64(P << 31)  # a multiple of p above any -sum
 _LOW = np.uint64(0xFFFFFFFF)
@@ -138,12 +141,31 @@ def _whole(w: Weights) -> Weights:
 def _packed(w: Weights) -> Bytes:
     """w as uint8 [tiles of 4 rows, steps of 64 columns, PACKED], an even number of tiles."""
     tiles, steps = -(-w.shape[0] // WORD_BLOCK) * WORD_BLOCK // TALL, -(-w.shape[1] // STEP)
-    memory = np.empty(tiles * steps * PACKED + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    packed = memory[start : start + tiles * steps * PACKED].reshape(tiles, steps, PACKED)
+    packed = _ROOM.take(tiles * steps * PACKED).reshape(tiles, steps, PACKED)
     if not _pack_weights(_read_only(np.ascontiguousarray(w)), packed):
         raise KernelError("weights of more than 12 bits: the share was not made by sliplm")
     return _read_only(packed)
+
+
+class _Room:
+    """Memory for packed weights, many matrices side by side: numpy asks for huge pages for what is large, and
+    a page walk for every 4 KB costs a tenth of reading them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._block, self._used = threading.Lock(), np.empty(0, np.uint8), 0
+
+    def take(self, size: int) -> Bytes:
+        """So many bytes, at a line of the cache."""
+        with self._lock:
+            if size + 64 > self._block.size - self._used:
+                self._block, self._used = np.empty(max(_TOGETHER, size + 64), np.uint8), 0
+            start = self._used + -(self._block.ctypes.data + self._used) % 64
+            self._used = start + size
+            return self._block[start : start + size]
+
+
+_ROOM = _Room()
 
 
 def _read_only(a: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
