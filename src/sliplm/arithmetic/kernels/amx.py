@@ -22,7 +22,15 @@ from sliplm.arithmetic.kernels import vnni
 from sliplm.arithmetic.kernels.amx_tile import EXACT, PAIR, ROWS, configure, part, release, two_by_two, whole
 from sliplm.arithmetic.kernels.folding import fold, join
 from sliplm.arithmetic.kernels.vnni import VnniMatrix, Weights, block_of, put_part
-from sliplm.arithmetic.kernels.vnni_tile import BYTE_LIMBS, PACKED, STEP, TALL, TOKENS, pack_bytes, put_words
+from sliplm.arithmetic.kernels.vnni_layout import (
+    BYTE_LIMBS,
+    PACKED,
+    STEP,
+    TALL,
+    TOKENS,
+    pack_bytes,
+    put_words,
+)
 
 Totals = npt.NDArray[np.int64]
 

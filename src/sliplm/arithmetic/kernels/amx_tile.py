@@ -25,7 +25,7 @@ from sliplm.arithmetic.kernels.llvm import (
     loop,
     store,
 )
-from sliplm.arithmetic.kernels.vnni_tile import BYTE_LIMBS, PACKED, STEP, TALL, TOKENS
+from sliplm.arithmetic.kernels.vnni_layout import BYTE_LIMBS, PACKED, STEP, TALL, TOKENS
 
 ROWS = 16  # of w in a tile
 TILE = ROWS * STEP  # bytes

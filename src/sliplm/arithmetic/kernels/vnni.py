@@ -24,9 +24,8 @@ from sliplm.arithmetic.field import Elements, P
 from sliplm.arithmetic.jit import jit
 from sliplm.arithmetic.kernels.folding import fold
 from sliplm.arithmetic.kernels.threads import in_parallel, pieces
-from sliplm.arithmetic.kernels.vnni_tile import (
+from sliplm.arithmetic.kernels.vnni_layout import (
     BYTE_BLOCK,
-    BYTE_EXACT,
     BYTE_LIMBS,
     PACKED,
     STEP,
@@ -35,19 +34,22 @@ from sliplm.arithmetic.kernels.vnni_tile import (
     WORD_BLOCK,
     WORD_LIMBS,
     WRAP,
+    pack_bytes,
+    pack_words,
+    put_bytes,
+    put_words,
+    unpack,
+)
+from sliplm.arithmetic.kernels.vnni_tile import (
+    BYTE_EXACT,
     block_bytes_4,
     block_bytes_8,
     block_bytes_16,
     block_words_4,
     block_words_8,
     block_words_16,
-    pack_bytes,
-    pack_words,
-    put_bytes,
-    put_words,
     tall_bytes,
     tall_words,
-    unpack,
 )
 from sliplm.errors import KernelError
 
