@@ -10,10 +10,14 @@ All of a group's secrets lie in one array, laid out once: handing an array to co
 most of what these loops do for one row.  Each call takes rows `first` to `last` of arrays that hold them all,
 so that many rows can be shared out over the cores.  A rotation without compiled loops (`haar`) is turned
 outside, between `unmask` and `finish`, before `mask`.
+
+Where there are twice as many alphas as rows, each input travels as two (SPEC section 3): the second half of
+x~, y, u, alpha and what is expected is that of the remainders.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -100,6 +104,7 @@ def ask(
     Args:
         limit: alpha times the norm of a row, see `fixedpoint.scale_limit`.
         x: float32 [rows, n].  r: uint32 [rows, n or more].  hidden: uint32 [rows, n].  alpha: float64 [rows].
+            All but x have twice the rows where each input travels as two.
 
     Returns: False where a row holds NaN or infinity; what was written for it is no message.
     """
@@ -108,7 +113,11 @@ def ask(
     for start in range(first, last, _AT_ONCE):
         end = min(last, start + _AT_ONCE)
         _turn(sizes, table, x[start:end], z[: end - start])
-        if not mask(limit, z, start, r, hidden, alpha, start, end):
+        if alpha.size == x.shape[0]:
+            done = mask(limit, z, start, r, hidden, alpha, start, end)
+        else:
+            done = mask_both(limit, z, start, r, hidden, alpha, start, end)
+        if not done:
             finite = False
     return finite
 
@@ -127,6 +136,34 @@ def mask(
             continue
         for j in range(z.shape[1]):
             hidden[i, j] = np.uint32(add_mod(to_field(z[i - above, j], scale), np.uint64(r[i, j])))
+    return finite
+
+
+@jit
+def mask_both(
+    limit: float, z: Floats, above: int, r: Elements, hidden: Elements, alpha: Scales, first: int, last: int
+) -> bool:
+    """`mask` for inputs that travel as two rows each: `z` is overwritten by alpha times the remainders.
+
+    With a power of two for the first alpha, they are exact in float32.
+    """
+    rows, finite = alpha.size // 2, True
+    for i in range(first, last):
+        scale = row_alpha(z[i - above], limit)
+        alpha[i] = scale
+        if not scale > 0:  # NaN
+            finite = False
+            continue
+        alpha[i] = scale = math.ldexp(1.0, math.frexp(scale)[1] - 1)  # at most that
+        for j in range(z.shape[1]):
+            value = z[i - above, j]
+            hidden[i, j] = np.uint32(add_mod(to_field(value, scale), np.uint64(r[i, j])))
+            scaled = scale * np.float64(value)
+            z[i - above, j] = np.float32(scaled - np.rint(scaled))
+    mask(limit, z, rows + above, r, hidden, alpha, rows + first, rows + last)
+    for i in range(first, last):
+        finer = alpha[rows + i]
+        alpha[rows + i] = alpha[i] * (finer if finer > 1 else limit)  # 1: no remainder, so nothing is lost
     return finite
 
 
@@ -152,7 +189,7 @@ def ahead(
 
     Args:
         a_transposed: float32 [k, m].  b: float32 [k, n].  c: uint32 [t, n].  e: uint32 [t, m].
-        out: float32 [rows, m].  expected: uint64 [rows, t].  losses: float64 [rows, 2].
+        out: float32 [rows, m].  expected: uint64 [rows, t], or of both halves.  losses: float64 [rows, 2].
 
     Returns: nothing that means anything.
     """
@@ -160,8 +197,11 @@ def ahead(
     out[first:last] = 0
     add_low_rank(a_transposed, b, x, out, 0, first, last)
     expect(c, hidden, expected, first, last)
+    rest = alpha.size - x.shape[0]  # where the remainders begin, if there are any
+    if rest:
+        expect(c, hidden, expected, rest + first, rest + last)
     for i in range(first, last):
-        losses[i, 1] = input_loss(x[i], d_in, alpha[i])
+        losses[i, 1] = input_loss(x[i], d_in, alpha[rest + i])
     first, tables = sizes[_OUT + 1], table.size - sizes[_OUT + 1]  # Q_out comes last
     if tables > _NEAR:
         return 0.0
@@ -221,7 +261,11 @@ def opened(
     worst, within = 0.0, True
     for start in range(first, last, _AT_ONCE):
         end = min(last, start + _AT_ONCE)
-        if not unmask(sizes, table, y, u, alpha, unmasked, start, start, end):
+        if alpha.size == out.shape[0]:
+            small = unmask(sizes, table, y, u, alpha, unmasked, start, start, end)
+        else:
+            small = unmask_both(sizes, table, y, u, alpha, unmasked, start, start, end)
+        if not small:
             within = False
         _turn_back(sizes, table, unmasked[: end - start], back[: end - start])
         worst = max(worst, finish(noise, back, start, alpha, out, losses, start, end))
@@ -256,15 +300,40 @@ def unmask(
 
 
 @jit
+def unmask_both(
+    sizes: Sizes,
+    table: Floats,
+    y: Elements,
+    u: Elements,
+    alpha: Scales,
+    out: Floats,
+    above: int,
+    first: int,
+    last: int,
+) -> bool:
+    """`unmask` for inputs that travelled as two rows each: the products of both, added in float64."""
+    m, rows, largest = out.shape[1], alpha.size // 2, np.int64(0)
+    scale = table[sizes[_SCALE] : sizes[_SCALE] + 2 * m].view(np.float64)
+    for i in range(first, last):
+        inverse, finer = 1.0 / alpha[i], 1.0 / alpha[rows + i]
+        for j in range(m):
+            product = sub_centred(y[i, j], u[i, j])
+            rest = sub_centred(y[rows + i, j], u[rows + i, j])
+            largest = max(largest, abs(product), abs(rest))
+            out[i - above, j] = np.float32(scale[j] * (product * inverse + rest * finer))
+    return bool(largest <= sizes[_EDGE])
+
+
+@jit
 def finish(
     noise: float, back: Floats, above: int, alpha: Scales, out: Floats, losses: Losses, first: int, last: int
 ) -> float:
     """The last part of `opened`, for `back` in the true basis, which lacks the `above` rows before."""
-    worst = 0.0
+    worst, rest = 0.0, alpha.size - out.shape[0]
     for i in range(first, last):
         for j in range(out.shape[1]):
             out[i, j] += back[i - above, j]
-        losses[i, 0] = answer_loss(out[i], noise, alpha[i])
+        losses[i, 0] = answer_loss(out[i], noise, alpha[rest + i])
         worst = max(worst, losses[i, 0], losses[i, 1])
     return worst
 

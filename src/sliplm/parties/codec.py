@@ -42,8 +42,9 @@ class Asked(Secret):
     """One group's rows in a message: what the vault knows of them before the answer is there.
 
     Attributes:
-        x: the input, float32 [rows, n].  hidden: x~, uint32 [rows, n], in the message.
-        alpha: the secret scales, float64 [rows].
+        x: the input, float32 [rows, n].  hidden: x~, uint32 [rows, n], in the message; or [2 rows, n], where
+            the second half is of the remainders.
+        alpha: the secret scales of `hidden`, float64.
         out: A (B x) once that was made, in the end the answer: float32 [rows, m].
         losses: what rounding the input has cost, for `judge`: float64 [rows, 2].  worst: the largest of them,
             or NaN where a product is too large to be believed.
@@ -52,11 +53,11 @@ class Asked(Secret):
     __slots__ = ("alpha", "challenges", "expected", "hidden", "losses", "out", "worst", "x")
 
     def __init__(self, x: Floats, hidden: Elements, out: Floats) -> None:
-        rows = len(x)
+        sent = len(hidden)
         self.x, self.hidden, self.out = x, hidden, out
-        self.alpha: Scales = np.empty(rows)
-        self.expected: Sums = np.empty((rows, CHALLENGES), np.uint64)
-        self.losses: Losses = np.empty((rows, 2))
+        self.alpha: Scales = np.empty(sent)
+        self.expected: Sums = np.empty((sent, CHALLENGES), np.uint64)
+        self.losses: Losses = np.empty((len(x), 2))
         self.worst = math.inf
         self.challenges: _Challenges | None = None  # those that `expected` is of
 
@@ -114,10 +115,11 @@ class GroupCodec(Secret):
             )
 
     def ask(self, x: Floats, words: Elements, hidden: Elements, out: Floats) -> Asked:
-        """Steps 1 and 2: x~ = round(alpha Q_in D_in x) + r mod p into `hidden`, uint32 [rows, n].
+        """Steps 1 and 2: x~ = round(alpha Q_in D_in x) + r mod p into `hidden`, uint32 [rows, n], or as two
+        rows each into [2 rows, n]: the second half takes what rounding leaves of the first.
 
         Args:
-            x: float32 [rows, n].  words: uint32 [rows, n or more], of which the first n of a row are its r.
+            x: float32 [rows, n].  words: uint32, as many rows of n or more: the first n of a row are its r.
             out: where the answer will go, float32 [rows, m].
 
         Raises: InputError for NaN or infinity in x; there is no message then.
@@ -129,20 +131,24 @@ class GroupCodec(Secret):
             )
         else:
             z = self._dense[0].apply(asked.x)
-            finite = self._over(len(x), steps.mask, self._limit, z, 0, words, hidden, asked.alpha)
+            mask = steps.mask if len(hidden) == len(x) else steps.mask_both
+            finite = self._over(len(x), mask, self._limit, z, 0, words, hidden, asked.alpha)
         if not all(finite):
             raise InputError(
                 f"{self.name}: the input holds NaN or infinity; look for the cause in the layers before it"
             )
         return asked
 
-    def unmasked(self, x: Floats, out: Floats) -> Asked:
+    def unmasked(self, x: Floats, out: Floats, inputs: int = 1) -> Asked:
         """Step 1 alone, for products that never leave this process: round(alpha Q_in D_in x) as elements are
         `hidden`, behind a mask of zeros.
 
+        Args:
+            inputs: rows that each input makes, 1 or 2.
+
         Raises: as `ask`.
         """
-        zeros = np.zeros(x.shape, np.uint32)
+        zeros = np.zeros((inputs * len(x), x.shape[1]), np.uint32)
         return self.ask(x, zeros, np.empty_like(zeros), out)
 
     def ahead(self, asked: Asked, adapter: str | None = None) -> None:
@@ -162,13 +168,13 @@ class GroupCodec(Secret):
                 self._over(rows, steps.add_low_rank, a_transposed, b, x, out, place)
 
     def holds(self, asked: Asked, y: Elements) -> bool:
-        """Step 4: is y [rows, m] the product of x~?  Wrong at most once in p^t.
+        """Step 4: is y, as many rows of m, the product of x~?  Wrong at most once in p^t.
 
         After a False other challenges are in force (M15): that it failed tells its maker of them.
 
         Raises: as `check_left`.
         """
-        challenges, rows = self._left(), len(asked.x)
+        challenges, rows = self._left(), len(asked.hidden)
         if asked.challenges is not challenges:  # renewed meanwhile
             self._over(rows, field.expect, challenges.c, asked.hidden, asked.expected)
             asked.challenges = challenges
@@ -187,13 +193,16 @@ class GroupCodec(Secret):
         return False
 
     def opened(self, asked: Asked, y: Elements, u: Elements) -> None:
-        """Step 5: adds D_out Q_out^T (s * centre(y - u) / alpha) to `asked.out`, and completes its losses."""
+        """Step 5: adds D_out Q_out^T (s * centre(y - u) / alpha) to `asked.out`, and completes its losses.
+        Both products of an input that travelled as two rows are added before they are turned back.
+        """
         rows, out, alpha, losses = len(asked.x), asked.out, asked.alpha, asked.losses
         if self._dense is None:
             worst = self._over(rows, steps.opened, *self._laid, self._noise, y, u, alpha, out, losses)
         else:
             unmasked = np.empty_like(out)
-            within = all(self._over(rows, steps.unmask, *self._laid, y, u, alpha, unmasked, 0))
+            unmask = steps.unmask if len(alpha) == rows else steps.unmask_both
+            within = all(self._over(rows, unmask, *self._laid, y, u, alpha, unmasked, 0))
             back = self._dense[1].apply_transpose(unmasked)
             worst = self._over(rows, steps.finish, self._noise, back, 0, alpha, out, losses)
             worst = worst if within else [math.nan]
@@ -205,15 +214,17 @@ class GroupCodec(Secret):
         out: Floats,
         multiply: Callable[[Elements], Elements],
         adapter: str | None = None,
+        inputs: int = 1,
     ) -> Asked:
         """The same product without a mask, into `out`: for tests and figures that hold both shares.
 
         Args:
             multiply: rows uint32 [rows, n] -> w times them, uint32 [rows, m].
+            inputs: rows that each input makes, 1 or 2.
 
         Raises: as `ask`.
         """
-        asked = self.unmasked(x, out)
+        asked = self.unmasked(x, out, inputs)
         self.ahead(asked, adapter)
         y = multiply(asked.hidden)
         self.opened(asked, y, np.zeros_like(y))
@@ -243,9 +254,10 @@ class GroupCodec(Secret):
                 "about less than once in 2^64 rows; nothing of it was used: split the model again, or give "
                 'this group placement="vault" by a rule'
             )
-        losses = asked.losses
+        losses, alpha = asked.losses, asked.alpha
         answer = losses[:, 0] if self.m >= _FEW else np.zeros(len(losses))
-        rest = np.where(losses[:, 1] < self._float_loses, losses[:, 1], 0.0)
+        finer = alpha[-len(losses) :] / alpha[: len(losses)]  # 1 but for inputs that travelled as two rows
+        rest = np.where(losses[:, 1] * finer < self._float_loses, losses[:, 1], 0.0)
         lossy = int(np.count_nonzero((answer > LOSSY) | (rest > LOSSY)))
         if not lossy:
             return 0
