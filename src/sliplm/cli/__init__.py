@@ -27,6 +27,8 @@ from typer.core import TyperGroup
 
 from sliplm.cli import (
     attack,
+    audit,
+    clients,
     deal,
     demo,
     generate,
@@ -36,6 +38,7 @@ from sliplm.cli import (
     plan,
     quarantine,
     reseal,
+    serve,
     split,
     worker,
 )
@@ -106,6 +109,9 @@ app.add_typer(quarantine.app, name="quarantine", rich_help_panel=RUN)
 app.command("worker", rich_help_panel=RUN)(worker.command)
 app.command("deal", rich_help_panel=RUN)(deal.command)
 app.command("generate", rich_help_panel=RUN)(generate.command)
+app.command("serve", rich_help_panel=RUN)(serve.command)
+app.add_typer(clients.app, name="clients", rich_help_panel=RUN)
+app.add_typer(audit.app, name="audit", rich_help_panel=RUN)
 
 
 @contextlib.contextmanager

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from sliplm.cli import options
 from sliplm.cli.options import Json, Key
 from sliplm.cli.prompt import messages, read_prompt
 from sliplm.cli.screen import Waiting, console, print_json, printable, quiet, showing_warnings, size
+from sliplm.cli.vaults import checked, opened, tokenizer_of
 from sliplm.errors import InputError
-from sliplm.shares.folders import side_of
 from sliplm.shares.keysource import find
 
 
@@ -34,54 +33,19 @@ def command(
         "By default a chat message if the model has a chat template. --chat without a prompt holds a "
         "conversation, a line a message."),
     ] = None,
-    worker: Annotated[
-        list[str] | None,
-        typer.Option(help="Address of a worker, as slip worker serves it, with ?keys=FOLDER for TLS. "
-        "May be given several times: requests are spread over them, and they stand in for each other. "
-        "Without it, a worker is started here."),
-    ] = None,
-    share: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="The worker folder that masks are dealt from; by default the one "
-        "beside the vault folder, or none with --dealer or --pool.", rich_help_panel="Masks"),
-    ] = None,
-    dealer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ADDRESS", help="A worker that deals the masks, and does not collude with the "
-        "others. May be given several times.", rich_help_panel="Masks"),
-    ] = None,
-    pool: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Masks dealt ahead by slip deal.", rich_help_panel="Masks"),
-    ] = None,
-    anchor: Annotated[
-        str | None,
-        typer.Option(metavar="COMMAND", help="The pool's anchor, as slip deal took it.",
-                     rich_help_panel="Masks"),
-    ] = None,
-    fallback: Annotated[
-        Literal["fail", "here"],
-        typer.Option(help="When no worker is left: fail, or compute here from --share, slowly.",
-                     rich_help_panel="Workers that fail"),
-    ] = "fail",
-    audit: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Append a line of JSON for each lie, loss and return.",
-                     rich_help_panel="Workers that fail"),
-    ] = None,
-    pad_to: Annotated[
-        int,
-        typer.Option(min=1, help="Pad prompts to a multiple of so many tokens, so that workers do not see "
-        "their length."),
-    ] = 1,
+    worker: options.Workers = None,
+    share: options.Share = None,
+    dealer: options.Dealers = None,
+    pool: options.Pool = None,
+    anchor: options.Anchor = None,
+    fallback: options.Fallback = "fail",
+    audit: options.Audit = None,
+    pad_to: options.PadTo = 1,
     adapter: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The adapter to answer with; by default the base without any."),
     ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="A folder with the tokenizer; by default the vault's own."),
-    ] = None,
+    tokenizer: options.Tokenizer = None,
     key: Key = None,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -103,52 +67,25 @@ def command(
     if text is None and json:
         raise InputError("--json is for one answer: give a --prompt, or a text on standard input")
     vault = out / "vault" if (out / "vault").is_dir() else out
-    options: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "share": share, "dealers": dealer or [], "pool": pool, "anchor": anchor, "fallback": fallback,
         "audit": audit, "pad_to": pad_to, "key": key, "adapter": adapter,
     }  # fmt: skip
     with Waiting() as waiting, showing_warnings(waiting.say):
         waiting.on("loading torch and transformers")
         quiet()
-        made = _check(vault, tokenizer)
+        made = checked(vault, tokenizer)
         if key is not None:
             waiting.over()  # a passphrase may be asked for
-            options["key"] = find(key)
+            chosen["key"] = find(key)
         begun = "opening the vault" if worker else "starting a worker, opening the vault"
         waiting.on(begun)
-        with _model(out, vault, worker or [], options) as model:
-            made = made or _tokenizer(model)
+        with opened(out, vault, worker or [], chosen) as model:
+            made = made or tokenizer_of(model)
             if text is None:
                 _converse(model, made, waiting, max_new_tokens, temperature)
                 return
             _once(model, made, waiting, text, chat, max_new_tokens, temperature, json=json)
-
-
-def _check(vault: Path, tokenizer: Path | None) -> Any:
-    """Refuse what cannot generate before anything is opened; the tokenizer that was named, or None."""
-    from sliplm.engines.transformers.answer import load_tokenizer
-    from sliplm.engines.transformers.companions import has_tokenizer
-    from sliplm.engines.transformers.load import can_generate
-
-    if not can_generate(vault):
-        raise InputError(
-            f"{vault} holds a model that does not generate text, such as an encoder: call it in Python, by "
-            "sliplm.open or sliplm.load (a plain PyTorch module: sliplm.open_module)"
-        )
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    if side_of(vault) == "vault" and not has_tokenizer(vault):
-        raise InputError(
-            f"no tokenizer came with the checkpoint that was split into {vault}: name a folder that has the "
-            "model's, with --tokenizer FOLDER; or call the model in Python, which takes token ids"
-        )
-    return None
-
-
-def _tokenizer(model: Any) -> Any:
-    from sliplm.engines.transformers.answer import load_tokenizer
-
-    return load_tokenizer(model.slip.files)
 
 
 def _once(
@@ -203,24 +140,6 @@ def _say_what_it_took(counters: dict[str, Any], tokens: int, speed: float) -> No
         + (f"; {counters['rows_lossy']} rows lost precision" if counters["rows_lossy"] else ""),
         style="dim",
     )
-
-
-@contextmanager
-def _model(out: Path, vault: Path, workers: list[str], options: dict[str, Any]) -> Iterator[Any]:
-    import sliplm
-
-    if workers:
-        model: Any = sliplm.load(vault, workers, **options)
-        with closing(model.slip):
-            yield model
-    elif vault != out or not (out / "manifest.json").exists():
-        with sliplm.open(out, **options) as model:
-            yield model
-    else:
-        raise InputError(
-            f"{out} is one of the two folders that a split wrote: name a worker with --worker, "
-            f"or give {out.resolve().parent}, and a worker is started from it"
-        )
 
 
 class _Printer:

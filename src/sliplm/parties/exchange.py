@@ -127,6 +127,11 @@ class Exchange(Secret):
         self._codecs, self._supply, self._workers, self._here = codecs, supply, workers, here
         self._counters, self._audit = counters, audit
 
+    @property
+    def computes_here(self) -> bool:
+        """Whether a request is served for want of a worker."""
+        return self._here is not None
+
     def run(self, parts: Sequence[Part], adapter: str | None) -> None:
         """The products of one message.
 

@@ -134,6 +134,11 @@ class Vault(Secret, Closing):
         return () if self._dealers is None else self._dealers.states()
 
     @property
+    def computes_here(self) -> bool:
+        """Whether it does what no worker is left for."""
+        return self._exchange.computes_here
+
+    @property
     def quarantined(self) -> dict[str, str]:
         """Workers and dealers that are never asked again, by address, and why."""
         everybody = (*self.workers, *self.dealers)

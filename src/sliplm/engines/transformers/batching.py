@@ -34,6 +34,7 @@ from sliplm.engines.transformers.drawing import Drawing, Token
 from sliplm.errors import BusyError, InputError, SlipError
 
 logger = logging.getLogger(__name__)
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # its warnings show tokens of prompts
 
 PAGE: Final = 32  # tokens
 _SCHEDULER: Final = "sliplm"
@@ -101,6 +102,7 @@ class Batch(Closing):
 
     Attributes:
         longest: tokens that prompt and answer may have together.
+        ends: the tokens that end an answer.
 
     Raises: InputError for a model that cannot be batched; what a product raises.
     """
@@ -111,6 +113,7 @@ class Batch(Closing):
         self._lock = threading.Lock()
         self._made = 0
         self._closed = False
+        self.ends = frozenset(_end_tokens(model))
         try:
             self._manager = _Manager(model, room, self._requests)
             self._manager.warmup()
@@ -128,6 +131,11 @@ class Batch(Closing):
 
     def __repr__(self) -> str:
         return f"Batch({len(self._requests)} requests)"
+
+    @property
+    def alive(self) -> bool:
+        """Whether it computes: not after `close`, nor between an error of its own and `revive`."""
+        return not self._closed and self._manager.is_running()
 
     @property
     def load(self) -> Load:
@@ -212,7 +220,7 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
         super().__init__(
             model=model,
             generation_config=GenerationConfig(
-                do_sample=False, eos_token_id=_end_tokens(model), max_new_tokens=room.tokens
+                do_sample=False, eos_token_id=_end_tokens(model) or [-1], max_new_tokens=room.tokens
             ),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE,

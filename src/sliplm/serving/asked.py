@@ -1,0 +1,184 @@
+"""What clients may send: the fields of OpenAI's API that are answered, and what each may hold.
+
+A field that is not here is refused by name.  Fields of OpenAI's that would change an answer, and are not
+supported, may hold what changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from sliplm.serving.refusals import Refusal, unsupported, wrong
+
+CHOICES: Final = 16
+"""Answers that one request may have."""
+
+TOP: Final = 20
+"""Likeliest tokens that may be asked for with each."""
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("utf8", "half a character is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
+Stop = Text | Annotated[list[Text], Field(max_length=4)] | None
+Number = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Strict(BaseModel):
+    """JSON as it is: no number from a text, no field that is not known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Strict):
+    """What comes with a stream."""
+
+    include_usage: bool = False
+
+
+class Common(Strict):
+    """What both ways to ask have."""
+
+    model: Text
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Text | None = None  # neither used nor kept
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        if self.stop is None:
+            return ()
+        return tuple(text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text)
+
+    def check(self) -> None:
+        """Raise Refusal for what is not supported, or does not go together."""
+        if self.stream_options is not None and not self.stream:
+            raise wrong("stream_options is for streams: set stream to true", "stream_options")
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise unsupported(name)
+
+
+class Part(Strict):
+    """A piece of a message's text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(min_length=1)]
+    name: Text | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ResponseFormat(Strict):
+    """The form of an answer."""
+
+    type: Literal["text"]
+
+
+class Chat(Common):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def most(self) -> int | None:
+        """Tokens of an answer, or None for as many as there is room for."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """Likeliest tokens to tell with each; None: no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        """As `Common.check`."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise wrong("top_logprobs needs logprobs: set it to true", "top_logprobs")
+
+
+class Completion(Common):
+    """The body of /v1/completions."""
+
+    prompt: (
+        Text
+        | Annotated[list[Number], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Number], Field(min_length=1)]], Field(min_length=1)]
+    )
+    max_tokens: Number | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: Text | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Each prompt, as text or as tokens."""
+        found: Any = self.prompt
+        return [found] if isinstance(found, str) or isinstance(found[0], int) else found
+
+    def check(self) -> None:
+        """As `Common.check`."""
+        super().check()
+        if self.best_of not in (None, 1, self.n):
+            raise unsupported("best_of")
+        if self.suffix:
+            raise unsupported("suffix")
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong("max_tokens is at least 1, or 0 with echo", "max_tokens")
+        if len(self.prompts) * (self.n or 1) > CHOICES:
+            raise wrong(f"prompts times n is at most {CHOICES}", "n")
+
+
+Body = Chat | Completion
+
+
+def refused(errors: Sequence[Any]) -> Refusal:
+    """The refusal for a body that does not fit, from pydantic's errors; nothing of the body is repeated."""
+    found = errors[0]
+    where = [str(each) for each in found["loc"] if each != "body"]
+    if found["type"] == "json_invalid":
+        return wrong("the body is no JSON")
+    if found["type"] == "extra_forbidden":
+        name = where[-1][:100]
+        return wrong(f"unknown field {name!r}: leave it out", name, "unknown_parameter")
+    if found["type"] == "missing":
+        name = where[-1] if where else "the body"
+        return wrong(f"{name} is missing", name, "missing_required_parameter")
+    name = where[0] if where else "the body"  # what follows names alternatives of ours
+    return wrong(f"{name}: {found['msg']}", name, "invalid_value")
