@@ -56,6 +56,7 @@ class Floor(NamedTuple):
 FLOORS = (
     Floor("report", "#f6f8fa", 32),
     Floor("examples", "#f6f8fa", 32),
+    Floor("serving", "#f6f8fa", 32),
     Floor("engines", "#fff8ec", 166, (
         {0: "convert", 1: "checkpoint", 2: "layout", 3: "plan"}, {0: "source", 1: "writing", 4: "modules"})),
     Floor("planning", "#f6f8fa", 52, ({},)),

@@ -1,0 +1,66 @@
+"""Workers that lie, go and come back: who needs them is told, nobody gets a wrong text, the server lives."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from rogues import serving
+from served import Model
+from server import Paced, slip_serve, until
+from sliplm.parties.chain import verify
+from sliplm.shares.share import open_worker
+
+PROMPT, MOST = "The vault", 100
+
+
+def test_lies_deaths_and_returns(model: Model, tmp_path: Path) -> None:
+    liar, honest, back = (Paced(open_worker(model.out / "worker")) for _ in range(3))
+    liar.lies = True
+    audit, truth = tmp_path / "audit.jsonl", model.text(PROMPT, MOST)
+    with serving(liar, tmp_path / "liar") as lying, ExitStack() as others:
+        place = others.enter_context(serving(honest, tmp_path / "honest"))
+        with slip_serve(
+            model.out, tmp_path, "--audit", str(audit), "--fallback", "fail", workers=[place, lying]
+        ) as server:
+            client = server.client()
+
+            def ask(**more: Any) -> Any:
+                return client.completions.create(
+                    model="tiny", prompt=PROMPT, max_tokens=MOST, temperature=0, **more
+                )
+
+            def quarantined() -> bool:
+                return '"event":"quarantined"' in audit.read_text()
+
+            while not quarantined():  # both are asked in turn
+                assert ask().choices[0].text == truth
+            assert 'event="quarantined"' in server.get("/metrics").text
+
+            honest.pause = 0.01
+            stream = ask(stream=True)
+            pieces = [next(stream).choices[0].text]
+            others.close()  # the last one goes
+            with pytest.raises(openai.APIError, match="no worker serves now"):
+                pieces.extend(chunk.choices[0].text for chunk in stream)
+            text = "".join(pieces)
+            assert truth.startswith(text)
+            assert text != truth
+            with pytest.raises(openai.InternalServerError, match="no worker serves now"):
+                ask()
+            with pytest.raises(openai.InternalServerError, match="no worker serves now"):
+                ask(stream=True)  # as a status, since nothing was sent
+            until(lambda: server.get("/ready").status_code == 503)
+            assert server.get("/health").status_code == 200
+            assert server.figure("sliplm:num_requests_running") == 0
+
+            others.enter_context(serving(back, tmp_path / "honest"))
+            until(lambda: server.get("/ready").status_code == 200)
+            assert ask().choices[0].text == truth
+    head, _ = verify(audit)
+    assert head.broken is None
+    assert head.lines > 5
