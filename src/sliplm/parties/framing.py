@@ -17,6 +17,11 @@ def cut(parts: Sequence[Part], links: Sequence[Link]) -> Iterator[list[Part]]:
     Args:
         links: who may be asked; the one with the smallest frames decides.
     """
+    if len(parts) == 1:
+        group, count = parts[0].group, len(parts[0].x)
+        if count and all(count <= link.max_rows(group) for link in links):
+            yield list(parts)  # on the way of every token of several sequences
+            return
     limit = min((link.max_payload for link in links), default=1 << 62)
     message: list[Part] = []
     asked = answered = 0
