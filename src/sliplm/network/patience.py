@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from sliplm.arithmetic.jit import jit
 
-SPIN: Final = 200_000  # nanoseconds awake in one wait, at most
+SPIN: Final = 500_000  # nanoseconds awake in one wait, at most
 NOTHING, CAME, AT_ONCE = 0, 1, 2  # how a wait that stays awake ends: in vain, well, or before it began
 CROWDED: Final = -1  # others needed the core
 _LONG_YIELD: Final = 50_000  # nanoseconds: whoever got our core computes, and will go on
