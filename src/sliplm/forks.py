@@ -55,13 +55,13 @@ class Process:
     @property
     def here(self) -> bool:
         """Whether this is it."""
-        return _page[:_BYTES] == self._token and os.getpid() == self._pid
+        return _page[:_BYTES] == self._token and (_wiped or os.getpid() == self._pid)
 
     def check(self) -> None:
         """Raise ForkError in any other process.  To be asked before any lock: another thread may have held
         it at the fork, and nobody lives to release it.
         """
-        if _page[:_BYTES] != self._token or os.getpid() != self._pid:  # `here`, for every exchange asks often
+        if not self.here:
             raise ForkError(
                 "this process was forked from the one that loaded the model, and must not use its masks and "
                 "connections: load the model here, after the fork (a server that forks its workers loads it "
@@ -84,6 +84,16 @@ def _in_child() -> None:
     _holders.clear()
 
 
-with contextlib.suppress(OSError):
-    _page.madvise(_WIPE_ON_FORK)
+def _have_wiped() -> bool:
+    """Whether the kernel wipes the page in every child from now on: then the process number, which is a
+    system call, need not be asked for in every exchange.
+    """
+    try:
+        _page.madvise(_WIPE_ON_FORK)
+    except OSError:
+        return False
+    return True
+
+
+_wiped: Final = _have_wiped()
 os.register_at_fork(after_in_child=_in_child)
