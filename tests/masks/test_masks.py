@@ -70,6 +70,10 @@ class PoolMachine(RuleBasedStateMachine):
             assert row.tobytes() not in self.seen
             self.seen.add(row.tobytes())
 
+    @rule(group=st.integers(0, 1))
+    def prepare(self, group: int) -> None:
+        self.pool.prepare(group)
+
     @rule()
     def renew(self) -> None:
         self.pool.renew()
@@ -82,8 +86,9 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def counts_are_right(self) -> None:
         for group in range(2):
-            ready = self.pool._ready[group]
-            assert self.pool.available(group) == sum(len(batch.u) - batch.used for batch in ready)
+            ready, hand = self.pool._ready[group], self.pool._hand[group]
+            left = sum(len(batch.u) - batch.used for batch in ready) + (hand is not None)
+            assert self.pool.available(group) == left
 
     def teardown(self) -> None:
         self.pool.close()
@@ -262,6 +267,39 @@ def test_renewed_masks_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
     pool.renew()
     assert not old & {row.tobytes() for row in pool.take(0, 8).r}
     assert pool.renewals == 1
+    pool.close()
+
+
+@pytest.mark.parametrize("event", ["fall", "renewal", "jump", "close"])
+def test_a_row_at_hand_goes_with_the_rest(event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is burnt, but nobody has had it: what makes masks void makes it void."""
+    marks = iter([b"one", b"another"])
+
+    def by_somebody(group: int, rows: int, background: bool, late: bool) -> masks.Batch:
+        mark = next(marks)
+        return masks.deal(group, N, rows, lambda fresh: masks.Dealt(product(*fresh()), (mark,)), b"")
+
+    pool = masks.MaskPool(1, by_somebody, ahead=0)
+    pool.add([0], 3)
+    pool.prepare(0)
+    pool.prepare(0)
+    assert pool.available(0) == 3
+    hand = pool._hand[0]
+    assert hand is not None
+    if event == "fall":
+        assert pool.drop([b"one"]) == 3
+    elif event == "renewal":
+        pool.renew()
+    elif event == "jump":
+        real, boot = time.clock_gettime_ns, time.CLOCK_BOOTTIME
+        monkeypatch.setattr(time, "clock_gettime_ns", lambda c: real(c) + (c == boot) * 10**10)
+    else:
+        pool.close()
+        with pytest.raises(MaskError):
+            pool.take(0, 1)
+        assert pool._hand == [None]
+        return
+    assert hand[0].r.tobytes() != pool.take(0, 1).r.tobytes()
     pool.close()
 
 

@@ -275,6 +275,28 @@ def test_masks_dealt_ahead_are_used(shares: Shares, group: str, socket: Path) ->
         vault.product(group, inputs(shares, group))
 
 
+def test_masks_laid_ready_for_the_next_group_are_the_next_ones(shares: Shares, tmp_path: Path) -> None:
+    """While a worker computes, a mask is burnt for the group that came next the last time: nothing is used
+    twice, nothing is lost, and with so many masks as rows nobody has to deal.
+    """
+    names, rounds = list(shares[0].groups)[:3], 7
+    local, worker = LocalProducts(*shares), Logging(shares[1])
+    with (
+        serving(worker, tmp_path / "w") as address,
+        Vault(shares[0], Terms([address], shares[1], ahead=0)) as v,
+    ):
+        v.deal(rounds, names)
+        for turn in range(rounds):
+            for name in names if turn != 3 else reversed(names):
+                x = inputs(shares, name, 1)
+                assert np.array_equal(v.product(name, x), local.product(name, x))
+            if 0 < turn < rounds - 1:
+                assert any(v._supply.memory._hand)
+        assert v.counters.rows_dealt_late == 0
+        assert [v._supply.memory.available(v._index[name]) for name in names] == [0, 0, 0]
+    assert len({row.tobytes() for _, row in worker.messages}) == 3 * rounds
+
+
 def test_counters_add_up(shares: Shares, group: str, socket: Path) -> None:
     secrets = shares[0].groups[group]
     with (

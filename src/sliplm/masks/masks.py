@@ -192,7 +192,8 @@ class MaskPool(Secret):
         self._kept = [math.ceil(ahead * use) for use in uses or [1.0] * groups]
         self._ready: list[deque[Batch]] = [deque() for _ in range(groups)]
         self._few = [kept - max(1, kept // 4) for kept in self._kept]  # rows below which more are dealt
-        self._count = [0] * groups
+        self._count = [0] * groups  # those at hand too
+        self._hand: list[tuple[Masks, tuple[bytes, ...]] | None] = [None] * groups  # a row and who dealt it
         self._lock = threading.RLock()  # of `_change`, whose own methods are slower
         self._change = threading.Condition(self._lock)
         self._failure: Exception | None = None
@@ -245,6 +246,19 @@ class MaskPool(Secret):
                     return joined([*parts, last])
             # renewed, or a dealer has fallen meanwhile: what is in hand may be of before, or from him
 
+    def prepare(self, group: int) -> None:
+        """Have the next row of a group at hand, burnt and made from its key, if one is ready: the `take` that
+        comes for it is quick then.
+        """
+        self._process.check()
+        with self._lock:
+            ready = self._ready[group]
+            if ready and self._hand[group] is None:
+                batch = ready[0]
+                self._hand[group] = batch.burn(1), batch.marks
+                if batch.used == len(batch.u):
+                    ready.popleft()
+
     def renew(self) -> None:
         """Throw away all masks dealt before: none of them is handed out after the return."""
         self._process.check()
@@ -261,6 +275,11 @@ class MaskPool(Secret):
             for group, ready in enumerate(self._ready):
                 self._ready[group] = deque(b for b in ready if self._fallen.isdisjoint(b.marks))
                 self._count[group] = sum(len(batch.u) - batch.used for batch in self._ready[group])
+                hand = self._hand[group]
+                if hand is not None and self._fallen.isdisjoint(hand[1]):
+                    self._count[group] += 1
+                else:
+                    self._hand[group] = None
             self._change.notify_all()
             return before - sum(self._count)
 
@@ -278,21 +297,32 @@ class MaskPool(Secret):
             if self._clocks.jumped():
                 self._discard()
                 self.renewals += 1
-            ready = self._ready[group]
-            while rows and ready:
-                batch = ready[0]
-                part = batch.burn(rows)
-                burnt = len(part.u)
-                rows -= burnt
-                self._count[group] -= burnt
+            while rows:
+                part = self._burn(group, rows)
+                if part is None:
+                    break
+                rows -= len(part.u)
                 parts.append(part)
-                if batch.used == len(batch.u):
-                    ready.popleft()
             self._asked = time.monotonic()
             if self._asleep and self._needs(group):
                 self._asleep = False
                 self._change.notify_all()
             return parts, rows, self._age()
+
+    def _burn(self, group: int, rows: int) -> Masks | None:
+        """Some masks, at most so many: what is at hand where that is enough, or is all there is."""
+        ready, hand = self._ready[group], self._hand[group]
+        if hand is not None and (rows == 1 or not ready):  # to join it to others copies them
+            self._hand[group] = None
+            self._count[group] -= 1
+            return hand[0]
+        if not ready:
+            return None
+        part = ready[0].burn(rows)
+        self._count[group] -= len(part.u)
+        if ready[0].used == len(ready[0].u):
+            ready.popleft()
+        return part
 
     def add(self, groups: Sequence[int], rows: int) -> None:
         """Deal `rows` more masks for each of the groups, now, beyond what the background keeps ready."""
@@ -323,6 +353,7 @@ class MaskPool(Secret):
     def _discard(self) -> None:
         for ready in self._ready:
             ready.clear()
+        self._hand = [None] * len(self._ready)
         self._count = [0] * len(self._ready)
 
     def _keep(self, group: int, batch: Batch, age: int) -> None:

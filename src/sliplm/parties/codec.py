@@ -151,6 +151,10 @@ class GroupCodec(Secret):
         zeros = np.zeros((inputs * len(x), x.shape[1]), np.uint32)
         return self.ask(x, zeros, np.empty_like(zeros), out)
 
+    def bring_near(self) -> None:
+        """Read what the next `ask` will read: it takes longer to come than the arithmetic on it."""
+        steps.bring_near(*self._laid)
+
     def ahead(self, asked: Asked, adapter: str | None = None) -> None:
         """What of steps 4 and 5 does not depend on the answer, to be done while the worker computes:
         A (B x), what the adapter adds if it changes this group, and <c, x~>.

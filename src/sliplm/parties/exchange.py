@@ -11,6 +11,7 @@ What must not change places:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from time import perf_counter
 from typing import NamedTuple
@@ -46,61 +47,65 @@ class _Message(Secret):
     Attributes:
         elements: x~ of all groups behind each other, uint32.
         questions: each group with its rows, as they are asked.
-        rows, answer, work: of all groups: rows, bytes of the answer, and what `workforce.work` says.
+        rows, answer: of all groups: rows, bytes of the answer.
     """
 
-    __slots__ = ("_adapter", "_asked", "_masks", "answer", "codecs", "elements", "questions", "rows", "work")
+    __slots__ = ("_adapter", "_asked", "_masks", "answer", "codecs", "elements", "questions", "rows")
 
     def __init__(
         self, codecs: Sequence[GroupCodec], parts: Sequence[Part], masks: Sequence[Masks], adapter: str | None
     ) -> None:
         self.codecs, self._masks, self._adapter = codecs, masks, adapter
-        size = parts[0].x.size if len(parts) == 1 else sum([part.x.size for part in parts])
-        self.elements = np.empty(size, np.uint32)
-        self.questions: list[tuple[int, int]] = []
+        self.questions = [(group, len(x)) for group, x, _ in parts]
+        self.elements = np.empty(sum([x.size for _, x, _ in parts]), np.uint32)
         self._asked: list[Asked] = []
         self.rows = self.answer = first = 0
-        sizes = []
-        for codec, (group, x, out), mask in zip(codecs, parts, masks, strict=True):
-            rows, last = len(x), first + x.size
+        for k, (_, x, out) in enumerate(parts):
+            last = first + x.size
             hidden = self.elements[first:last].reshape(x.shape)
-            self._asked.append(codec.ask(x, mask.words, hidden, out))  # steps 1 and 2
-            self.questions.append((group, rows))
-            sizes.append((codec.m, codec.n, rows))
-            self.rows, self.answer, first = self.rows + rows, self.answer + out.nbytes, last
-        self.work = work(sizes)
+            self._asked.append(codecs[k].ask(x, masks[k].words, hidden, out))  # steps 1 and 2
+            self.rows, self.answer, first = self.rows + len(x), self.answer + out.nbytes, last
+
+    @property
+    def work(self) -> int:
+        """What `workforce.work` says."""
+        codecs = enumerate(self.codecs)
+        return work([(codec.m, codec.n, self.questions[k][1]) for k, codec in codecs])
 
     def ahead(self) -> None:
         """What does not depend on the answer, once: a worker that fails is followed by another."""
-        for codec, asked in zip(self.codecs, self._asked, strict=True):
+        for k, asked in enumerate(self._asked):
             if asked.challenges is None:
-                codec.ahead(asked, self._adapter)
+                self.codecs[k].ahead(asked, self._adapter)
 
     def wrong(self, claims: Sequence[Elements]) -> GroupCodec | None:
         """Step 4, of every group: the first whose product is wrong.  Other challenges are in force for it
         then (M15).
         """
-        for codec, asked, y in zip(self.codecs, self._asked, claims, strict=True):
-            if not codec.holds(asked, y):
-                return codec
+        for k, asked in enumerate(self._asked):
+            if not self.codecs[k].holds(asked, claims[k]):
+                return self.codecs[k]
         return None
 
     def open(self, claims: Sequence[Elements]) -> None:
         """Step 5, of every group."""
-        for codec, asked, y, mask in zip(self.codecs, self._asked, claims, self._masks, strict=True):
-            codec.opened(asked, y, mask.u)
+        for k, asked in enumerate(self._asked):
+            self.codecs[k].opened(asked, claims[k], self._masks[k].u)
 
     def open_plain(self, products: Sequence[Elements]) -> None:
         """The same for products of what no mask hides."""
-        for codec, asked, y in zip(self.codecs, self._asked, products, strict=True):
-            codec.opened(asked, y, np.zeros_like(y))
+        for k, asked in enumerate(self._asked):
+            self.codecs[k].opened(asked, products[k], np.zeros_like(products[k]))
 
     def lossy(self) -> int:
         """How many rows rounding has cost much.  Raises: PrecisionError."""
-        rows = 0
-        for codec, asked in zip(self.codecs, self._asked, strict=True):
-            rows += codec.judge(asked)
-        return rows
+        return sum([codec.judge(asked) for codec, asked in zip(self.codecs, self._asked, strict=True)])
+
+
+class _Last(threading.local):
+    """The first group of this thread's last message."""
+
+    group = -1
 
 
 class Exchange(Secret):
@@ -126,6 +131,8 @@ class Exchange(Secret):
     ) -> None:
         self._codecs, self._supply, self._workers, self._here = codecs, supply, workers, here
         self._counters, self._audit = counters, audit
+        self._follows: dict[int, int] = {}  # the group that was asked after a group last
+        self._thread = _Last()
 
     @property
     def computes_here(self) -> bool:
@@ -141,6 +148,8 @@ class Exchange(Secret):
         Raises: InputError for NaN or infinity; MaskError; ExhaustedError when no answer could be
             checked; the last worker's error when none is left.
         """
+        group = parts[0].group
+        self._follows[self._thread.group], self._thread.group = group, group
         codecs = [self._codecs[part.group] for part in parts]
         for codec in codecs:
             codec.check_left()  # M15: what cannot be checked is not asked for
@@ -149,6 +158,11 @@ class Exchange(Secret):
         start = perf_counter()
         late = self._counters.seconds_dealing_late - late  # other threads' may be in it
         message = _Message(codecs, parts, masks, adapter)  # steps 1 and 2
+
+        def meanwhile() -> None:
+            message.ahead()
+            self._prepare(group)
+
         failure: SlipError | None = None
         tried: set[Link] = set()
         asked = perf_counter()
@@ -156,7 +170,7 @@ class Exchange(Secret):
             tried.add(link)
             try:
                 with link:  # its turn: until that ends, nobody else uses the buffer of the answer
-                    claims, micros = link.exchange(message.questions, message.elements, message.ahead)  # M8
+                    claims, micros = link.exchange(message.questions, message.elements, meanwhile)  # M8
                     answered, took = perf_counter(), link.took
                     if (wrong := message.wrong(claims)) is not None:  # step 4, before all use: M13
                         raise self._lie(link, wrong)
@@ -181,6 +195,13 @@ class Exchange(Secret):
             message.open_plain([self._computed_here(part, failure) for part in parts])
         if lossy := message.lossy():
             self._counters.lossy(lossy)
+
+    def _prepare(self, group: int) -> None:
+        """While a worker computes: what the exchange needs that followed this group's the last time."""
+        following = self._follows.get(group)
+        if following is not None:
+            self._supply.prepare(following)
+            self._codecs[following].bring_near()
 
     def _lie(self, link: Link, codec: GroupCodec) -> VerificationError:
         """The error for a wrong product of a group, of which other challenges are in force already (M15); the

@@ -53,6 +53,11 @@ class Supply(Secret):
             return disk.take(group, rows)
         return self.memory.take(group, rows)
 
+    def prepare(self, group: int) -> None:
+        """Make the next `take` of one row quick, if that is possible without dealing."""
+        if self._disk is None:
+            self.memory.prepare(group)
+
     def add(self, tokens: int) -> None:
         """Deal, in memory, what so many tokens are expected to take of each group.  Raises: MaskError."""
         uses = planned(self._uses, [0] * len(self._uses))
