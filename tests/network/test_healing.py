@@ -28,9 +28,10 @@ from sliplm.errors import (
 )
 from sliplm.network import authority, keys
 from sliplm.network.addresses import TcpAddress, anchored, parse_address
+from sliplm.network.complaints import translate
 from sliplm.network.dialling import _dial, connect
 from sliplm.network.listener import listen
-from sliplm.network.transport import keep_alive, translate
+from sliplm.network.transport import keep_alive
 from sliplm.parties.standing import verdict
 
 LIMIT = 30.0

@@ -24,6 +24,7 @@ from sliplm.network import authority, keys
 from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
 from sliplm.network.dialling import connect
 from sliplm.network.listener import Listener, listen
+from sliplm.network.patience import CROWDED
 from sliplm.network.transport import Connection, pair
 from sliplm.protocol.frames import WELCOME_BYTES, Header, Kind, pack_header
 from sliplm.protocol.vault_side import Product, VaultSide
@@ -198,7 +199,25 @@ def test_wait_ends_with_a_frame_a_wake_or_the_time(
         left.close()
         assert waiting.result(20)  # reading tells that it is over
         waker.send(b"x")
-        assert not right.wait(20, wake.fileno())  # whatever else came
+        end = soon()
+        while right.wait(20, wake.fileno()):  # whatever else came, but looked for seldom
+            assert time.monotonic() < end
+
+
+@every_way
+def test_whoever_fell_asleep_waits_awake_again(way: str, folder: Path, tmp_path: Path) -> None:
+    """After the core was somebody else's nobody waits awake; once frames come quickly, both do."""
+    with joined(way, folder, tmp_path) as (left, right), socket.socket() as never:
+        end, wake, byte = soon(), never.fileno(), memoryview(bytearray(1))
+        for reads in (lambda: right.wait(20, wake), lambda: None):
+            right._patience.judge(CROWDED)
+            while right._patience.spin == 0:
+                assert time.monotonic() < end
+                later = threading.Timer(0.0002, left.send, [b"x"], {"deadline": end})
+                later.start()
+                reads()
+                right.receive_exactly(byte, end)
+                later.join()
 
 
 @every_way

@@ -9,6 +9,7 @@ import time
 from sliplm.errors import CredentialError, PassingCredentialError
 from sliplm.network import keys
 from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
+from sliplm.network.complaints import translate
 from sliplm.network.memory import offer, prepare_for
 from sliplm.network.transport import (
     Connection,
@@ -17,7 +18,6 @@ from sliplm.network.transport import (
     handshake,
     keep_alive,
     remaining,
-    translate,
 )
 
 

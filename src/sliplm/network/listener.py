@@ -17,8 +17,9 @@ from sliplm.closing import Closing
 from sliplm.errors import CredentialError, WorkerUnavailable
 from sliplm.network import keys
 from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
+from sliplm.network.complaints import why
 from sliplm.network.memory import accept, prepare_for
-from sliplm.network.transport import Connection, closing_on_error, enlarge, handshake, keep_alive, why
+from sliplm.network.transport import Connection, closing_on_error, enlarge, handshake, keep_alive
 
 _BACKLOG: Final = 64
 

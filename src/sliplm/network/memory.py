@@ -25,14 +25,14 @@ import numpy as np
 from sliplm.errors import WireError, WorkerTimeout, WorkerUnavailable
 from sliplm.network import ring
 from sliplm.network.addresses import TcpAddress, UnixAddress
+from sliplm.network.complaints import translate
 from sliplm.network.patience import Patience, pollfd, readable
-from sliplm.network.transport import Connection, closing_on_error, remaining, translate
+from sliplm.network.transport import LOOK, Connection, closing_on_error, remaining
 
 _DOOR: Final = struct.Struct("<8sIQ8x")  # as long as a header: a worker that expects one refuses it in words
 _MAGIC: Final = b"SLIPMEM\0"
 _OFFER: Final = _DOOR.pack(_MAGIC, 1, ring.SIZE)
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-_LOOK: Final = 0.005  # seconds in use without a look at the door
 _BELLS: Final = 4096  # bytes that are swallowed at once
 _FAILED: Final = ctypes.c_void_p(-1).value
 
@@ -54,21 +54,20 @@ class MemoryConnection(Connection):
         self._room = Patience()
         self._over = False
         self._looked = time.monotonic()
-        self._door = select.poll()
-        self._door.register(sock, select.POLLIN)
-        self._doors: dict[int, select.poll] = {}  # with what else ends a wait
+        self._hinge = select.poll()
+        self._hinge.register(sock, select.POLLIN)
         self._start_bytes = np.frombuffer(self._start, np.uint8)
-        sock.setblocking(False)
 
     def wait(self, idle: float, wake: int) -> bool:
-        if (poll := self._doors.get(wake)) is None:
-            poll = self._doors[wake] = select.poll()
-            poll.register(self._sock, select.POLLIN)
-            poll.register(wake, select.POLLIN)
-        deadline = time.monotonic() + idle
+        poll = self._door(wake)
+        now = time.monotonic()
+        deadline = now + idle
         while True:
             came = self._patience.judge(self._sound(ring.arrived(self._words, self._patience.spin)))
+            if came and now - self._looked <= LOOK:
+                return True
             ready = poll.poll(0) if came else self._sleep(poll, ring.FOR_BYTES, deadline)
+            self._looked = now = time.monotonic()
             if ready:
                 self._answer_door(ready)
                 if any(handle == wake for handle, _ in ready):
@@ -83,7 +82,6 @@ class MemoryConnection(Connection):
     def _send_frame(self, header: bytes, body: memoryview, deadline: float) -> None:
         first, rest = np.frombuffer(header, np.uint8), np.frombuffer(body, np.uint8)
         done, whole = 0, len(first) + len(rest)
-        self._look()
         while not self._over:
             got = self._sound(ring.put(self._words, first, rest, done, self._room.spin))
             done = got & ring.COUNT
@@ -92,7 +90,7 @@ class MemoryConnection(Connection):
             if done == whole:
                 return
             if not self._room.judge(got >> 32):
-                self._answer_door(self._sleep(self._door, ring.FOR_ROOM, deadline))
+                self._answer_door(self._sleep(self._hinge, ring.FOR_ROOM, deadline))
             elif time.monotonic() >= deadline:
                 raise self._late()
         raise self._closed()
@@ -109,7 +107,7 @@ class MemoryConnection(Connection):
                 return got & ring.COUNT
             if self._over:
                 raise self._closed()
-            self._answer_door(self._sleep(self._door, ring.FOR_BYTES, deadline))
+            self._answer_door(self._sleep(self._hinge, ring.FOR_BYTES, deadline))
 
     def _sleep(self, poll: select.poll, reason: int, deadline: float) -> list[tuple[int, int]]:
         """Until the peer rings or has hung up, or what else `poll` knows; what is ready.
@@ -133,9 +131,9 @@ class MemoryConnection(Connection):
     def _look(self) -> float:
         """Look at the door once in a while, also where frames come so fast that nobody sleeps; the time."""
         now = time.monotonic()
-        if now - self._looked > _LOOK:
+        if now - self._looked > LOOK:
             self._looked = now
-            self._answer_door(self._door.poll(0))
+            self._answer_door(self._hinge.poll(0))
         return now
 
     def _answer_door(self, ready: list[tuple[int, int]]) -> None:

@@ -1,6 +1,6 @@
 """Connections that carry frames: TLS 1.3 over TCP, Unix sockets, and a pair in memory.
 
-Sockets block, and every wait has a deadline, a value of time.monotonic(), that covers all the reads or
+Sockets never block, and every wait has a deadline, a value of time.monotonic(), that covers all the reads or
 writes of one call: a peer that drips bytes gains nothing.  A connection takes memory only for a length
 that the protocol has accepted, at most one frame in each direction.
 """
@@ -8,8 +8,8 @@ that the protocol has accepted, at most one frame in each direction.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
+import math
 import os
 import select
 import socket
@@ -24,40 +24,29 @@ from sliplm import forks
 from sliplm.closing import Closing
 from sliplm.errors import (
     CredentialError,
-    PassingCredentialError,
     SlipError,
     WireError,
     WorkerTimeout,
     WorkerUnavailable,
 )
 from sliplm.network import keys
+from sliplm.network.complaints import translate
 from sliplm.network.patience import Patience, pollfd, readable
 from sliplm.protocol.frames import HEADER_BYTES
 
 _PEER: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 _RECORD: Final = 16384  # bytes of the longest TLS record
 _UNIX_BUFFER: Final = 2**20
-_REVOKED: Final = 23  # OpenSSL's X509_V_ERR_CERT_REVOKED
-_DATES: Final = (9, 10, 11, 12)  # OpenSSL's errors: a certificate or a list not yet valid, or no longer
 _KEEPALIVE: Final = (  # a connection that a network has forgotten ends within seconds, also in use
     (socket.TCP_KEEPIDLE, 15),  # seconds without traffic, then a probe
     (socket.TCP_KEEPINTVL, 5),
     (socket.TCP_KEEPCNT, 3),
     (socket.TCP_USER_TIMEOUT, 5000),  # milliseconds for which sent bytes may stay unacknowledged
 )
-_REFUSALS: Final = (  # of our certificate, by a word of OpenSSL's reason, and what to do; the last for others
-    ("EXPIRED", "compare the clocks of both machines; if they are right, `slip keys rotate` makes a new one"),
-    ("UNKNOWN_CA", "both key folders must come from one `slip keys init`: copy ours again, or the peer's"),
-    ("REVOKED", "`slip keys rotate` makes a new one in place of a revoked one"),
-    (
-        "BAD_CERTIFICATE",
-        "compare the clocks of both machines, for it may not be valid there yet; if they are right, use the "
-        "key folder of our role, from the `slip keys init` that the peer's comes from",
-    ),
-    ("", "use the key folder of our role, from the `slip keys init` that the peer's comes from"),
-)
 _NOTHING: Final = memoryview(b"")
 _FAREWELL: Final = 1.0  # seconds for the last words to reach a peer
+LOOK: Final = 0.005  # seconds of frames one after the other without a look at what else ends a wait
+_WOULD_WAIT: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 EventT_co = TypeVar("EventT_co", covariant=True)
 
@@ -99,12 +88,16 @@ class Connection(Closing):
         self.marks = tuple(filter(None, (self.mark, b"" if identity is None else identity.mark)))
         self.place: tuple[int, int] | None = None
         self._sock = sock
+        self._secure = sock if isinstance(sock, ssl.SSLSocket) else None
         self._peer = peer
         self._start = memoryview(bytearray(_RECORD))
         self._body = memoryview(bytearray(0))
         self._first = memoryview(bytearray(_RECORD))
         self._patience = Patience()
         self._watched = pollfd(sock.fileno())
+        self._looked = -math.inf  # when `wait` looked last at what else ends it
+        self._doors: dict[int, select.poll] = {}  # with that
+        sock.setblocking(False)
         forks.watch(self)
 
     def __repr__(self) -> str:
@@ -141,33 +134,40 @@ class Connection(Closing):
         The event's payload is a view that lives until the next call.
         Raises what `receive_exactly` and the side raise.
         """
-        return self._receive_frame(self._receive_some(self._start, deadline), side, deadline)
-
-    def wait(self, idle: float, wake: int) -> bool:
-        """Wait until a frame begins (True), or the descriptor `wake` is readable (False, whatever came).
-
-        Raises WorkerTimeout after `idle` seconds.
-        """
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
-            return True  # decrypted already, so poll would not see it
-        self._stay_awake()
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        poll.register(wake, select.POLLIN)
-        ready = poll.poll(idle * 1000)
-        if not ready:
-            raise WorkerTimeout(f"{self._peer} did not answer within the limit", self._peer)
-        return all(handle != wake for handle, _ in ready)
-
-    def _receive_frame(self, got: int, side: Reader[EventT_co], deadline: float) -> EventT_co:
-        """The frame whose first `got` bytes lie in `_start`: mostly the whole of a short one."""
+        got = self._receive_some(self._start, deadline)
         try:
             return self._receive_rest(got, side, deadline)
         except WorkerUnavailable as error:
             error.torn = True
             raise
 
+    def wait(self, idle: float, wake: int) -> bool:
+        """Wait until a frame begins (True), or the descriptor `wake` is readable (False, whatever came).  For
+        that it looks every LOOK seconds while frames come.
+
+        Raises WorkerTimeout after `idle` seconds.
+        """
+        awake, now = self._stay_awake(), time.monotonic()
+        if self._decrypted() or (awake and now - self._looked <= LOOK):
+            return True
+        ready = self._door(wake).poll(idle * 1000)
+        self._looked = time.monotonic()
+        if not awake:
+            self._patience.slept(now)
+        if not ready:
+            raise WorkerTimeout(f"{self._peer} did not answer within the limit", self._peer)
+        return all(handle != wake for handle, _ in ready)
+
+    def _door(self, wake: int) -> select.poll:
+        """What waits for the socket, and for another descriptor."""
+        if (poll := self._doors.get(wake)) is None:
+            poll = self._doors[wake] = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            poll.register(wake, select.POLLIN)
+        return poll
+
     def _receive_rest(self, got: int, side: Reader[EventT_co], deadline: float) -> EventT_co:
+        """The frame whose first `got` bytes lie in `_start`: mostly the whole of a short one."""
         while got < HEADER_BYTES:
             got += self._receive_some(self._start[got:], deadline)
         length = side.header(self._start[:HEADER_BYTES])
@@ -181,7 +181,8 @@ class Connection(Closing):
                 self._body = memoryview(bytearray(length))
             body = self._body[:length]
             body[:here] = self._start[HEADER_BYTES:got]
-        self.receive_exactly(body[here:], deadline)
+        if here < length:
+            self.receive_exactly(body[here:], deadline)
         return side.payload(body)
 
     def receive_exactly(self, view: memoryview, deadline: float) -> None:
@@ -192,9 +193,15 @@ class Connection(Closing):
     def _receive_some(self, view: memoryview, deadline: float) -> int:
         try:
             began = time.monotonic()
+            if began >= deadline:
+                raise TimeoutError
             awake = self._stay_awake()
-            self._sock.settimeout(remaining(deadline))
-            count = self._sock.recv_into(view)
+            while True:
+                try:
+                    count = self._sock.recv_into(view)
+                    break
+                except _WOULD_WAIT as error:
+                    self._sleep_until(error, select.POLLIN, deadline)
             if not awake:
                 self._patience.slept(began)
         except (OSError, ValueError) as error:
@@ -205,15 +212,33 @@ class Connection(Closing):
 
     def _stay_awake(self) -> bool:
         """Wait awake for something to read, where that has paid lately; whether it came."""
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
-            return True  # decrypted already, so poll would not see it
-        return self._patience.judge(readable(self._watched, self._patience.spin))
+        return self._decrypted() or self._patience.judge(readable(self._watched, self._patience.spin))
+
+    def _decrypted(self) -> bool:
+        """Whether there is something to read that poll does not see."""
+        return self._secure is not None and self._secure.pending() > 0
+
+    def _sleep_until(self, reason: OSError, otherwise: int, deadline: float) -> None:
+        """Until the socket is ready for what it could not do at once; TLS may have to write in order to read.
+
+        Raises TimeoutError.
+        """
+        events: dict[type[OSError], int] = {
+            ssl.SSLWantReadError: select.POLLIN,
+            ssl.SSLWantWriteError: select.POLLOUT,
+        }
+        poll = select.poll()
+        poll.register(self._sock, events.get(type(reason), otherwise))
+        if not poll.poll(1000 * remaining(deadline)):
+            raise TimeoutError
 
     def _send_all(self, view: memoryview, deadline: float) -> None:
         try:
             while len(view):
-                self._sock.settimeout(remaining(deadline))
-                view = view[self._sock.send(view) :]
+                try:
+                    view = view[self._sock.send(view) :]
+                except _WOULD_WAIT as error:
+                    self._sleep_until(error, select.POLLOUT, deadline)
         except (OSError, ValueError) as error:
             raise self._last_words(translate(error, self._peer)) from error
 
@@ -274,53 +299,6 @@ def pair() -> tuple[Connection, Connection]:
     enlarge(left)
     enlarge(right)
     return Connection(left, "pair"), Connection(right, "pair")
-
-
-def translate(error: Exception, peer: str) -> SlipError:
-    """The error of ours for an error of a socket or of TLS."""
-    if isinstance(error, TimeoutError) and error.errno != errno.ETIMEDOUT:  # that one is the network's
-        return WorkerTimeout(f"{peer} did not answer within the limit", peer)
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return _unverified(error, peer)
-    if isinstance(error, ssl.SSLError):
-        reason = error.reason or ""
-        if any(word in reason for word in ("CERT", "UNKNOWN_CA", "ACCESS_DENIED")):
-            return _alerted(reason, peer)
-        if not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
-            return WireError(f"{peer} does not speak TLS 1.3 as agreed ({reason or error})")
-    return WorkerUnavailable(f"no connection to {peer}: {why(error)}; is the worker running?", peer)
-
-
-def _unverified(error: ssl.SSLCertVerificationError, peer: str) -> CredentialError:
-    """Why we refuse the peer's certificate."""
-    if error.verify_code in _DATES:
-        return PassingCredentialError(
-            f"the certificate of {peer}, or our list of the revoked, is out of its dates "
-            f"({error.verify_message}): compare the clocks of both machines; if they are right, "
-            "`slip keys rotate` makes new ones"
-        )
-    if error.verify_code == _REVOKED:
-        return CredentialError(
-            f"the certificate of {peer} is revoked: its owner makes a new one with `slip keys rotate`"
-        )
-    return CredentialError(
-        f"the certificate of {peer} is refused ({error.verify_message}): "
-        "both key folders must come from one `slip keys init`"
-    )
-
-
-def _alerted(reason: str, peer: str) -> CredentialError:
-    """Why the peer refuses ours, or showed none."""
-    said = reason.lower().replace("_", " ")
-    if "ALERT" not in reason:
-        return CredentialError(
-            f"{peer} shows no certificate that counts ({said}): "
-            "both key folders must come from one `slip keys init`, not have expired and not be revoked"
-        )
-    advice = next(advice for word, advice in _REFUSALS if word in reason)
-    return PassingCredentialError(
-        f"{peer} refuses our certificate ({said}), so it is ours that is wrong there: {advice}"
-    )
 
 
 def handshake(
@@ -390,8 +368,3 @@ def remaining(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
-
-
-def why(error: Exception) -> str:
-    """What an error says, in a few words."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

@@ -63,6 +63,8 @@ FRAME_LIMIT: Final = 60.0  # seconds for a frame to pass once it has begun
 IDLE_LIMIT: Final = 3600.0  # seconds between two frames
 DRAIN_LIMIT: Final = 30.0  # seconds for the exchanges in hand when the worker stops
 
+_ELEMENTS: Final = np.dtype("<u4")
+
 logger = logging.getLogger(__name__)
 
 
@@ -229,7 +231,7 @@ class Worker:
             r = uniform_rows(asked.key, asked.group, asked.first_row, asked.rows, n)
             x = np.ascontiguousarray(r)
         else:
-            x = np.frombuffer(asked.payload, dtype="<u4").reshape(asked.rows, n)  # no copy
+            x = np.frombuffer(asked.payload, _ELEMENTS).reshape(asked.rows, n)  # no copy
         with self._compute:
             started = time.perf_counter_ns()
             y = self._matrices[asked.group].product(x)
@@ -238,7 +240,7 @@ class Worker:
 
     def _answer_several(self, connection: Connection, side: WorkerSide, asked: Several) -> None:
         """Step 3 for each of several groups, answered in one frame; all lengths were checked before."""
-        elements = np.frombuffer(asked.payload, dtype="<u4")  # no copy
+        elements = np.frombuffer(asked.payload, _ELEMENTS)  # no copy
         answer = np.empty(sum(rows * self._shapes[group][0] for group, rows in asked.parts), np.uint32)
         read = written = 0
         with self._compute:

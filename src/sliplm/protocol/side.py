@@ -91,6 +91,7 @@ class Side(ABC):
         self._state = State.NEW
         self._sequence = 0
         self._incoming: Header | None = None
+        self._following = State.CLOSED  # once that header's payload has come
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._state.name.lower()}, {len(self._shapes)} groups)"
@@ -102,7 +103,7 @@ class Side(ABC):
 
     def close(self) -> None:
         """Refuse everything from now on."""
-        self._state = State.CLOSED
+        self._state = self._following = State.CLOSED
         self._incoming = None
 
     def _fit(self, max_payload: int) -> None:
@@ -145,12 +146,12 @@ class Side(ABC):
     def header(self, data: Bytes) -> int:
         """How many payload bytes follow this header.  Raises WireError; the side is then closed."""
         try:
-            header = self._begin(data)
+            header, following = self._begin(data)
             self._check(header)
         except SlipError:
             self.close()
             raise
-        self._incoming = header
+        self._incoming, self._following = header, following
         return header.length
 
     @abstractmethod
@@ -167,14 +168,17 @@ class Side(ABC):
             )
         self._state = following
 
-    def _begin(self, data: Bytes) -> Header:
-        """Parse a header, and check that its kind may come now and that no header is pending."""
+    def _begin(self, data: Bytes) -> tuple[Header, State]:
+        """Parse a header, and check that its kind may come now and that no header is pending; the state that
+        its payload leads to.
+        """
         if self._incoming is not None:
             raise WireError("a header came before the payload of the one before")
         header = wire.parse_header(data)
-        if (self._state, Way.RECEIVE, header.kind) not in self._table:
+        following = self._table.get((self._state, Way.RECEIVE, header.kind))
+        if following is None:
             raise WireError(f"a {header.kind.name} is not allowed in state {self._state.name}")
-        return header
+        return header, following
 
     def _end(self, data: Bytes) -> Header:
         """The header that announced this payload; moves the state."""
@@ -183,6 +187,5 @@ class Side(ABC):
             raise WireError("a payload without a header")
         if len(data) != header.length:
             raise WireError(f"a payload of {len(data)} bytes where {header.length} were announced")
-        self._incoming = None
-        self._move(Way.RECEIVE, header.kind)
+        self._incoming, self._state = None, self._following
         return header
