@@ -70,9 +70,9 @@ class PoolMachine(RuleBasedStateMachine):
             assert row.tobytes() not in self.seen
             self.seen.add(row.tobytes())
 
-    @rule(group=st.integers(0, 1))
-    def prepare(self, group: int) -> None:
-        self.pool.prepare(group)
+    @rule(group=st.integers(0, 1), rows=st.integers(1, 4))
+    def prepare(self, group: int, rows: int) -> None:
+        self.pool.prepare(group, rows)
 
     @rule()
     def renew(self) -> None:
@@ -87,7 +87,7 @@ class PoolMachine(RuleBasedStateMachine):
     def counts_are_right(self) -> None:
         for group in range(2):
             ready, hand = self.pool._ready[group], self.pool._hand[group]
-            left = sum(len(batch.u) - batch.used for batch in ready) + (hand is not None)
+            left = sum(len(batch.u) - batch.used for batch in ready) + (len(hand[0].u) if hand else 0)
             assert self.pool.available(group) == left
 
     def teardown(self) -> None:
@@ -281,11 +281,12 @@ def test_a_row_at_hand_goes_with_the_rest(event: str, monkeypatch: pytest.Monkey
 
     pool = masks.MaskPool(1, by_somebody, ahead=0)
     pool.add([0], 3)
-    pool.prepare(0)
-    pool.prepare(0)
+    pool.prepare(0, 2)
+    pool.prepare(0, 2)
     assert pool.available(0) == 3
     hand = pool._hand[0]
     assert hand is not None
+    assert len(hand[0].u) == 2
     if event == "fall":
         assert pool.drop([b"one"]) == 3
     elif event == "renewal":
@@ -299,7 +300,7 @@ def test_a_row_at_hand_goes_with_the_rest(event: str, monkeypatch: pytest.Monkey
             pool.take(0, 1)
         assert pool._hand == [None]
         return
-    assert hand[0].r.tobytes() != pool.take(0, 1).r.tobytes()
+    assert hand[0].r.tobytes() != pool.take(0, 2).r.tobytes()
     pool.close()
 
 

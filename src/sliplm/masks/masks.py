@@ -193,7 +193,7 @@ class MaskPool(Secret):
         self._ready: list[deque[Batch]] = [deque() for _ in range(groups)]
         self._few = [kept - max(1, kept // 4) for kept in self._kept]  # rows below which more are dealt
         self._count = [0] * groups  # those at hand too
-        self._hand: list[tuple[Masks, tuple[bytes, ...]] | None] = [None] * groups  # a row and who dealt it
+        self._hand: list[tuple[Masks, tuple[bytes, ...]] | None] = [None] * groups  # rows and who dealt them
         self._lock = threading.RLock()  # of `_change`, whose own methods are slower
         self._change = threading.Condition(self._lock)
         self._failure: Exception | None = None
@@ -246,16 +246,16 @@ class MaskPool(Secret):
                     return joined([*parts, last])
             # renewed, or a dealer has fallen meanwhile: what is in hand may be of before, or from him
 
-    def prepare(self, group: int) -> None:
-        """Have the next row of a group at hand, burnt and made from its key, if one is ready: the `take` that
-        comes for it is quick then.
+    def prepare(self, group: int, rows: int) -> None:
+        """Have the next rows of a group at hand, burnt and made from their key, as far as they are ready: the
+        `take` that comes for them is quick then.
         """
         self._process.check()
         with self._lock:
             ready = self._ready[group]
             if ready and self._hand[group] is None:
                 batch = ready[0]
-                self._hand[group] = batch.burn(1), batch.marks
+                self._hand[group] = batch.burn(rows), batch.marks
                 if batch.used == len(batch.u):
                     ready.popleft()
 
@@ -277,7 +277,7 @@ class MaskPool(Secret):
                 self._count[group] = sum(len(batch.u) - batch.used for batch in self._ready[group])
                 hand = self._hand[group]
                 if hand is not None and self._fallen.isdisjoint(hand[1]):
-                    self._count[group] += 1
+                    self._count[group] += len(hand[0].u)
                 else:
                     self._hand[group] = None
             self._change.notify_all()
@@ -312,16 +312,16 @@ class MaskPool(Secret):
     def _burn(self, group: int, rows: int) -> Masks | None:
         """Some masks, at most so many: what is at hand where that is enough, or is all there is."""
         ready, hand = self._ready[group], self._hand[group]
-        if hand is not None and (rows == 1 or not ready):  # to join it to others copies them
-            self._hand[group] = None
-            self._count[group] -= 1
-            return hand[0]
-        if not ready:
+        if hand is not None and (rows <= len(hand[0].u) or not ready):  # to join it to others copies them
+            part, rest = hand[0][:rows], hand[0][rows:]
+            self._hand[group] = (rest, hand[1]) if len(rest.u) else None
+        elif ready:
+            part = ready[0].burn(rows)
+            if ready[0].used == len(ready[0].u):
+                ready.popleft()
+        else:
             return None
-        part = ready[0].burn(rows)
         self._count[group] -= len(part.u)
-        if ready[0].used == len(ready[0].u):
-            ready.popleft()
         return part
 
     def add(self, groups: Sequence[int], rows: int) -> None:

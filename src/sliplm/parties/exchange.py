@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from sliplm.parties.dealer import Dealing
 from sliplm.parties.supply import Supply
 from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.secrecy import Secret
+
+_FEW: Final = 16  # rows of an exchange for which the next one is prepared: of more it would take too long
 
 
 class Part(NamedTuple):
@@ -161,7 +163,7 @@ class Exchange(Secret):
 
         def meanwhile() -> None:
             message.ahead()
-            self._prepare(group)
+            self._prepare(group, len(parts[0].x))
 
         failure: SlipError | None = None
         tried: set[Link] = set()
@@ -196,11 +198,13 @@ class Exchange(Secret):
         if lossy := message.lossy():
             self._counters.lossy(lossy)
 
-    def _prepare(self, group: int) -> None:
-        """While a worker computes: what the exchange needs that followed this group's the last time."""
+    def _prepare(self, group: int, rows: int) -> None:
+        """While a worker computes: what the exchange needs that followed this group's the last time, for as
+        many rows.
+        """
         following = self._follows.get(group)
-        if following is not None:
-            self._supply.prepare(following)
+        if following is not None and rows <= _FEW:
+            self._supply.prepare(following, rows)
             self._codecs[following].bring_near()
 
     def _lie(self, link: Link, codec: GroupCodec) -> VerificationError:

@@ -53,10 +53,10 @@ class Supply(Secret):
             return disk.take(group, rows)
         return self.memory.take(group, rows)
 
-    def prepare(self, group: int) -> None:
-        """Make the next `take` of one row quick, if that is possible without dealing."""
+    def prepare(self, group: int, rows: int) -> None:
+        """Make the next `take` of so many rows quick, if that is possible without dealing."""
         if self._disk is None:
-            self.memory.prepare(group)
+            self.memory.prepare(group, rows)
 
     def add(self, tokens: int) -> None:
         """Deal, in memory, what so many tokens are expected to take of each group.  Raises: MaskError."""
