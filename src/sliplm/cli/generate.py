@@ -41,6 +41,7 @@ def command(
     fallback: options.Fallback = "fail",
     audit: options.Audit = None,
     pad_to: options.PadTo = 1,
+    inputs: options.Inputs = 1,
     adapter: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The adapter to answer with; by default the base without any."),
@@ -69,7 +70,7 @@ def command(
     vault = out / "vault" if (out / "vault").is_dir() else out
     chosen: dict[str, Any] = {
         "share": share, "dealers": dealer or [], "pool": pool, "anchor": anchor, "fallback": fallback,
-        "audit": audit, "pad_to": pad_to, "key": key, "adapter": adapter,
+        "audit": audit, "pad_to": pad_to, "inputs": inputs, "key": key, "adapter": adapter,
     }  # fmt: skip
     with Waiting() as waiting, showing_warnings(waiting.say):
         waiting.on("loading torch and transformers")

@@ -63,6 +63,12 @@ PadTo = Annotated[
     "their length."),
 ]  # fmt: skip
 
+Inputs = Annotated[
+    int,
+    typer.Option(min=1, max=2, help="2: what rounding leaves of an input follows as a second row, at twice "
+    "the cost. For models of which rows lost precision."),
+]  # fmt: skip
+
 Tokenizer = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="A folder with the tokenizer; by default the vault's own."),

@@ -66,6 +66,7 @@ def command(
     fallback: options.Fallback = "fail",
     audit: options.Audit = None,
     pad_to: options.PadTo = 1,
+    inputs: options.Inputs = 1,
     tokenizer: options.Tokenizer = None,
     key: Key = None,
     json: Json = False,
@@ -94,7 +95,7 @@ def command(
         audit = clients / "audit.jsonl"
     chosen: dict[str, Any] = {
         "share": share, "dealers": dealer or [], "pool": pool, "anchor": anchor, "fallback": fallback,
-        "audit": audit, "pad_to": pad_to, "key": key,
+        "audit": audit, "pad_to": pad_to, "inputs": inputs, "key": key,
     }  # fmt: skip
     with Waiting() as waiting, showing_warnings(waiting.say):
         waiting.on("loading torch and transformers")

@@ -265,7 +265,9 @@ class GroupCodec(Secret):
         lossy = int(np.count_nonzero((answer > LOSSY) | (rest > LOSSY)))
         if not lossy:
             return 0
-        advice = (
+        finest = len(alpha) > len(losses)
+        advice = "" if finest else "load it with inputs=2, which sends what rounding leaves as well, or "
+        advice += (
             f"split again with a rule such as Rule(pattern={self.name!r}, precision=8), which leaves the "
             'input more bits, or placement="vault"'
         )

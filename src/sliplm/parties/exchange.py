@@ -35,7 +35,7 @@ _FEW: Final = 16  # rows of an exchange for which the next one is prepared: of m
 
 
 class Part(NamedTuple):
-    """The rows of one group in an exchange: W x of x float32 [rows, n] goes into out, float32 [rows, m]."""
+    """The inputs of one group in an exchange: W x of x float32 [rows, n] goes into out, float32 [rows, m]."""
 
     group: int
     x: Floats
@@ -58,15 +58,16 @@ class _Message(Secret):
         self, codecs: Sequence[GroupCodec], parts: Sequence[Part], masks: Sequence[Masks], adapter: str | None
     ) -> None:
         self.codecs, self._masks, self._adapter = codecs, masks, adapter
-        self.questions = [(group, len(x)) for group, x, _ in parts]
-        self.elements = np.empty(sum([x.size for _, x, _ in parts]), np.uint32)
+        self.questions = [(part.group, len(mask.u)) for part, mask in zip(parts, masks, strict=True)]
+        sizes = [rows * codec.n for codec, (_, rows) in zip(codecs, self.questions, strict=True)]
+        self.elements = np.empty(sum(sizes), np.uint32)
         self._asked: list[Asked] = []
         self.rows = self.answer = first = 0
         for k, (_, x, out) in enumerate(parts):
-            last = first + x.size
-            hidden = self.elements[first:last].reshape(x.shape)
+            rows, last = self.questions[k][1], first + sizes[k]
+            hidden = self.elements[first:last].reshape(rows, codecs[k].n)
             self._asked.append(codecs[k].ask(x, masks[k].words, hidden, out))  # steps 1 and 2
-            self.rows, self.answer, first = self.rows + len(x), self.answer + out.nbytes, last
+            self.rows, self.answer, first = self.rows + rows, self.answer + masks[k].u.nbytes, last
 
     @property
     def work(self) -> int:
@@ -120,6 +121,7 @@ class Exchange(Secret):
         here: who computes for want of a worker, or None where the request is to fail.
         counters: where exchanges are counted.
         audit: where it is said that a product was computed here.
+        inputs: rows that each input travels as, 1 or 2.
     """
 
     def __init__(
@@ -130,9 +132,10 @@ class Exchange(Secret):
         here: Dealing | None,
         counters: Counters,
         audit: AuditLog,
+        inputs: int,
     ) -> None:
         self._codecs, self._supply, self._workers, self._here = codecs, supply, workers, here
-        self._counters, self._audit = counters, audit
+        self._counters, self._audit, self._inputs = counters, audit, inputs
         self._follows: dict[int, int] = {}  # the group that was asked after a group last
         self._thread = _Last()
 
@@ -156,14 +159,15 @@ class Exchange(Secret):
         for codec in codecs:
             codec.check_left()  # M15: what cannot be checked is not asked for
         begun, late = perf_counter(), self._counters.seconds_dealing_late
-        masks = [self._supply.take(part.group, len(part.x)) for part in parts]  # burnt: M7
+        inputs = self._inputs
+        masks = [self._supply.take(part.group, inputs * len(part.x)) for part in parts]  # burnt: M7
         start = perf_counter()
         late = self._counters.seconds_dealing_late - late  # other threads' may be in it
         message = _Message(codecs, parts, masks, adapter)  # steps 1 and 2
 
         def meanwhile() -> None:
             message.ahead()
-            self._prepare(group, len(parts[0].x))
+            self._prepare(group, message.questions[0][1])
 
         failure: SlipError | None = None
         tried: set[Link] = set()
@@ -230,7 +234,8 @@ class Exchange(Secret):
         if self._here is None:
             raise self._workers.refusal(failure)
         codec = self._codecs[part.group]
-        if self._counters.computed_here(len(part.x)):
+        hidden = codec.unmasked(part.x, part.out, self._inputs).hidden
+        if self._counters.computed_here(len(hidden)):
             why = failure or self._workers.nobody()
             self._audit.write("computed here", f"slowly, for want of a worker: {why}", group=codec.name)
-        return self._here.compute(part.group, codec.unmasked(part.x, part.out).hidden)
+        return self._here.compute(part.group, hidden)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from sliplm.errors import InputError
 from sliplm.network.link import Link
 from sliplm.parties.exchange import Part
 from sliplm.protocol.frames import ELEMENT, PART_BYTES
 
 
-def cut(parts: Sequence[Part], links: Sequence[Link]) -> Iterator[list[Part]]:
+def cut(parts: Sequence[Part], links: Sequence[Link], inputs: int = 1) -> Iterator[list[Part]]:
     """The parts of a request by ascending group, in as few messages as frames and answers allow.
 
     How they are cut depends on groups and rows alone, never on what the rows hold.
 
     Args:
         links: who may be asked; the one with the smallest frames decides.
+        inputs: rows of the message for each row of a part.
+
+    Raises: InputError for a group whose frames are too small for one input.
     """
     if len(parts) == 1:
-        group, count = parts[0].group, len(parts[0].x)
+        group, count = parts[0].group, inputs * len(parts[0].x)
         if count and all(count <= link.max_rows(group) for link in links):
             yield list(parts)  # on the way of every token of several sequences
             return
@@ -26,12 +30,17 @@ def cut(parts: Sequence[Part], links: Sequence[Link]) -> Iterator[list[Part]]:
     message: list[Part] = []
     asked = answered = 0
     for part in sorted(parts, key=lambda part: part.group):
-        step = min((link.max_rows(part.group) for link in links), default=max(1, len(part.x)))
+        rows = min((link.max_rows(part.group) for link in links), default=inputs * max(1, len(part.x)))
+        step = rows // inputs
+        if not step:
+            raise InputError(
+                f"an input of {part.x.shape[1]} numbers fits no frame as {inputs} rows; load with inputs=1"
+            )
         for first in range(0, len(part.x), step):
-            rows = slice(first, first + step)
-            piece = Part(part.group, part.x[rows], part.out[rows])
-            there = PART_BYTES + ELEMENT * piece.x.size
-            back = ELEMENT * piece.out.size
+            some = slice(first, first + step)
+            piece = Part(part.group, part.x[some], part.out[some])
+            there = PART_BYTES + ELEMENT * inputs * piece.x.size
+            back = ELEMENT * inputs * piece.out.size
             full = asked + there > limit or answered + back > limit
             if message and (full or message[-1].group == part.group):
                 yield message

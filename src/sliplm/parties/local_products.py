@@ -12,6 +12,7 @@ from sliplm.closing import Closing
 from sliplm.errors import InputError
 from sliplm.parties.adapters import Adapters
 from sliplm.parties.codec import GroupCodec
+from sliplm.parties.terms import checked_inputs
 from sliplm.secrecy import Secret
 from sliplm.shares.share import VaultShare, WorkerShare, check_pair
 
@@ -24,13 +25,18 @@ class LocalProducts(Closing, Secret):
     Args:
         share, worker: both shares of one split.
         adapter: the one that products take where no other is chosen; None for none.
+        inputs: rows that each input would travel as, see `Terms`.
 
-    Raises: MismatchError for shares of different splits; InputError for an unknown adapter.
+    Raises: MismatchError for shares of different splits; InputError for an unknown adapter, or for other
+        `inputs` than 1 or 2.
     """
 
-    def __init__(self, share: VaultShare, worker: WorkerShare, adapter: str | None = None) -> None:
+    def __init__(
+        self, share: VaultShare, worker: WorkerShare, adapter: str | None = None, inputs: int = 1
+    ) -> None:
         check_pair(share, worker)
         self.files = share.files
+        self._inputs = checked_inputs(inputs)
         self.adapter = Adapters(share.manifest.adapters, adapter)
         self._codecs = {name: GroupCodec(secrets) for name, secrets in share.groups.items()}
         self._matrices = {name: kernels.prepare(worker.matrices[name]) for name in share.groups}
@@ -53,5 +59,6 @@ class LocalProducts(Closing, Secret):
             raise InputError(f"this split has no group {group!r}")
         codec = self._codecs[group]
         out = np.empty((len(x), codec.m), np.float32)
-        codec.judge(codec.here(x, out, self._matrices[group].product, self.adapter.current))
+        multiply, adapter = self._matrices[group].product, self.adapter.current
+        codec.judge(codec.here(x, out, multiply, adapter, self._inputs))
         return out

@@ -32,8 +32,11 @@ class Terms:
         timeout: limit in seconds of every wait for a worker or dealer.
         fallback: when no worker is left, "fail" the request, or compute the product "here", from
             `dealing_share`: slow.
-        pad_to: products of more than one row are padded to a multiple of so many rows, which hides the
-            number in sizes; the time between messages still tells it.
+        pad_to: products of more than one row are padded to a multiple of so many rows, each of which travels
+            as `inputs` rows; this hides the number in sizes; the time between messages still tells it.
+        inputs: rows that each input travels as, 1 or 2.  The second is what rounding leaves of the first: it
+            costs as much again (masks, traffic, products), and keeps inputs that are much larger in one entry
+            than in the rest.
         hide_routing: of a mixture of experts, every expert of a layer gets one row for each token, chosen or
             not, so that workers see nothing of who is chosen: experts / chosen times the traffic and masks.
         audit: the file to which events are appended; None keeps the last in memory only.
@@ -55,6 +58,7 @@ class Terms:
     timeout: float = 30.0
     fallback: Fallback = "fail"
     pad_to: int = 1
+    inputs: int = 1
     hide_routing: bool = False
     audit: Path | str | None = None
     attester: Attester | None = None
@@ -72,6 +76,7 @@ class Terms:
                 "ahead is a number of rows from 0, timeout a number of seconds above 0, pad_to a number of "
                 "rows from 1"
             )
+        checked_inputs(self.inputs)
         self._check_masks()
         if self.fallback not in ("fail", "here"):
             raise InputError(f"fallback is 'fail' or 'here', not {self.fallback!r}")
@@ -86,3 +91,10 @@ class Terms:
             )
         if set(self.workers) & set(self.dealers):
             raise InputError("a worker cannot be its own dealer: it would know the masks of what it is sent")
+
+
+def checked_inputs(inputs: int) -> int:
+    """The number of rows that each input travels as.  Raises: InputError if it is not 1 or 2."""
+    if type(inputs) is not int or inputs not in (1, 2):
+        raise InputError(f"inputs, the rows that each input travels as, is 1 or 2, not {inputs!r}")
+    return inputs

@@ -69,7 +69,7 @@ class Vault(Secret, Closing):
         self.counters, self.audit = Counters(), AuditLog(terms.audit)
         self._index = {name: i for i, name in enumerate(share.groups)}
         self._codecs = [GroupCodec(secrets) for secrets in share.groups.values()]
-        self._pad_to, self._hide_routing = terms.pad_to, terms.hide_routing
+        self._pad_to, self._inputs, self._hide_routing = terms.pad_to, terms.inputs, terms.hide_routing
         shapes = [(codec.m, codec.n) for codec in self._codecs]
 
         def workforce(addresses: Sequence[str], role: Role) -> Workforce:
@@ -89,9 +89,11 @@ class Vault(Secret, Closing):
         share_here = None if terms.dealing_share is None else ShareDealer(terms.dealing_share)
         dealing = Dealing(self._codecs, share_here, self._dealers)
         uses = [1.0 if terms.hide_routing else group.use for group in share.manifest.groups]
-        self._supply = Supply(uses, dealing, terms.pool, terms.ahead, self.counters)
+        self._supply = Supply(uses, dealing, terms.pool, terms.inputs * terms.ahead, self.counters)
         here = dealing if terms.fallback == "here" else None
-        self._exchange = Exchange(self._codecs, self._supply, self._workers, here, self.counters, self.audit)
+        self._exchange = Exchange(
+            self._codecs, self._supply, self._workers, here, self.counters, self.audit, terms.inputs
+        )
         for force in self._forces:
             force.taken_back = _telling(weakref.ref(self), Vault._drop_revoked)
         if self._dealers is not None:
@@ -161,7 +163,7 @@ class Vault(Secret, Closing):
         """
         self._process.check()
         part = self._part(group, x)
-        if len(part.x) == 1:  # fits a frame, whoever is asked
+        if len(part.x) * self._inputs == 1:  # fits a frame, whoever is asked
             self._exchange.run((part,), self.adapter.current)
         else:
             self._ask((part,))
@@ -186,12 +188,12 @@ class Vault(Secret, Closing):
     def _ask(self, parts: Sequence[Part]) -> None:
         adapter = self.adapter.current
         links = [link for link in self._workers.links if link.barred is None]  # the others slow nobody down
-        for message in cut(parts, links):
+        for message in cut(parts, links, self._inputs):
             self._exchange.run(message, adapter)
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:
-        """Deal more masks now, in memory: `rows` for each of the groups named, or, where none is, for so many
-        tokens; an expert of a mixture then gets what it is expected to need (`masks.expected`).
+        """Deal more masks now, in memory, for `rows` inputs of each of the groups named, or, where none is,
+        for so many tokens; an expert of a mixture then gets what it is expected to need (`masks.expected`).
         """
         self._process.check()
         unknown = [name for name in groups or () if name not in self._index]
@@ -199,6 +201,7 @@ class Vault(Secret, Closing):
             raise InputError(
                 f"deal takes a number of rows from 1 and names of groups, not {rows} and {unknown}"
             )
+        rows *= self._inputs
         if groups is None:
             self._supply.add(rows)
         else:

@@ -91,10 +91,13 @@ def open_module(skeleton: nn.Module, out_dir: Folder, **options: Any) -> Any:
     return skeleton
 
 
-def reference_module(skeleton: nn.Module, out_dir: Folder, *, key: KeySpec = None) -> nn.Module:
+def reference_module(
+    skeleton: nn.Module, out_dir: Folder, *, key: KeySpec = None, inputs: int = 1
+) -> nn.Module:
     """The quantised module that a split stands for, from both shares in this process, without a worker.
 
-    The hybrid gives the same numbers, bit for bit: this is the yardstick.  It protects nothing.
+    The hybrid, with the same `inputs`, gives the same numbers, bit for bit: this is the yardstick.  It
+    protects nothing.
 
     Raises:
         CredentialError, SealError, ShareError: as `load_module`.
@@ -103,7 +106,7 @@ def reference_module(skeleton: nn.Module, out_dir: Folder, *, key: KeySpec = Non
     if worker is None:
         raise InputError("the reference needs the worker share")
     fitted = _fit(skeleton, vault)
-    _fill(skeleton, fitted, _kept(vault), LocalProducts(vault, worker))
+    _fill(skeleton, fitted, _kept(vault), LocalProducts(vault, worker, inputs=inputs))
     return skeleton
 
 

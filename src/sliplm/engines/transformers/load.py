@@ -48,6 +48,7 @@ class Running(TypedDict, total=False):
     timeout: float
     fallback: Fallback
     pad_to: int
+    inputs: int
     hide_routing: bool
     audit: Folder | None
     attester: Attester | None
@@ -77,9 +78,8 @@ def load(
         dtype: of what the vault computes itself; products are computed in float32 whatever it is.
         model_class: the class that was split, or its Auto class; None takes the class that the checkpoint
             names, else AutoModelForCausalLM.
-        options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, hide_routing, audit,
-            attester, verifier,
-            adapter, as `SlipConfig` takes them.
+        options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, inputs, hide_routing, audit,
+            attester, verifier, adapter, as `SlipConfig` takes them.
 
     Raises:
         InputError: an argument cannot be used.
@@ -133,16 +133,18 @@ def reference(
     dtype: torch.dtype = torch.float32,
     model_class: Any = None,
     adapter: str | None = None,
+    inputs: int = 1,
 ) -> PreTrainedModel:
     """Load the quantised model that a split stands for, from both shares in this process, without a worker.
 
-    The hybrid model gives the same logits, bit for bit: this is the yardstick.  It protects nothing.
+    The hybrid model, with the same `inputs`, gives the same logits, bit for bit: this is the yardstick.  It
+    protects nothing.
 
     Raises:
         CredentialError, ShareError: as `load`.
     """
     check_folder(Path(out_dir), None)
-    settings = {"quant_method": REFERENCE, "key": checked(key), "adapter": adapter}
+    settings = {"quant_method": REFERENCE, "key": checked(key), "adapter": adapter, "inputs": inputs}
     return _from_pretrained(Path(out_dir) / "vault", settings, dtype, model_class)
 
 

@@ -69,6 +69,8 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         fallback: without a worker "fail" the request, or compute "here", from `share`: slow.
         pad_to: messages of more than one row are filled up to a multiple of so many.  That hides the number
             of rows in sizes, not a prompt's length: the gaps between messages still tell it.
+        inputs: rows that each input travels as, 1, or 2: what rounding leaves of the first follows as a
+            second, at twice the cost: for activation outliers that the weights do not make up for.
         hide_routing: each expert of a mixture gets a row for each token, so that workers do not see who is
             chosen, see `Terms`.
         audit: a file to which records of lies, losses and returns are appended.
@@ -91,6 +93,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         anchor: str | None = None,
         fallback: Fallback = "fail",
         pad_to: int = 1,
+        inputs: int = 1,
         hide_routing: bool = False,
         audit: Folder | None = None,
         attester: Attester | None = None,
@@ -103,7 +106,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.pool = None if pool is None else os.fspath(pool)
         self.audit = None if audit is None else os.fspath(audit)
         self.anchor, self.fallback, self.pad_to = anchor, fallback, pad_to
-        self.hide_routing = hide_routing
+        self.inputs, self.hide_routing = inputs, hide_routing
         self.ahead, self.timeout = ahead, timeout
         self.attester, self.verifier = attester, verifier
         self.adapter = adapter
@@ -239,7 +242,8 @@ class ReferenceQuantizer(SlipQuantizer):
     def _open(self, vault: VaultShare, worker: WorkerShare | None) -> ManyProducts:
         if worker is None:
             raise InputError("the reference needs the worker share: name no dealer and no pool")
-        return LocalProducts(vault, worker, self.quantization_config.adapter)
+        config = self.quantization_config
+        return LocalProducts(vault, worker, config.adapter, config.inputs)
 
 
 def open_shares(folder: Path, config: SlipConfig) -> tuple[VaultShare, WorkerShare | None]:
@@ -286,6 +290,7 @@ def connect(config: SlipConfig, vault: VaultShare, worker: WorkerShare | None) -
             timeout=config.timeout,
             fallback=config.fallback,
             pad_to=config.pad_to,
+            inputs=config.inputs,
             hide_routing=config.hide_routing,
             audit=config.audit,
             attester=config.attester,
