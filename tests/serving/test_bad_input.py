@@ -160,11 +160,24 @@ def test_what_is_no_http(running: Running, data: bytes) -> None:
             assert sock.recv(100).startswith((b"HTTP/1.1 400", b""))
 
 
+def test_whole_numbers_may_be_written_with_a_point(running: Running) -> None:
+    text = b'{"model": "tiny", "prompt": [5.0, 6], "max_tokens": 2.0, "seed": 1e2}'
+    assert running.server.post("/completions", text, running.keys["bob"]).status_code == 200
+
+
+def test_the_description_names_the_models(running: Running) -> None:
+    schemas = running.server.get("/openapi.json", running.keys["bob"]).json()["components"]["schemas"]
+    assert schemas["Chat"]["properties"]["model"]["enum"] == ["tiny", "fr"]
+    assert "Troubled" in schemas
+
+
 def test_other_paths_and_methods(running: Running) -> None:
     server, key = running.server, running.keys["bob"]
     assert code(server.get("/v1/files", key)) == (404, "not_found")
     assert code(server.get("/v1/models/gpt-4", key)) == (404, "model_not_found")
-    assert code(server.get("/v1/completions", key)) == (405, "method_not_allowed")
+    found = server.get("/v1/completions", key)
+    assert code(found) == (405, "method_not_allowed")
+    assert found.headers["allow"] == "POST"
     assert code(server.get("/docs", key)) == (404, "not_found")
 
 

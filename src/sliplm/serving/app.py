@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -27,8 +27,9 @@ from sliplm.serving.clients import Client, Clients
 from sliplm.serving.door import CLIENT, REQUEST_ID, Door
 from sliplm.serving.figures import Figures
 from sliplm.serving.limits import Limits, Taken
-from sliplm.serving.refusals import Refusal, busy, failed, forbidden, wrong
+from sliplm.serving.refusals import Refusal, Troubled, busy, failed, forbidden, wrong
 from sliplm.serving.served import Served
+from sliplm.shares.share import sliplm_version
 
 T = TypeVar("T")
 
@@ -185,10 +186,18 @@ class Streamed(StreamingResponse):  # type: ignore[misc]
 
 def build(desk: Desk) -> Any:
     """The ASGI application.  Routes take and give OpenAI's forms; errors too."""
-    app = FastAPI(title="sliplm", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="sliplm", version=sliplm_version(), docs_url=None, redoc_url=None,
+        responses={"default": {"description": "No answer.", "model": Troubled}},
+    )  # fmt: skip
     _add_answers(app, desk)
     _add_figures(app, desk)
     _add_errors(app, desk)
+    described = app.openapi()
+    for body in (Chat, Completion):
+        described["components"]["schemas"][body.__name__]["properties"]["model"]["enum"] = [
+            *desk.served.names
+        ]
     if desk.clients is None:  # a page in a browser must not reach it under a name of its own
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=HERE, www_redirect=False)
     return Door(app, desk.clients, desk.refuse)
@@ -208,8 +217,9 @@ def _add_answers(app: FastAPI, desk: Desk) -> None:
         desk.served.adapter(name)
         return _model(desk, name)
 
-    app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
-    app.add_api_route("/v1/completions", completions, methods=["POST"])
+    both: Any = {200: {"description": "Whole, or as a stream.", "content": {"text/event-stream": {}}}}
+    app.add_api_route("/v1/chat/completions", chat, methods=["POST"], responses=both)
+    app.add_api_route("/v1/completions", completions, methods=["POST"], responses=both)
     app.add_api_route("/v1/models", models)
     app.add_api_route("/v1/models/{name}", model)
 
@@ -227,9 +237,11 @@ def _add_figures(app: FastAPI, desk: Desk) -> None:
         text = await asyncio.to_thread(generate_latest, desk.figures.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    app.add_api_route("/health", health)
-    app.add_api_route("/ready", ready)
-    app.add_api_route("/metrics", metrics)
+    text: Any = {200: {"description": "For Prometheus.", "content": {"text/plain": {}}}}
+    late: Any = {503: {"description": "Not now."}}
+    app.add_api_route("/health", health, responses=late)
+    app.add_api_route("/ready", ready, responses=late)
+    app.add_api_route("/metrics", metrics, responses=text, response_class=PlainTextResponse)
 
 
 def _add_errors(app: FastAPI, desk: Desk) -> None:
@@ -361,7 +373,12 @@ def _of_http(error: HTTPException) -> Refusal:
     if error.status_code == 404:
         return Refusal(404, "there is nothing here: see /openapi.json", code="not_found")
     if error.status_code == 405:
-        return Refusal(405, "this is asked otherwise: see /openapi.json", code="method_not_allowed")
+        return Refusal(
+            405,
+            "this is asked otherwise: see /openapi.json",
+            code="method_not_allowed",
+            headers=error.headers,
+        )
     if error.status_code == 400:
         return wrong("the body is no JSON")
     return failed(error)

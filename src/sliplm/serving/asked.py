@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from sliplm.serving.refusals import Refusal, unsupported, wrong
@@ -29,9 +29,15 @@ def _utf8(text: str) -> str:
     return text
 
 
+def _whole(number: object) -> object:
+    """JSON has one kind of number: 2.0 is 2."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 Text = Annotated[str, AfterValidator(_utf8)]
+Whole = Annotated[int, BeforeValidator(_whole)]
 Stop = Text | Annotated[list[Text], Field(max_length=4)] | None
-Number = Annotated[int, Field(ge=0, lt=2**31)]
+Number = Annotated[Whole, Field(ge=0, lt=2**31)]
 
 
 class Strict(BaseModel):
@@ -52,8 +58,8 @@ class Common(Strict):
     model: Text
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=CHOICES)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -108,10 +114,10 @@ class Chat(Common):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=TOP)] | None = None
     response_format: ResponseFormat | None = None
 
     @property
@@ -141,9 +147,9 @@ class Completion(Common):
         | Annotated[list[Annotated[list[Number], Field(min_length=1)]], Field(min_length=1)]
     )
     max_tokens: Number | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=TOP)] | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Whole | None = None
     suffix: Text | None = None
 
     @property

@@ -5,9 +5,27 @@ No message names a worker, repeats a prompt, or shows a key.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from sliplm.errors import BusyError, InputError, PrecisionError, SlipError
+
+
+class Trouble(BaseModel):
+    """What went wrong, as OpenAI says it."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Troubled(BaseModel):
+    """The body of every answer that is none."""
+
+    error: Trouble
 
 
 class Refusal(Exception):
@@ -28,20 +46,22 @@ class Refusal(Exception):
         code: str | None = None,
         param: str | None = None,
         retry: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self._headers = dict(headers or {})
         self.status, self.kind, self.code, self.param, self.retry = status, kind, code, param, retry
 
     @property
     def headers(self) -> dict[str, str]:
         """Beside the body."""
-        found = {} if self.retry is None else {"retry-after": str(self.retry)}
+        found = self._headers | ({} if self.retry is None else {"retry-after": str(self.retry)})
         return found | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
     def body(self) -> dict[str, Any]:
         """As JSON."""
-        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        error = Trouble(message=str(self), type=self.kind, param=self.param, code=self.code)
+        return Troubled(error=error).model_dump()
 
 
 def wrong(message: str, param: str | None = None, code: str | None = None) -> Refusal:
