@@ -36,12 +36,16 @@ class FakeMemory:
 
     def __init__(self, size: int) -> None:
         self._bytes = np.full(size + 64, 0xA5, np.uint8)
-        self.address, self.size = self._bytes.ctypes.data, size
+        self.address, self.size = self._bytes.ctypes.data + -self._bytes.ctypes.data % 16, size
 
     def write(self, offset: int, array: np.ndarray) -> None:
         if offset + array.nbytes > self.size:
             raise CardError("does not fit")
         at(self.address + offset, (array.nbytes,), np.uint8)[:] = array.reshape(-1).view(np.uint8)
+
+    @staticmethod
+    def fill(address: int, value: int, size: int) -> None:
+        at(address, (size,), np.uint8)[:] = value
 
     def elements(self, rows: int, columns: int) -> np.ndarray:
         assert 4 * rows * columns <= self.size

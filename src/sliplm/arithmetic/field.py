@@ -73,12 +73,15 @@ def uniform_rows(key: bytes, stream: int, first_row: int, rows: int, n: int) -> 
     return uniform_words(key, stream, first_row, rows, n)[:, :n]
 
 
+def row_blocks(n: int) -> int:
+    """Blocks of the key stream that a row of n elements owns."""
+    return -(-n // _BLOCK_WORDS) + _SLACK_BLOCKS
+
+
 def uniform_words(key: bytes, stream: int, first_row: int, rows: int, n: int) -> Elements:
     """`uniform_rows`, each with what is left of its segment: uint32 [rows, n or more], contiguous."""
-    row_blocks = -(-n // _BLOCK_WORDS) + _SLACK_BLOCKS
-    words = keystream(key, stream, first_row * row_blocks, rows * row_blocks).reshape(
-        rows, row_blocks * _BLOCK_WORDS
-    )
+    blocks = row_blocks(n)
+    words = keystream(key, stream, first_row * blocks, rows * blocks).reshape(rows, blocks * _BLOCK_WORDS)
     if not _drop_rejected(words, n):
         raise MaskError(
             "a key stream segment held too few elements below p: the key is not random; make a new one"

@@ -1,4 +1,4 @@
-"""Exact products on NVIDIA's cards.
+"""Exact products on NVIDIA's cards, and the vault's steps there.
 
     tiles, layout    what may be tried; how a matrix lies in a card's memory
     programs         what runs on the card, in Triton
@@ -7,6 +7,9 @@
     card, matrix     one card; a matrix on it, as a `kernels.Matrix`
     tuning           which tile is fastest, tested first and kept
     placing          which matrix goes where
+    vault_programs   the vault's steps for activations on a card, in Triton
+    aes_programs     masks from their keys, in Triton
+    vault_steps      a group's secrets there, and who asks for its steps in their order
 
-Nothing here is imported unless a card is there or asked for, and Triton only to compile.
+No driver is loaded unless it is asked for a card, and Triton only to compile.
 """

@@ -93,14 +93,7 @@ class Card:
         lane: Lane,
     ) -> None:
         """Ask a lane for one program.  Raises CardError, also where its tile does not fit this card."""
-        found = self._functions.get((program, aligned))
-        if found is None:
-            made = self._compiled(program, aligned)
-            if made.shared > self.device.shared_memory:
-                raise CardError(f"{program.name} needs {made.shared} bytes of a block's memory on this card")
-            function = driver.Function(made.binary, made.name, made.shared, made.warps)
-            found = self._functions[program, aligned] = (made, function)
-        made, function = found
+        made, function = self._function(program, aligned)
         if made.scratch * grid[0] * grid[1] > lane.scratch.size:
             raise CardError(f"{program.name} needs more scratch memory than there is")
         values: list[c_uint64 | c_int] = [
@@ -109,6 +102,23 @@ class Card:
         ]
         # what Triton adds to every program: memory of each block's own, and none to profile with
         function.launch(grid, [*values, c_uint64(lane.scratch.address), c_uint64(0)], lane.stream)
+
+    def prepared(self, program: Program, *, aligned: bool) -> driver.Prepared:
+        """A program without scratch memory, for one thread that asks for it often.  Raises CardError."""
+        made, function = self._function(program, aligned)
+        if made.scratch:
+            raise CardError(f"{program.name} needs scratch memory")
+        return driver.Prepared(function, made.parameters)
+
+    def _function(self, program: Program, aligned: bool) -> tuple[compiling.Compiled, driver.Function]:
+        found = self._functions.get((program, aligned))
+        if found is None:
+            made = self._compiled(program, aligned)
+            if made.shared > self.device.shared_memory:
+                raise CardError(f"{program.name} needs {made.shared} bytes of a block's memory on this card")
+            function = driver.Function(made.binary, made.name, made.shared, made.warps)
+            found = self._functions[program, aligned] = (made, function)
+        return found
 
     def _compiled(self, program: Program, aligned: bool) -> compiling.Compiled:
         return compiling.compiled(program, aligned=aligned, capability=self.device.capability)

@@ -15,8 +15,6 @@ from sliplm.arithmetic.kernels.cuda.tiles import Program
 from sliplm.errors import CardError
 
 _DIVISIBLE: Final = [["tt.divisibility", 16]]
-_ALWAYS: Final = frozenset({"plane", "width"})  # multiples of 256 in every layout
-_ALIGNED: Final = frozenset({"m", "n"})
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,15 @@ def compiled(program: Program, *, aligned: bool, capability: int) -> Compiled:
     """Compile for cards of a capability (90 for 9.0); from several threads if wished.
 
     Args:
-        aligned: the matrix has multiples of 16 rows and columns.
+        aligned: the matrix has multiples of 16 rows and columns, and activations lie at multiples of 16.
 
     Raises CardError, also where Triton's compiler fails.
     """
     triton()
-    programs = _programs()
+    programs = _programs(program.name)
     function, constants = getattr(programs, program.name), dict(program.constants)
     kinds = {name: programs.POINTERS.get(name, "i32") for name in function.arg_names if name not in constants}
-    divisible = _ALWAYS | set(programs.POINTERS) | (_ALIGNED if aligned else set())
+    divisible = programs.divisible(function.arg_names, aligned=aligned)
     signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
     attributes = {(i,): _DIVISIBLE for i, name in enumerate(function.arg_names) if name in divisible}
     try:
@@ -72,7 +70,11 @@ def compiled(program: Program, *, aligned: bool, capability: int) -> Compiled:
         made = compile(
             ASTSource(function, signature, constexprs=constants, attrs=attributes),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": program.warps, "num_stages": program.stages},
+            options={
+                "num_warps": program.warps,
+                "num_stages": program.stages,
+                "enable_fp_fusion": False,  # floats are rounded as on the processor
+            },
         )
     except Exception as error:  # whatever a compiler raises
         raise CardError(f"Triton {triton()} does not compile {program}: {_first_line(error)}") from error
@@ -82,10 +84,11 @@ def compiled(program: Program, *, aligned: bool, capability: int) -> Compiled:
     return Compiled(made.asm["cubin"], facts.name, parameters, facts.num_warps, facts.shared, scratch)
 
 
-def _programs() -> ModuleType:
-    from sliplm.arithmetic.kernels.cuda import programs
+def _programs(name: str) -> ModuleType:
+    """Where a program is."""
+    from sliplm.arithmetic.kernels.cuda import aes_programs, programs, vault_programs
 
-    return programs
+    return next(each for each in (programs, vault_programs, aes_programs) if hasattr(each, name))
 
 
 def _first_line(error: Exception) -> str:

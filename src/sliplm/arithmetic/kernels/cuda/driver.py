@@ -262,8 +262,40 @@ class Function:
         call("cuFuncSetAttribute", self._handle, _DYNAMIC_SHARED, shared)
         self._shared, self._threads = shared, 32 * warps
 
+    @property
+    def begun_with(self) -> tuple[c_void_p, int, int]:
+        """Its handle, threads of a block, and bytes of a block's memory."""
+        return self._handle, self._threads, self._shared
+
     def launch(self, grid: tuple[int, int], arguments: list[c_uint64 | c_int], stream: Stream) -> None:
         """Ask for it: a grid of blocks, and its arguments in their order."""
         places = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         block = (self._threads, 1, 1)
         call("cuLaunchKernel", self._handle, *grid, 1, *block, self._shared, stream.handle, places, None)
+
+
+class Prepared:
+    """A function with room for its arguments, which is filled anew for each launch: for one thread.
+
+    Args:
+        pointers: which of the arguments are addresses; the others are 32-bit integers.
+    """
+
+    def __init__(self, function: Function, pointers: tuple[bool, ...]) -> None:
+        handle, threads, shared = function.begun_with
+        self._values: list[c_uint64 | c_int] = [c_uint64() if each else c_int() for each in pointers]
+        every = [*self._values, c_uint64(0), c_uint64(0)]  # what Triton adds: memory of its own
+        self._every = every  # which `_places` points to
+        self._places = (c_void_p * len(every))(*(ctypes.addressof(value) for value in every))
+        self._launch, self._function = _library().cuLaunchKernel, function
+        self._before, self._after = handle, (threads, 1, 1, shared)
+
+    def __call__(self, grid: tuple[int, int], arguments: tuple[int, ...], stream: int) -> None:
+        """Ask for it on a stream, 0 for the default one.  Raises CardError."""
+        for value, argument in zip(self._values, arguments, strict=True):
+            value.value = argument
+        code = self._launch(
+            self._before, grid[0], grid[1], 1, *self._after, stream or None, self._places, None
+        )
+        if code:
+            raise CardError(f"the card failed: {_words(_library(), code)} (cuLaunchKernel)")

@@ -29,6 +29,12 @@ POINTERS = {
 """Kinds of the pointers by their names; every other argument is an i32 or a constant."""
 
 
+def divisible(names, *, aligned):
+    """Those of a program's arguments that are multiples of 16; `plane` and `width` are so in every layout."""
+    known = {"plane", "width", *POINTERS} | ({"m", "n"} if aligned else set())
+    return known & set(names)
+
+
 @triton.jit
 def _folded(a, b, c, d):
     """a + 2^8 b + 2^16 c + 2^24 d mod p of int64 below 2^36: one step of folding, one correction each way."""
