@@ -24,7 +24,7 @@ def gaussian(m: int, n: int, seed: int = 0) -> np.ndarray:
 def product(parts: GroupSplit, x: np.ndarray, finer: float = 1.0) -> tuple[np.ndarray, GroupCodec, Asked]:
     """The quantised product, with `finer` times the scale alpha, and what the codec knows of it."""
     codec = GroupCodec(parts.secrets)
-    codec._limit *= finer
+    codec.limit *= finer
     out = np.empty((len(x), codec.m), np.float32)
     return out, codec, codec.here(x, out, kernels.prepare(parts.w).product)
 

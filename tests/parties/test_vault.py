@@ -456,7 +456,7 @@ def test_checks_at_the_same_time_see_number_and_set_together(shares: Shares, gro
 
     def check() -> None:
         start.wait(30)
-        codec._renew_challenges(first)  # eight threads that saw the same set fail
+        codec.renew_challenges(first)  # eight threads that saw the same set fail
 
     threads = [threading.Thread(target=check) for _ in range(8)]
     for thread in threads:

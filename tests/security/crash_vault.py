@@ -30,7 +30,7 @@ from sliplm.arithmetic.field import uniform_words
 from sliplm.arithmetic.kernels import threads
 from sliplm.errors import SlipError
 from sliplm.masks.anchor import FileAnchor
-from sliplm.masks.masks import MaskPool
+from sliplm.masks.masks import MaskPool, Masks
 from sliplm.masks.pool import DiskPool
 from sliplm.network.transport import Connection
 from sliplm.parties.codec import GroupCodec
@@ -101,7 +101,8 @@ def warm_up(vault: Path) -> None:
     for secrets in open_vault(vault).groups.values():
         codec, x = GroupCodec(secrets), np.ones((1, secrets.n), np.float32)
         r, y = uniform_words(bytes(32), 0, 0, 1, secrets.n), np.zeros((1, codec.m), np.uint32)
-        asked = codec.ask(x, r, np.empty((1, codec.n), np.uint32), np.empty((1, codec.m), np.float32))
+        hidden, out = np.empty((1, codec.n), np.uint32), np.empty((1, codec.m), np.float32)
+        asked = codec.ask(x, Masks(r, y, codec.n), hidden, out)
         codec.ahead(asked)
         codec.holds(asked, y)
         codec.accepts(asked.hidden, y)

@@ -134,12 +134,13 @@ class SlipExperts(Split):
         asked = []
         for number, x in rows.items():
             check_input(groups[number], x, x.ndim == 2, "[rows, n]")
-            asked.append((groups[number], x.detach().to(torch.float32).contiguous().numpy()))
+            asked.append((groups[number], x.detach().to("cpu", torch.float32).contiguous().numpy()))
         if self.source.hides_routing:
             asked = _covered(asked, groups, tokens)
         products = dict(zip((group for group, _ in asked), self.source.products(asked), strict=True))
         answers = [products[groups[number]][: len(x)] for number, x in rows.items()]
-        return torch.from_numpy(np.concatenate(answers)).to(dtype)
+        device = next(iter(rows.values())).device
+        return torch.from_numpy(np.concatenate(answers)).to(device, dtype)
 
     def extra_repr(self) -> str:
         """Sizes and names: nothing secret."""

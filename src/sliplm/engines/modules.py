@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sliplm import forks
 from sliplm.engines.idle import quietly
+from sliplm.engines.oncard import OnCard
 from sliplm.errors import InputError, ShareError
 from sliplm.parties.adapters import chosen
 from sliplm.secrecy import Secret
@@ -110,6 +111,18 @@ class GroupProduct:
         self._spans = tuple((end - n, end) for n, end in zip(rows, ends, strict=True))
         self._everyone = (1 << len(rows)) - 1
         self._held = _Held()
+        self._on_card = OnCard(name, len(rows))
+
+    def on_card(self, index: int, x: Tensor) -> Tensor:
+        """Return member `index`'s part of the product for x [..., n] on a card: a view [..., out_features] in
+        x's type, or float32 for float64.
+        """
+        if self.source is None:
+            raise InputError(f"group {self.name} has no vault: load the model with sliplm.load")
+        start, end = self._spans[index]
+        rows = self._spans[-1][1]
+        product = self._on_card.product(self.source, index, x, rows)
+        return product.view(*x.shape[:-1], rows)[..., start:end]
 
     def rows_of(self, index: int, x: Tensor, patches: Patches | None = None) -> Floats:
         """Return member `index`'s part of the product: [..., n] -> float32 [rows, out_features].
@@ -211,7 +224,7 @@ class SlipLinear(Split):
         float32 (SPEC steps 1 to 5).
 
         Args:
-            x: floating point [..., in_features] on the CPU.
+            x: floating point [..., in_features] on the CPU, or on an NVIDIA card.
 
         Raises:
             InputError: x is elsewhere, of another width or type, holds NaN or infinity, or needs a gradient.
@@ -226,6 +239,10 @@ class SlipLinear(Split):
         dtype = result_type(x)
         if 0 in shape:
             return x.new_zeros((*shape[:-1], self.out_features), dtype=dtype)
+        if not x.is_cpu:
+            y = group.on_card(self.index, x)
+            bias = self._parameters["bias"]
+            return (y if bias is None else y + bias).to(dtype)
         rows = group.rows_of(self.index, x)
         # numpy slices and reshapes several times faster than torch: this runs hundreds of times a token
         y = torch.from_numpy(np.ascontiguousarray(rows).reshape(*shape[:-1], self.out_features))
@@ -243,13 +260,16 @@ class SlipLinear(Split):
 
 def result_type(x: Tensor) -> torch.dtype:
     """Of a product with x, as PyTorch's own products have it: x's, or autocast's."""
-    if torch.is_autocast_enabled("cpu") and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype("cpu")
+    kind = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
 def check_input(group: str, x: Tensor, fits: bool, wanted: str) -> None:
-    """Raise InputError unless x fits, is floating point, on the CPU, needs no gradient and has values."""
+    """Raise InputError unless x fits, is floating point, on the CPU or a card, has values and needs no
+    gradient.
+    """
     if torch.compiler.is_exporting() or torch._C._is_tracing():
         refuse_recording(group)
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or (
@@ -259,10 +279,10 @@ def check_input(group: str, x: Tensor, fits: bool, wanted: str) -> None:
             f"group {group} needs the values of its input, which torch.func (vmap, grad, jvp) and fake "
             "tensors do not have: call the model with a batch in the place of vmap"
         )
-    if not fits or not x.is_cpu or not x.is_floating_point():
+    if not fits or not (x.is_cpu or x.is_cuda) or not x.is_floating_point():
         raise InputError(
-            f"group {group} takes floating-point tensors {wanted} on the CPU and got {x.dtype} "
-            f"{list(x.shape)} on {x.device}: keep the trusted side on the CPU"
+            f"group {group} takes floating-point tensors {wanted} on the CPU or an NVIDIA card and got "
+            f"{x.dtype} {list(x.shape)} on {x.device}"
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise InputError(

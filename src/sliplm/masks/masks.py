@@ -32,18 +32,39 @@ _NICER = 10  # by how much the background's thread gives way to the others
 _ROWS_AT_ONCE = 16  # rows of r made from the key together: opening a key stream costs more than a row of it
 
 
+class Origin(NamedTuple):
+    """The rows of a batch from `first` on, as `field.uniform_words` takes them."""
+
+    key: bytes
+    stream: int
+    first: int
+
+    def __repr__(self) -> str:
+        return f"Origin(stream={self.stream}, first={self.first}, key hidden)"
+
+
 class Masks(Secret):
     """Masks for one message, burnt already.
 
     Attributes:
-        words: uint32 [rows, n or more], contiguous; the first n of each row are r.
         u: w r, uint32 [rows, m].
+        origin: what their r is made of, where nobody has made it yet; None where it is there.
     """
 
-    __slots__ = ("_n", "u", "words")
+    __slots__ = ("_n", "_words", "origin", "u")
 
-    def __init__(self, words: Elements, u: Elements, n: int) -> None:
-        self.words, self.u, self._n = words, u, n
+    def __init__(self, words: Elements | None, u: Elements, n: int, origin: Origin | None = None) -> None:
+        self._words, self.u, self._n, self.origin = words, u, n, origin
+
+    @property
+    def words(self) -> Elements:
+        """uint32 [rows, n or more], contiguous; the first n of each row are r."""
+        words = self._words
+        if words is None:
+            if self.origin is None:
+                raise MaskError("masks without a key; load the model again")
+            words = self._words = uniform_words(*self.origin, len(self.u), self._n)
+        return words
 
     def __repr__(self) -> str:
         return f"Masks(rows={len(self.u)}, secrets hidden)"
@@ -88,14 +109,16 @@ class Batch(Secret):
     def __repr__(self) -> str:
         return f"Batch(rows={len(self.u)}, used={self.used}, secrets hidden)"
 
-    def burn(self, rows: int) -> Masks:
-        """Hand out up to `rows` masks, and never again."""
+    def burn(self, rows: int, *, made: bool = True) -> Masks:
+        """Hand out up to `rows` masks, and never again; made: with their r."""
         first, last = self.used, min(len(self.u), self.used + rows)
         self.used = last
+        if not made:
+            return Masks(None, self.u[first:last], self.n, Origin(self.key, self.stream, first))
         words = self._words
         if words is None or last > self._first + len(words):
-            made = min(len(self.u), max(last, first + _ROWS_AT_ONCE)) - first
-            words = self._words = uniform_words(self.key, self.stream, first, made, self.n)
+            count = min(len(self.u), max(last, first + _ROWS_AT_ONCE)) - first
+            words = self._words = uniform_words(self.key, self.stream, first, count, self.n)
             self._first = first
         start = self._first
         return Masks(words[first - start : last - start], self.u[first:last], self.n)
@@ -225,13 +248,16 @@ class MaskPool(Secret):
         with self._change:
             return sum(batch.u.nbytes for batches in self._ready for batch in batches)
 
-    def take(self, group: int, rows: int) -> Masks:
+    def take(self, group: int, rows: int, *, made: bool = True) -> Masks:
         """Burn and hand out masks for `rows` rows; what is not ready is dealt now.
+
+        Args:
+            made: with their r; where it is not, whoever takes them makes it of their origin.
 
         Raises: MaskError when the pool is closed, what `make` raises; ForkError in a forked child.
         """
         while True:
-            parts, missing, age = self._burn_ready(group, rows)
+            parts, missing, age = self._burn_ready(group, rows, made)
             if not missing:
                 return parts[0] if len(parts) == 1 else joined(parts)
             late = self._make(group, max(missing, self._step(group) if self._ahead else 0), False, True)
@@ -240,7 +266,7 @@ class MaskPool(Secret):
                     self._failure = None
                     self._change.notify_all()
                 if age == self._age() and self._fallen.isdisjoint(late.marks):
-                    last = late.burn(missing)
+                    last = late.burn(missing, made=made)
                     if late.used < len(late.u) and not self._closed:
                         self._add(group, late)
                     return joined([*parts, last])
@@ -287,7 +313,7 @@ class MaskPool(Secret):
         """Grows when masks become void, those in somebody's hand too."""
         return self.renewals, len(self._fallen)
 
-    def _burn_ready(self, group: int, rows: int) -> tuple[list[Masks], int, tuple[int, int]]:
+    def _burn_ready(self, group: int, rows: int, made: bool) -> tuple[list[Masks], int, tuple[int, int]]:
         """Up to `rows` masks, how many are missing, and the age in which these were good."""
         self._process.check()
         parts: list[Masks] = []
@@ -298,7 +324,7 @@ class MaskPool(Secret):
                 self._discard()
                 self.renewals += 1
             while rows:
-                part = self._burn(group, rows)
+                part = self._burn(group, rows, made)
                 if part is None:
                     break
                 rows -= len(part.u)
@@ -309,14 +335,14 @@ class MaskPool(Secret):
                 self._change.notify_all()
             return parts, rows, self._age()
 
-    def _burn(self, group: int, rows: int) -> Masks | None:
+    def _burn(self, group: int, rows: int, made: bool = True) -> Masks | None:
         """Some masks, at most so many: what is at hand where that is enough, or is all there is."""
         ready, hand = self._ready[group], self._hand[group]
         if hand is not None and (rows <= len(hand[0].u) or not ready):  # to join it to others copies them
             part, rest = hand[0][:rows], hand[0][rows:]
             self._hand[group] = (rest, hand[1]) if len(rest.u) else None
         elif ready:
-            part = ready[0].burn(rows)
+            part = ready[0].burn(rows, made=made)
             if ready[0].used == len(ready[0].u):
                 ready.popleft()
         else:

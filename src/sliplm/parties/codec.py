@@ -20,6 +20,7 @@ from sliplm.arithmetic.lanes import LANES
 from sliplm.arithmetic.rotation import Haar
 from sliplm.arithmetic.steps import Losses, Scales, laid_out
 from sliplm.errors import ExhaustedError, InputError, PrecisionError, SlipWarning
+from sliplm.masks.masks import Masks
 from sliplm.secrecy import Secret
 from sliplm.shares.splitting import CHALLENGE_SETS, CHALLENGES, GroupSecrets, LowRank
 
@@ -30,12 +31,19 @@ _FEW = 16  # outputs below which an answer may be small by chance
 _SHARED = 1 << 17  # numbers of inputs and outputs, 0.3 ms, that a thread needs to gain more than it costs
 
 
-class _Challenges(NamedTuple):
+class Challenges(NamedTuple):
     """The challenges in force: all of one set, in one object."""
 
     number: int
     e: Elements
     c: Elements
+
+
+class Judged(NamedTuple):
+    """What rounding has cost a product, as in `Asked`."""
+
+    losses: Losses
+    worst: float
 
 
 class Asked(Secret):
@@ -59,28 +67,33 @@ class Asked(Secret):
         self.expected: Sums = np.empty((sent, CHALLENGES), np.uint64)
         self.losses: Losses = np.empty((len(x), 2))
         self.worst = math.inf
-        self.challenges: _Challenges | None = None  # those that `expected` is of
+        self.challenges: Challenges | None = None  # those that `expected` is of
 
 
 class GroupCodec(Secret):
-    """One group, its secrets laid out for use.  Many rows are shared out over the cores."""
+    """One group, its secrets laid out for use.  Many rows are shared out over the cores.
+
+    Attributes:
+        limit: alpha times a row's norm.  edge: the size of a product above which it is not believed (M64).
+    """
 
     def __init__(self, secrets: GroupSecrets) -> None:
         self.name, self.m, self.n = secrets.name, secrets.m, secrets.n
-        self._limit = scale_limit(secrets.norm, secrets.n)
+        self.limit = scale_limit(secrets.norm, secrets.n)
         rotation_in, rotation_out = secrets.rotation_in(), secrets.rotation_out()
         self._dense = (
             (rotation_in, rotation_out)
             if isinstance(rotation_in, Haar) and isinstance(rotation_out, Haar)
             else None
         )
-        self._laid = laid_out(rotation_in, rotation_out, secrets.d_in, secrets.scale, _edge(secrets))
+        self.edge = _edge(secrets)
+        self._laid = laid_out(rotation_in, rotation_out, secrets.d_in, secrets.scale, self.edge)
         self._noise, self._warned = secrets.noise, False
-        self._float_loses = 2**20 * math.sqrt(self.n / 12) / self._limit  # so small a rest float32 loses too
+        self._float_loses = 2**20 * math.sqrt(self.n / 12) / self.limit  # so small a rest float32 loses too
         self._kept = np.ascontiguousarray(secrets.a.T), np.ascontiguousarray(secrets.b)
         self._adapters = {name: _added(parts) for name, parts in secrets.adapters.items()}
-        self._secrets = secrets
-        self._challenges = _Challenges(0, secrets.challenges(0), secrets.challenge_products(0))
+        self.secrets = secrets
+        self._challenges = Challenges(0, secrets.challenges(0), secrets.challenge_products(0))
         self._renewing = threading.Lock()
 
     def __repr__(self) -> str:
@@ -88,10 +101,13 @@ class GroupCodec(Secret):
 
     def check_left(self) -> None:
         """Raise ExhaustedError when no product of this group can be checked any more: that is for good."""
-        self._left()
+        self.left()
 
-    def _left(self) -> _Challenges:
-        """The challenges in force: read once, since another thread may put others in their place."""
+    def left(self) -> Challenges:
+        """The challenges in force: read once, since another thread may put others in their place.
+
+        Raises: as `check_left`.
+        """
         found = self._challenges
         if found.number >= CHALLENGE_SETS:
             raise ExhaustedError(
@@ -100,7 +116,7 @@ class GroupCodec(Secret):
             )
         return found
 
-    def _renew_challenges(self, failed: _Challenges) -> None:
+    def renew_challenges(self, failed: Challenges) -> None:
         """Put the next set in the place of `failed`, if no other thread has done so: after the last, none."""
         with self._renewing:
             if self._challenges is not failed:
@@ -108,31 +124,31 @@ class GroupCodec(Secret):
             number = failed.number + 1
             if number >= CHALLENGE_SETS:
                 empty = np.empty((0, 0), np.uint32)
-                self._challenges = _Challenges(number, empty, empty)
+                self._challenges = Challenges(number, empty, empty)
                 return
-            self._challenges = _Challenges(
-                number, self._secrets.challenges(number), self._secrets.challenge_products(number)
+            self._challenges = Challenges(
+                number, self.secrets.challenges(number), self.secrets.challenge_products(number)
             )
 
-    def ask(self, x: Floats, words: Elements, hidden: Elements, out: Floats) -> Asked:
+    def ask(self, x: Floats, masks: Masks, hidden: Elements, out: Floats) -> Asked:
         """Steps 1 and 2: x~ = round(alpha Q_in D_in x) + r mod p into `hidden`, uint32 [rows, n], or as two
         rows each into [2 rows, n]: the second half takes what rounding leaves of the first.
 
         Args:
-            x: float32 [rows, n].  words: uint32, as many rows of n or more: the first n of a row are its r.
+            x: float32 [rows, n].  masks: of as many rows as `hidden`, burnt.
             out: where the answer will go, float32 [rows, m].
 
         Raises: InputError for NaN or infinity in x; there is no message then.
         """
-        asked = Asked(np.ascontiguousarray(x), hidden, out)
+        asked, words = Asked(np.ascontiguousarray(x), hidden, out), masks.words
         if self._dense is None:
             finite = self._over(
-                len(x), steps.ask, *self._laid, self._limit, asked.x, words, hidden, asked.alpha
+                len(x), steps.ask, *self._laid, self.limit, asked.x, words, hidden, asked.alpha
             )
         else:
             z = self._dense[0].apply(asked.x)
             mask = steps.mask if len(hidden) == len(x) else steps.mask_both
-            finite = self._over(len(x), mask, self._limit, z, 0, words, hidden, asked.alpha)
+            finite = self._over(len(x), mask, self.limit, z, 0, words, hidden, asked.alpha)
         if not all(finite):
             raise InputError(
                 f"{self.name}: the input holds NaN or infinity; look for the cause in the layers before it"
@@ -148,8 +164,9 @@ class GroupCodec(Secret):
 
         Raises: as `ask`.
         """
-        zeros = np.zeros((inputs * len(x), x.shape[1]), np.uint32)
-        return self.ask(x, zeros, np.empty_like(zeros), out)
+        zeros = np.zeros((inputs * len(x), self.n), np.uint32)
+        nothing = Masks(zeros, np.zeros((len(zeros), self.m), np.uint32), self.n)
+        return self.ask(x, nothing, np.empty_like(zeros), out)
 
     def bring_near(self) -> None:
         """Read what the next `ask` will read: it takes longer to come than the arithmetic on it."""
@@ -161,7 +178,7 @@ class GroupCodec(Secret):
 
         Raises: as `check_left`.
         """
-        challenges, rows, x, out = self._left(), len(asked.x), asked.x, asked.out
+        challenges, rows, x, out = self.left(), len(asked.x), asked.x, asked.out
         self._over(
             rows, steps.ahead, *self._laid, *self._kept, challenges.c, challenges.e,
             x, asked.hidden, asked.alpha, out, asked.expected, asked.losses,
@@ -178,22 +195,31 @@ class GroupCodec(Secret):
 
         Raises: as `check_left`.
         """
-        challenges, rows = self._left(), len(asked.hidden)
+        challenges, rows = self.left(), len(asked.hidden)
         if asked.challenges is not challenges:  # renewed meanwhile
             self._over(rows, field.expect, challenges.c, asked.hidden, asked.expected)
             asked.challenges = challenges
         if all(self._over(rows, field.holds, challenges.e, y, asked.expected)):
             return True
-        self._renew_challenges(challenges)
+        self.renew_challenges(challenges)
         return False
+
+    def expected(self, challenges: Challenges, hidden: Elements) -> Sums:
+        """<c, x~> of each row: uint64 [rows, t]."""
+        found = np.empty((len(hidden), CHALLENGES), np.uint64)
+        self._over(len(hidden), field.expect, challenges.c, hidden, found)
+        return found
+
+    def holds_for(self, challenges: Challenges, expected: Sums, y: Elements) -> bool:
+        """Step 4 for these challenges; nothing follows from a False."""
+        return all(self._over(len(y), field.holds, challenges.e, y, expected))
 
     def accepts(self, x: Elements, y: Elements) -> bool:
         """O3, the same for a product of elements x [rows, n] that were not asked for by `ask`."""
-        challenges, expected = self._left(), np.empty((len(x), CHALLENGES), np.uint64)
-        self._over(len(x), field.expect, challenges.c, x, expected)
-        if all(self._over(len(x), field.holds, challenges.e, y, expected)):
+        challenges = self.left()
+        if self.holds_for(challenges, self.expected(challenges, x), y):
             return True
-        self._renew_challenges(challenges)
+        self.renew_challenges(challenges)
         return False
 
     def opened(self, asked: Asked, y: Elements, u: Elements) -> None:
@@ -244,7 +270,7 @@ class GroupCodec(Secret):
         in_parallel(lambda first, last: found.append(step(*arguments, first, last)), rows, threads, LANES)
         return found
 
-    def judge(self, asked: Asked) -> int:
+    def judge(self, asked: Asked | Judged) -> int:
         """Number of rows of which rounding the input has cost much; the first in a group is warned of.
 
         Raises: PrecisionError if of a row nothing is left: the answer is smaller than its error, and so is
@@ -288,9 +314,9 @@ class GroupCodec(Secret):
         return lossy
 
 
-def _edge(secrets: GroupSecrets) -> float:
+def _edge(secrets: GroupSecrets) -> int:
     """The size that no product is above: by norms for certain, in a secret basis nearly (M64)."""
-    return P // 2 if secrets.rotation == "none" else EDGE * ROOM
+    return P // 2 if secrets.rotation == "none" else int(EDGE * ROOM)
 
 
 def _added(parts: Iterable[LowRank]) -> list[tuple[Floats, Floats, int]]:

@@ -14,8 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import Elements
+from sliplm.arithmetic.kernels.placing import lay_out
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
 from sliplm.errors import (
     DealerError,
@@ -36,14 +36,20 @@ _ROWS_A_THREAD: Final = 8
 
 
 class ShareDealer:
-    """Deals from the worker share on this machine."""
+    """Deals from the worker share on this machine.
 
-    def __init__(self, share: WorkerShare) -> None:
-        self._matrices = [kernels.prepare(share.matrices[name], threads=1) for name in share.names]
+    Args:
+        device: on its processor or its cards, as `placing.lay_out`.
+    """
+
+    def __init__(self, share: WorkerShare, device: str = "cpu") -> None:
+        self._matrices = lay_out([share.matrices[name] for name in share.names], device, threads=1)
 
     def product(self, group: int, x: Elements, *, threads: int | None = None) -> Elements:
         """w x for rows x: uint32 [rows, n] -> uint32 [rows, m]; None: all cores where it pays."""
         matrix = self._matrices[group]
+        if matrix.kernel == "cuda":
+            threads = 1  # it is for one at a time
         if threads is None:
             threads = default_threads() if len(x) >= _ROWS_A_THREAD else 1
         y = np.empty((len(x), matrix.shape[0]), np.uint32)

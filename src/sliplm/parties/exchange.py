@@ -14,17 +14,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from sliplm.arithmetic.field import Elements
-from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.errors import ExhaustedError, SlipError, VerificationError
 from sliplm.masks.masks import Masks
 from sliplm.network.link import Link
 from sliplm.parties.audit import AuditLog
-from sliplm.parties.codec import Asked, GroupCodec
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
 from sliplm.parties.supply import Supply
@@ -35,11 +33,43 @@ _FEW: Final = 16  # rows of an exchange for which the next one is prepared: of m
 
 
 class Part(NamedTuple):
-    """The inputs of one group in an exchange: W x of x float32 [rows, n] goes into out, float32 [rows, m]."""
+    """The inputs of one group in an exchange: W x of x float32 [rows, n] goes into out, float32 [rows, m]; or
+    both on a card, in a type of their own.
+    """
 
     group: int
-    x: Floats
-    out: Floats
+    x: Any
+    out: Any
+
+
+class Codec(Protocol):
+    """A group's arithmetic: `codec.GroupCodec`, or `card_codec.CardCodec`, where everything is explained."""
+
+    name: str
+    m: int
+    n: int
+
+    def check_left(self) -> None: ...
+
+    def ask(self, x: Any, masks: Masks, hidden: Elements, out: Any) -> Any: ...
+
+    def unmasked(self, x: Any, out: Any) -> Any: ...
+
+    def ahead(self, asked: Any, adapter: str | None) -> None: ...
+
+    def holds(self, asked: Any, y: Elements) -> bool: ...
+
+    def opened(self, asked: Any, y: Elements, u: Elements) -> None: ...
+
+    def judge(self, asked: Any) -> int: ...
+
+    def bring_near(self) -> None: ...
+
+
+class Codecs(Protocol):
+    """That of each group."""
+
+    def __getitem__(self, group: int, /) -> Codec: ...
 
 
 class _Message(Secret):
@@ -55,18 +85,18 @@ class _Message(Secret):
     __slots__ = ("_adapter", "_asked", "_masks", "answer", "codecs", "elements", "questions", "rows")
 
     def __init__(
-        self, codecs: Sequence[GroupCodec], parts: Sequence[Part], masks: Sequence[Masks], adapter: str | None
+        self, codecs: Sequence[Codec], parts: Sequence[Part], masks: Sequence[Masks], adapter: str | None
     ) -> None:
         self.codecs, self._masks, self._adapter = codecs, masks, adapter
         self.questions = [(part.group, len(mask.u)) for part, mask in zip(parts, masks, strict=True)]
         sizes = [rows * codec.n for codec, (_, rows) in zip(codecs, self.questions, strict=True)]
         self.elements = np.empty(sum(sizes), np.uint32)
-        self._asked: list[Asked] = []
+        self._asked: list[Any] = []
         self.rows = self.answer = first = 0
         for k, (_, x, out) in enumerate(parts):
             rows, last = self.questions[k][1], first + sizes[k]
             hidden = self.elements[first:last].reshape(rows, codecs[k].n)
-            self._asked.append(codecs[k].ask(x, masks[k].words, hidden, out))  # steps 1 and 2
+            self._asked.append(codecs[k].ask(x, masks[k], hidden, out))  # steps 1 and 2
             self.rows, self.answer, first = self.rows + rows, self.answer + masks[k].u.nbytes, last
 
     @property
@@ -81,7 +111,7 @@ class _Message(Secret):
             if asked.challenges is None:
                 self.codecs[k].ahead(asked, self._adapter)
 
-    def wrong(self, claims: Sequence[Elements]) -> GroupCodec | None:
+    def wrong(self, claims: Sequence[Elements]) -> Codec | None:
         """Step 4, of every group: the first whose product is wrong.  Other challenges are in force for it
         then (M15).
         """
@@ -126,7 +156,7 @@ class Exchange(Secret):
 
     def __init__(
         self,
-        codecs: Sequence[GroupCodec],
+        codecs: Codecs,
         supply: Supply,
         workers: Workforce,
         here: Dealing | None,
@@ -138,11 +168,18 @@ class Exchange(Secret):
         self._counters, self._audit, self._inputs = counters, audit, inputs
         self._follows: dict[int, int] = {}  # the group that was asked after a group last
         self._thread = _Last()
+        self._masks_made = True  # by the processor; a card makes its own of their keys
 
     @property
     def computes_here(self) -> bool:
         """Whether a request is served for want of a worker."""
         return self._here is not None
+
+    def on(self, codecs: Codecs) -> Exchange:
+        """The same exchanges for activations on a card."""
+        other = Exchange(codecs, self._supply, self._workers, self._here, self._counters, self._audit)
+        other._masks_made = False
+        return other
 
     def run(self, parts: Sequence[Part], adapter: str | None) -> None:
         """The products of one message.
@@ -159,15 +196,16 @@ class Exchange(Secret):
         for codec in codecs:
             codec.check_left()  # M15: what cannot be checked is not asked for
         begun, late = perf_counter(), self._counters.seconds_dealing_late
-        inputs = self._inputs
-        masks = [self._supply.take(part.group, inputs * len(part.x)) for part in parts]  # burnt: M7
+        inputs, made = self._inputs, self._masks_made
+        masks = [self._supply.take(part.group, inputs * len(part.x), made=made) for part in parts]  # burnt: M7
         start = perf_counter()
         late = self._counters.seconds_dealing_late - late  # other threads' may be in it
         message = _Message(codecs, parts, masks, adapter)  # steps 1 and 2
 
         def meanwhile() -> None:
             message.ahead()
-            self._prepare(group, message.questions[0][1])
+            if self._masks_made:
+                self._prepare(group, message.questions[0][1])
 
         failure: SlipError | None = None
         tried: set[Link] = set()
@@ -211,7 +249,7 @@ class Exchange(Secret):
             self._supply.prepare(following, rows)
             self._codecs[following].bring_near()
 
-    def _lie(self, link: Link, codec: GroupCodec) -> VerificationError:
+    def _lie(self, link: Link, codec: Codec) -> VerificationError:
         """The error for a wrong product of a group, of which other challenges are in force already (M15); the
         worker is quarantined.
 

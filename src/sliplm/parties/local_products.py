@@ -44,6 +44,9 @@ class LocalProducts(Closing, Secret):
     def close(self) -> None:
         """Nothing is held."""
 
+    def settle(self) -> None:
+        """Nothing is left to be judged."""
+
     @property
     def hides_routing(self) -> bool:
         """Nothing leaves this process."""

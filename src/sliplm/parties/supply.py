@@ -43,15 +43,18 @@ class Supply(Secret):
         """Begin to deal ahead: a dealer's greeting comes back to the vault, which must be whole by then."""
         self.memory.start()
 
-    def take(self, group: int, rows: int) -> Masks:
+    def take(self, group: int, rows: int, *, made: bool = True) -> Masks:
         """Masks for one message of so many rows, burnt: nobody is handed them again (M7).
+
+        Args:
+            made: with their r, see `MaskPool.take`.
 
         Raises: MaskError when the vault is closed, or there are no masks and nobody deals.
         """
         disk = self._disk
         if disk is not None and (not self._dealing.possible or disk.available(group) >= rows):
             return disk.take(group, rows)
-        return self.memory.take(group, rows)
+        return self.memory.take(group, rows, made=made)
 
     def prepare(self, group: int, rows: int) -> None:
         """Make the next `take` of so many rows quick, if that is possible without dealing."""

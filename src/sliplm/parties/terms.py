@@ -44,6 +44,7 @@ class Terms:
         verifier: judges the workers' and dealers' evidence.
         adapter: the one that products take where no other is chosen; None for none.
         quarantine: where it is kept who lied; None forgets it with the vault.
+        deal_on: what the vault deals on, "cpu" or cards, as `placing.lay_out`.
 
     Raises: InputError without a worker, without masks, for a worker that would deal, or for a value that
         makes no sense.
@@ -65,6 +66,7 @@ class Terms:
     verifier: Verifier | None = None
     adapter: str | None = None
     quarantine: Quarantine | None = None
+    deal_on: str = "cpu"
 
     def __post_init__(self) -> None:
         if not self.workers:

@@ -13,6 +13,8 @@ import numpy as np
 
 from sliplm import forks
 from sliplm.arithmetic.fixedpoint import Floats
+from sliplm.arithmetic.kernels.cuda.card import Card
+from sliplm.arithmetic.kernels.cuda.vault_steps import CardRows
 from sliplm.closing import Closing, expect_drops, when_dropped
 from sliplm.errors import CredentialError, InputError, SlipError, WorkerUnavailable
 from sliplm.network.keys import mark
@@ -20,6 +22,7 @@ from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.adapters import Adapters
 from sliplm.parties.audit import AuditLog
+from sliplm.parties.card_codec import CardCodecs, settle
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
@@ -86,7 +89,7 @@ class Vault(Secret, Closing):
         except BaseException:
             self._workers.close()
             raise
-        share_here = None if terms.dealing_share is None else ShareDealer(terms.dealing_share)
+        share_here = None if terms.dealing_share is None else ShareDealer(terms.dealing_share, terms.deal_on)
         dealing = Dealing(self._codecs, share_here, self._dealers)
         uses = [1.0 if terms.hide_routing else group.use for group in share.manifest.groups]
         self._supply = Supply(uses, dealing, terms.pool, terms.inputs * terms.ahead, self.counters)
@@ -94,6 +97,7 @@ class Vault(Secret, Closing):
         self._exchange = Exchange(
             self._codecs, self._supply, self._workers, here, self.counters, self.audit, terms.inputs
         )
+        self._on_cards: dict[Card, Exchange] = {}
         for force in self._forces:
             force.taken_back = _telling(weakref.ref(self), Vault._drop_revoked)
         if self._dealers is not None:
@@ -167,7 +171,51 @@ class Vault(Secret, Closing):
             self._exchange.run((part,), self.adapter.current)
         else:
             self._ask((part,))
-        return part.out[: len(x)]
+        answer: Floats = part.out[: len(x)]
+        return answer
+
+    def product_on_card(self, group: str, x: CardRows, out: CardRows) -> None:
+        """The same for activations on a card: x [rows, n] into out [rows, m], in the type of `out`, on their
+        stream.  What rounding has cost is judged with the next product of this thread, or by `settle`; until
+        then a row of which nothing is left is NaN.
+
+        Raises: as `product`, and CardError for a group that has no programs or where the card fails.
+        """
+        self._process.check()
+        index = self._index.get(group)
+        if index is None:
+            raise InputError(f"this split has no group {group!r}")
+        exchange = self._on_cards.get(x.card)
+        if exchange is None:
+            exchange = self._exchange_on(x.card)
+        part = Part(index, x, out)
+        if len(x) == 1:
+            exchange.run((part,), self.adapter.current)
+        else:
+            self._ask((part,), exchange)
+
+    def works_on_cards(self, group: str) -> bool:
+        """Whether a card has programs for a group: not for bases of kind haar, nor for inputs of two rows."""
+        index = self._index.get(group)
+        return self._inputs == 1 and index is not None and self._codecs[index].secrets.rotation != "haar"
+
+    def settle(self) -> None:
+        """Wait for the last product of this thread on each card, and judge what rounding has cost it.
+
+        Raises: PrecisionError.
+        """
+        for card in self._on_cards:
+            if lossy := settle(card):
+                self.counters.lossy(lossy)
+
+    @property
+    def pads_to(self) -> int:
+        """The number of which the rows of a message are a multiple, where there is more than one."""
+        return self._pad_to
+
+    def _exchange_on(self, card: Card) -> Exchange:
+        made = self._exchange.on(CardCodecs(self._codecs, card))
+        return self._on_cards.setdefault(card, made)
 
     @property
     def hides_routing(self) -> bool:
@@ -185,11 +233,12 @@ class Vault(Secret, Closing):
         self._ask(parts)
         return [part.out[: len(x)] for part, (_, x) in zip(parts, asked, strict=True)]
 
-    def _ask(self, parts: Sequence[Part]) -> None:
-        adapter = self.adapter.current
+    def _ask(self, parts: Sequence[Part], exchange: Exchange | None = None) -> None:
+        exchange, adapter = exchange or self._exchange, self.adapter.current
         links = [link for link in self._workers.links if link.barred is None]  # the others slow nobody down
-        for message in cut(parts, links, self._inputs):
-            self._exchange.run(message, adapter)
+        inputs = self._inputs if exchange is self._exchange else 1
+        for message in cut(parts, links, inputs):
+            exchange.run(message, adapter)
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:
         """Deal more masks now, in memory, for `rows` inputs of each of the groups named, or, where none is,

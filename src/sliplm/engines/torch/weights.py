@@ -122,7 +122,7 @@ def _linear(call: Call) -> Tensor:
     """`F.linear`: [..., n] -> [..., rows] (SPEC steps 1 to 5)."""
     x, weight = call.x, cast(SplitWeight, call.weight)
     rows, columns = weight.shape
-    check_input(weight.group.name, x, x.shape[-1:] == (columns,), f"[..., {columns}]")
+    check_input(weight.group.name, x, x.is_cpu and x.shape[-1:] == (columns,), f"[..., {columns}]")
     shape = (*x.shape[:-1], rows)
     if not x.numel():
         return x.new_zeros(shape, dtype=result_type(x))
@@ -137,7 +137,7 @@ def _conv2d(call: Call) -> Tensor:
     x, weight = call.x, cast(SplitWeight, call.weight)
     rows, channels = weight.shape[:2]
     patches = patches_of(tuple(weight.shape), call.stride, call.padding, call.dilation)
-    fits = x.ndim in (3, 4) and x.shape[-3] == channels and call.groups == 1
+    fits = x.is_cpu and x.ndim in (3, 4) and x.shape[-3] == channels and call.groups == 1
     fits = fits and min(patches.places(*x.shape[-2:])) > 0
     check_input(weight.group.name, x, fits, f"[batch, {channels}, height, width]")
     batch, places = x.shape[:-3], patches.places(*x.shape[-2:])

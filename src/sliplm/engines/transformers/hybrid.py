@@ -6,6 +6,7 @@ model(..., adapter="fr")
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sliplm.engines.modules import Closeable, derive
-from sliplm.errors import InputError
+from sliplm.errors import InputError, SlipError
 
 _UNSAID: Any = object()
 
@@ -23,7 +24,7 @@ _UNSAID: Any = object()
 def make_hybrid(model: PreTrainedModel) -> None:
     """Give a model that has its `slip` a class of its own, of the same name."""
     kind: Any = type(model)
-    members = {"forward": _choosing(kind.forward)}
+    members = {"forward": _settling(_choosing(kind.forward))}
     if kind.can_generate():
         members["generate"] = _choosing(kind.generate)
     derive(model, _Hybrid, members)
@@ -36,6 +37,23 @@ def _choosing(method: Any) -> Any:
     def call(self: Any, *args: Any, adapter: str | None = _UNSAID, **kwargs: Any) -> Any:
         with self._adapter(adapter):
             return method(self, *args, **kwargs)
+
+    return call
+
+
+def _settling(method: Any) -> Any:
+    """The method, after which no product on a card is left whose rounding nobody has judged."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            answer = method(self, *args, **kwargs)
+        except BaseException:
+            with contextlib.suppress(SlipError):  # the first error says more
+                self.slip.settle()
+            raise
+        self.slip.settle()
+        return answer
 
     return call
 

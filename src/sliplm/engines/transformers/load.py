@@ -54,6 +54,7 @@ class Running(TypedDict, total=False):
     attester: Attester | None
     verifier: Verifier | None
     adapter: str | None
+    deal_on: str
 
 
 def load(
@@ -79,7 +80,7 @@ def load(
         model_class: the class that was split, or its Auto class; None takes the class that the checkpoint
             names, else AutoModelForCausalLM.
         options: share, dealers, pool, anchor, ahead, timeout, fallback, pad_to, inputs, hide_routing, audit,
-            attester, verifier, adapter, as `SlipConfig` takes them.
+            attester, verifier, adapter, deal_on, as `SlipConfig` takes them.
 
     Raises:
         InputError: an argument cannot be used.

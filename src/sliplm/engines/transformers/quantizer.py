@@ -77,6 +77,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         attester: makes this vault's evidence, for workers that ask for it.
         verifier: judges the workers' and dealers' evidence.
         adapter: the adapter that serves where a request chooses none, see `adapters`; None for none.
+        deal_on: what masks are dealt on from `share`: "cpu", or NVIDIA cards, "cuda" or "cuda:0,cuda:1".
         quant_method: as stored.
     """
 
@@ -99,6 +100,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         attester: Attester | None = None,
         verifier: Verifier | None = None,
         adapter: str | None = None,
+        deal_on: str = "cpu",
     ) -> None:
         self.workers = None if workers is None else checked_workers(workers)
         self.dealers = checked_workers(dealers) if dealers else []
@@ -109,7 +111,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.inputs, self.hide_routing = inputs, hide_routing
         self.ahead, self.timeout = ahead, timeout
         self.attester, self.verifier = attester, verifier
-        self.adapter = adapter
+        self.adapter, self.deal_on = adapter, deal_on
         self.key = checked(key)
         self.quant_method = quant_method
 
@@ -170,16 +172,19 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     _experts: tuple[SlipExperts, ...]
 
     def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
-        """Refuse devices other than the CPU: the trusted side runs there."""
+        """Refuse devices other than the CPU and NVIDIA's cards: the trusted side runs there."""
         devices = device_map.values() if isinstance(device_map, Mapping) else ()
-        if any(torch.device(device).type != "cpu" for device in devices):
+        if any(torch.device(device).type not in ("cpu", "cuda") for device in devices):
             raise InputError(
-                f"device_map {device_map}: the trusted side of a split model runs on the CPU; leave it out"
+                f"device_map {device_map}: the trusted side of a split model runs on the CPU or on NVIDIA's "
+                "cards"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Turn "auto" and its kin into the CPU."""
-        return {"": torch.device("cpu")} if isinstance(device_map, str) else device_map
+        """Turn "auto" and its kin into the first card if there is one: what a vault keeps is small."""
+        if not isinstance(device_map, str):
+            return device_map
+        return {"": torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -296,6 +301,7 @@ def connect(config: SlipConfig, vault: VaultShare, worker: WorkerShare | None) -
             attester=config.attester,
             verifier=config.verifier,
             adapter=config.adapter,
+            deal_on=config.deal_on,
             quarantine=Quarantine.own(),
         )
         return Vault(vault, terms)

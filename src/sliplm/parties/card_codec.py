@@ -1,0 +1,207 @@
+"""The vault's arithmetic for one group where activations lie on a card: `GroupCodec`'s methods by
+`kernels.cuda.vault_steps`.
+
+The host waits for x~ before its message, and has step 4's result before anything of step 5 is asked for
+(M13).  It does not wait for step 5: what rounding has cost an answer is read with the next wait, and a row of
+which nothing is left (M51) has become NaN on the card meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from sliplm.arithmetic.field import Elements
+from sliplm.arithmetic.kernels.cuda.card import Card
+from sliplm.arithmetic.kernels.cuda.vault_steps import Asked, CardRows, Desk, Laid, desk
+from sliplm.errors import InputError
+from sliplm.masks.masks import Masks
+from sliplm.parties.codec import Challenges, GroupCodec, Judged
+from sliplm.secrecy import Secret
+
+FEW: Final = 16
+"""Rows up to which the processor checks an answer: to bring it to the card and wait takes longer."""
+
+
+class _Open(NamedTuple):
+    """A product that was asked for on a card, and not yet judged."""
+
+    codec: GroupCodec
+    rows: int
+
+
+class CardAsked(Secret):
+    """As `codec.Asked`, of rows on a card.
+
+    Attributes:
+        x, out: the input, and where the answer will be.  hidden: x~, uint32 [rows, n], in the message.
+        expected: <c, x~> for `challenges`, empty where the card has it.
+        checked: `holds` has passed it.  believed: no product is too large (M64).
+    """
+
+    __slots__ = (
+        "believed", "challenges", "checked", "desk", "expected", "hidden", "out", "u", "x",
+    )  # fmt: skip
+
+    def __init__(self, at: Desk, x: CardRows, hidden: Elements, out: CardRows, u: Elements) -> None:
+        self.desk, self.x, self.hidden, self.out, self.u = at, x, hidden, out, u
+        self.expected = np.empty((0, 0), np.uint64)
+        self.challenges: Challenges | None = None
+        self.checked = self.believed = False
+
+
+class CardCodec(Secret):
+    """One group on one card; its challenges and what it says of its losses are those of `codec`.
+
+    Raises CardError for a group whose rotations have no program, and where the card is full.
+    """
+
+    def __init__(self, codec: GroupCodec, card: Card) -> None:
+        secrets = codec.secrets
+        self.name, self.m, self.n, self._codec, self._card = codec.name, codec.m, codec.n, codec, card
+        self._laid = Laid(
+            card, secrets.rotation_in(), secrets.rotation_out(), secrets.d_in, secrets.scale, secrets.a,
+            secrets.b, codec.limit, secrets.noise,
+        )  # fmt: skip
+        put = self._laid.put
+        with card.entered():
+            self._adapters = {
+                name: [(put(part.a.T), put(part.b), len(part.b), part.first, len(part.a)) for part in parts]
+                for name, parts in secrets.adapters.items()
+            }
+        self._challenges: dict[int, tuple[int, int]] = {}  # addresses of e and c by the set's number
+        self._renewing = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"CardCodec({self.name!r}, {self._card!r}, secrets hidden)"
+
+    def check_left(self) -> None:
+        """As `GroupCodec.check_left`."""
+        self._codec.check_left()
+
+    def ask(self, x: CardRows, masks: Masks, hidden: Elements, out: CardRows) -> CardAsked:
+        """Steps 1 and 2, as `GroupCodec.ask`; waits for them, and so for all before them.
+
+        Raises: as there, and PrecisionError for the product before this one in this thread.
+        """
+        at, laid = desk(x.card), self._laid
+        at.begin(x.stream)
+        rows, origin = len(x), masks.origin
+        words = at.given(masks.words) if origin is None else at.made(*origin, rows, self.n)
+        at.ask(laid, x, words)
+        found = at.asked(rows, self.n, hidden)
+        if found is Asked.REJECTED:  # once in 10^5 rows; the host makes these masks
+            at.ask(laid, x, at.given(masks.words))
+            found = at.asked(rows, self.n, hidden)
+        _settle(at)  # first: what a lost row made of the layers after it is its fault
+        if found is not Asked.READY:
+            raise InputError(
+                f"{self.name}: the input holds NaN or infinity; look for the cause in the layers before it"
+            )
+        return CardAsked(at, x, hidden, out, masks.u)
+
+    def unmasked(self, x: CardRows, out: CardRows) -> CardAsked:
+        """As `GroupCodec.unmasked`."""
+        nothing = Masks(np.zeros(x.shape, np.uint32), np.zeros(out.shape, np.uint32), self.n)
+        return self.ask(x, nothing, np.empty(x.shape, np.uint32), out)
+
+    def bring_near(self) -> None:
+        """A card has nothing nearer."""
+
+    def ahead(self, asked: CardAsked, adapter: str | None = None) -> None:
+        """As `GroupCodec.ahead`; asked for and not waited for."""
+        at, laid, x, challenges = asked.desk, self._laid, asked.x, self._codec.left()
+        at.expect(laid, x, self._addresses(challenges)[1])
+        at.low_rank(laid, x, laid.a, laid.b, laid.rank, 0, self.m, add=False)
+        asked.challenges = challenges
+        if adapter is not None:
+            for a, b, rank, place, wide in self._adapters.get(adapter, ()):
+                at.low_rank(laid, x, a, b, rank, place, wide, add=True)
+        if len(x) <= FEW:
+            self._expect(asked, challenges)
+
+    def holds(self, asked: CardAsked, y: Elements) -> bool:
+        """Step 4, as `GroupCodec.holds`: of few rows on the processor, of many on the card."""
+        challenges, rows = self._codec.left(), len(asked.x)
+        if asked.challenges is not challenges:  # renewed meanwhile
+            self._expect(asked, challenges)
+        if rows > FEW and not len(asked.expected):
+            asked.desk.check(self._laid, y, asked.u, self._addresses(challenges)[0])
+            right, largest = asked.desk.verdict(rows, self.m)
+        else:
+            right = self._codec.holds_for(challenges, asked.expected, y)
+            largest = asked.desk.unmasked(y, asked.u) if right else 0
+        if not right:
+            self._codec.renew_challenges(challenges)
+            return False
+        asked.believed = largest <= self._codec.edge
+        asked.checked = True
+        return True
+
+    def opened(self, asked: CardAsked, y: Elements, u: Elements) -> None:
+        """Step 5, asked for and not waited for, of what `holds` has passed, or what was computed here."""
+        at = asked.desk
+        if not asked.checked:  # computed here, and checked there
+            asked.believed = at.unmasked(y, u) <= self._codec.edge
+        if asked.believed:
+            at.opened(self._laid, asked.out)
+            at.open = _Open(self._codec, len(asked.x))
+
+    def judge(self, asked: CardAsked) -> int:
+        """As `GroupCodec.judge`: of this product M64, of the rest what was settled since the last time."""
+        if not asked.believed:
+            return self._codec.judge(Judged(asked.desk.losses(0), math.nan))
+        lossy, asked.desk.lossy = asked.desk.lossy, 0
+        return lossy
+
+    def _expect(self, asked: CardAsked, challenges: Challenges) -> None:
+        """<c, x~> by the processor, for its own check."""
+        asked.expected, asked.challenges = self._codec.expected(challenges, asked.hidden), challenges
+
+    def _addresses(self, challenges: Challenges) -> tuple[int, int]:
+        found = self._challenges.get(challenges.number)
+        if found is None:
+            with self._renewing, self._card.entered():
+                found = self._laid.put(challenges.e), self._laid.put(challenges.c)
+                self._challenges[challenges.number] = found
+        return found
+
+
+class CardCodecs:
+    """Of every group its `CardCodec` on one card, made when first used."""
+
+    def __init__(self, codecs: Sequence[GroupCodec], card: Card) -> None:
+        self._codecs, self._card, self._made = codecs, card, dict[int, CardCodec]()
+        self._making = threading.Lock()
+
+    def __getitem__(self, group: int) -> CardCodec:
+        found = self._made.get(group)
+        if found is None:
+            with self._making:
+                found = self._made.setdefault(group, CardCodec(self._codecs[group], self._card))
+        return found
+
+
+def settle(card: Card) -> int:
+    """Wait for what this thread has asked a card for; how many rows rounding has cost much.
+
+    Raises: PrecisionError as `GroupCodec.judge`.
+    """
+    at = desk(card)
+    if at.open is not None:
+        at.wait()
+        _settle(at)
+    lossy, at.lossy = at.lossy, 0
+    return lossy
+
+
+def _settle(at: Desk) -> None:
+    """Judge the product before, which is complete."""
+    found, at.open = at.open, None
+    if found is not None:
+        losses = at.losses(found.rows)
+        at.lossy += found.codec.judge(Judged(losses, float(losses.max(initial=0.0))))
