@@ -154,7 +154,7 @@ class CardCodec(Secret):
     def judge(self, asked: CardAsked) -> int:
         """As `GroupCodec.judge`: of this product M64, of the rest what was settled since the last time."""
         if not asked.believed:
-            return self._codec.judge(Judged(asked.desk.losses(0), math.nan))
+            return self._codec.judge(Judged(asked.desk.losses(0), math.nan, np.ones(0)))
         lossy, asked.desk.lossy = asked.desk.lossy, 0
         return lossy
 
@@ -204,4 +204,4 @@ def _settle(at: Desk) -> None:
     found, at.open = at.open, None
     if found is not None:
         losses = at.losses(found.rows)
-        at.lossy += found.codec.judge(Judged(losses, float(losses.max(initial=0.0))))
+        at.lossy += found.codec.judge(Judged(losses, float(losses.max(initial=0.0)), np.ones(found.rows)))

@@ -44,6 +44,7 @@ class Judged(NamedTuple):
 
     losses: Losses
     worst: float
+    alpha: Scales  # or anything that is the same for both rows of an input
 
 
 class Asked(Secret):
