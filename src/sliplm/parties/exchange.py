@@ -197,7 +197,9 @@ class Exchange(Secret):
             codec.check_left()  # M15: what cannot be checked is not asked for
         begun, late = perf_counter(), self._counters.seconds_dealing_late
         inputs, made = self._inputs, self._masks_made
-        masks = [self._supply.take(part.group, inputs * len(part.x), made=made) for part in parts]  # burnt: M7
+        masks = [
+            self._supply.take(part.group, inputs * len(part.x), made=made) for part in parts
+        ]  # burnt: M7
         start = perf_counter()
         late = self._counters.seconds_dealing_late - late  # other threads' may be in it
         message = _Message(codecs, parts, masks, adapter)  # steps 1 and 2
