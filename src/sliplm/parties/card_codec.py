@@ -104,8 +104,9 @@ class CardCodec(Secret):
             )
         return CardAsked(at, x, hidden, out, masks.u)
 
-    def unmasked(self, x: CardRows, out: CardRows) -> CardAsked:
-        """As `GroupCodec.unmasked`."""
+    def unmasked(self, x: CardRows, out: CardRows, inputs: int) -> CardAsked:
+        """As `GroupCodec.unmasked`; inputs of two rows never come here."""
+        del inputs
         nothing = Masks(np.zeros(x.shape, np.uint32), np.zeros(out.shape, np.uint32), self.n)
         return self.ask(x, nothing, np.empty(x.shape, np.uint32), out)
 

@@ -53,7 +53,7 @@ class Codec(Protocol):
 
     def ask(self, x: Any, masks: Masks, hidden: Elements, out: Any) -> Any: ...
 
-    def unmasked(self, x: Any, out: Any) -> Any: ...
+    def unmasked(self, x: Any, out: Any, inputs: int) -> Any: ...
 
     def ahead(self, asked: Any, adapter: str | None) -> None: ...
 
@@ -177,7 +177,7 @@ class Exchange(Secret):
 
     def on(self, codecs: Codecs) -> Exchange:
         """The same exchanges for activations on a card."""
-        other = Exchange(codecs, self._supply, self._workers, self._here, self._counters, self._audit)
+        other = Exchange(codecs, self._supply, self._workers, self._here, self._counters, self._audit, 1)
         other._masks_made = False
         return other
 
