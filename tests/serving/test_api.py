@@ -226,6 +226,30 @@ def test_errors_are_those_of_openai_s_client(running: Running) -> None:
         client.chat.completions.create(model="tiny", messages=TALK, logprobs=True)
 
 
+def test_a_budget_is_used_up(running: Running) -> None:
+    client = running.server.client(running.keys["carol"])
+    ask: Any = {"model": "tiny", "prompt": "ab", "temperature": 0}
+    assert client.completions.create(**ask, max_tokens=40).usage is not None
+    with pytest.raises(openai.RateLimitError, match="18 tokens left, and this request may take 19"):
+        client.completions.create(**ask, max_tokens=17)
+    assert client.completions.create(**ask, max_tokens=16).choices[0].finish_reason == "length"
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.completions.create(**ask, max_tokens=1)
+    assert caught.value.code == "insufficient_quota"
+    audit = (running.folder / "clients" / "audit.jsonl").read_text()
+    for level in (50, 80, 100):
+        assert audit.count(f'"reason":"{level}% of its budget is used"') == 1
+
+
+def test_a_minute_is_used_up(running: Running) -> None:
+    client = running.server.client(running.keys["dave"])
+    client.completions.create(model="tiny", prompt="ab", max_tokens=90)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.completions.create(model="tiny", prompt="ab", max_tokens=90)
+    assert caught.value.code == "rate_limit_exceeded"
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+
+
 def test_no_prompt_and_no_key_is_in_the_log(running: Running) -> None:
     secret = "xyzzy plugh"
     client = running.server.client(running.keys["alice"])

@@ -71,6 +71,8 @@ def running(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "alice": clients.add(people, "alice", logprobs=5, echo=True),
         "bob": clients.add(people, "bob"),
         "graph": clients.add(people, "graph", watch=True, ask=False),
+        "carol": clients.add(people, "carol", budget=60),
+        "dave": clients.add(people, "dave", minute=100),
     }
     worker = Paced(open_worker(model.out / "worker"))
     with serving(worker, folder / "w") as address:

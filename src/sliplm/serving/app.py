@@ -27,7 +27,7 @@ from sliplm.serving.clients import Client, Clients
 from sliplm.serving.door import CLIENT, REQUEST_ID, Door
 from sliplm.serving.figures import Figures
 from sliplm.serving.limits import Limits, Taken
-from sliplm.serving.refusals import Refusal, Troubled, busy, failed, forbidden, wrong
+from sliplm.serving.refusals import Refusal, Troubled, busy, failed, forbidden, too_many, wrong
 from sliplm.serving.served import Served
 from sliplm.shares.share import sliplm_version
 
@@ -35,6 +35,9 @@ T = TypeVar("T")
 
 WAITING: Final = 256
 """Answers that may be under way or wait; who comes then is told to ask again."""
+
+OF_ONE: Final = WAITING // 2
+"""The same of one client, so that no one keeps out the others."""
 
 GONE: Final = 499
 """nginx's status for a client that hung up; nobody reads it."""
@@ -50,7 +53,7 @@ class Desk:
 
     Attributes:
         clients: who may ask; None: anybody.
-        under_way: answers that were begun and have not ended.
+        under_way: answers that were begun and have not ended, of each client.
     """
 
     served: Served
@@ -58,7 +61,7 @@ class Desk:
     limits: Limits
     figures: Figures
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sliplm-scoring"))
-    under_way: int = 0
+    under_way: Counter[str] = field(default_factory=Counter)
     refusals: Counter[tuple[str, str, int]] = field(default_factory=Counter)
 
     def stands(self, client: Client) -> bool:
@@ -84,10 +87,17 @@ class Desk:
         found: AuditLog = self.served.model.slip.audit
         return found
 
+    def check_room(self, client: Client, answers: int) -> None:
+        """Raise Refusal where there is no place for so many more."""
+        if self.under_way.total() + answers > WAITING:
+            raise busy()
+        if self.clients is not None and self.under_way[client.name] + answers > OF_ONE:
+            raise too_many(OF_ONE)
+
     def ready(self) -> str | None:
         """Why it cannot answer now; None if it can."""
         vault = self.served.model.slip
-        if self.under_way >= WAITING:
+        if self.under_way.total() >= WAITING:
             return "busy"
         if not any(status.state == "up" for status in vault.workers) and not vault.computes_here:
             return "no worker serves"
@@ -107,7 +117,7 @@ class Job:
         self._closed = False
         self.spell = desk.served.piece
         self.told = answers.top is not None
-        desk.under_way += len(answers.choices)
+        desk.under_way[self.client.name] += len(answers.choices)
 
     async def pieces(self, first: Piece | None = None) -> AsyncIterator[Piece]:
         """The pieces of all answers, counted.  Raises: Refusal."""
@@ -134,7 +144,7 @@ class Job:
         self._closed = True
         self.answers.give_up()
         desk, answers, name = self.desk, self.answers, self.body.model
-        desk.under_way -= len(answers.choices)
+        desk.under_way[self.client.name] -= len(answers.choices)
         begun = any(choice.generated or choice.ended for choice in answers.choices)
         used = answers.used if begun else 0
         desk.limits.settle(self._taken, used)
@@ -266,8 +276,7 @@ async def answer(desk: Desk, request: Request, body: Body) -> Response:
     desk.served.adapter(body.model)
     _check_policy(client, body)
     answers = Answers(desk.served, body, await desk.served.encode(body))
-    if desk.under_way + len(answers.choices) > WAITING:
-        raise busy()
+    desk.check_room(client, len(answers.choices))
     job = Job(desk, request, body, answers, desk.limits.take(client, answers.tokens))
     try:
         if body.stream:

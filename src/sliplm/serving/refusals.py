@@ -92,6 +92,17 @@ def busy() -> Refusal:
     return Refusal(503, "the server is busy: ask again", kind="server_error", code="overloaded", retry=1)
 
 
+def too_many(most: int) -> Refusal:
+    """The client has too many answers under way."""
+    return Refusal(
+        429,
+        f"your key has {most} answers under way at most: wait for some",
+        kind="requests",
+        code="rate_limit_exceeded",
+        retry=1,
+    )
+
+
 def failed(error: Exception) -> Refusal:
     """What became of an error of ours.  The log has its words."""
     if isinstance(error, Refusal):
