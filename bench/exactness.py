@@ -8,7 +8,8 @@ with fp32's logit gap at the first difference.  `outliers` is the same divergenc
 random model with activation outliers of x1, x100 and x1000 in every layer that leave the function as it is
 (`_outliers`), split alone and against a base.  `layer_error` is the relative error of one product for
 random layers of real models' shapes, and what of it is the weights' rounding; `by_norms` with the scale
-that a public base has.  The field leaves a wide input fewer bits.
+that a public base has; `two` with `inputs=2`.  The field leaves a wide input fewer bits.  `rest` is what an
+input with one entry of 10^6 times the others, which the weights do not make up for, loses of the others.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sliplm.arithmetic.kernels import Matrix
 from sliplm.engines.transformers.load import reference
 from sliplm.examples import PROMPTS, smollm2, wikipedia
 from sliplm.parties.codec import GroupCodec
-from sliplm.shares.splitting import GroupSecrets, split_group
+from sliplm.shares.splitting import GroupSecrets, GroupSplit, split_group
 
 WINDOW = 512
 FACTORS = (1, 100, 1000)
@@ -164,14 +165,29 @@ def layer_error(m: int, n: int, precision: int) -> dict[str, float]:
         "ours": _distance(_product(parts.secrets, matrix, x), exact),
         "weights": parts.error * float(left),
         "by_norms": _distance(_product(by_norms, matrix, x), exact),
+        "two": _distance(_product(parts.secrets, matrix, x, 2), exact),
         "bf16": _distance(half, exact),
+        **_beside_an_outlier(parts, matrix, x[:1], float(np.linalg.norm(exact[0]))),
     }
 
 
-def _product(secrets: GroupSecrets, matrix: Matrix, x: np.ndarray) -> np.ndarray:
+def _beside_an_outlier(parts: GroupSplit, matrix: Matrix, x: np.ndarray, usual: float) -> dict[str, float]:
+    """What rounding an input with an outlier costs its answer, over what the other entries give."""
+    secrets, outlier = parts.secrets, x.copy()
+    outlier[0, x.size // 2] = 1e6
+    z = secrets.rotation_in().apply(outlier)[0].astype(np.float64)
+    products = [rows.astype(np.float64) @ z for rows in np.array_split(parts.w, 64)]
+    turned = (np.concatenate(products) * secrets.scale)[None].astype(np.float32)
+    kept = outlier.astype(np.float64) @ secrets.b.T.astype(np.float64) @ secrets.a.T.astype(np.float64)
+    truth = secrets.rotation_out().apply_transpose(turned) + kept
+    found = {"rest": _product(secrets, matrix, outlier), "rest_two": _product(secrets, matrix, outlier, 2)}
+    return {name: float(np.linalg.norm(product - truth) / usual) for name, product in found.items()}
+
+
+def _product(secrets: GroupSecrets, matrix: Matrix, x: np.ndarray, inputs: int = 1) -> np.ndarray:
     codec = GroupCodec(secrets)
     out = np.empty((len(x), codec.m), np.float32)
-    codec.here(x, out, matrix.product)
+    codec.here(x, out, matrix.product, inputs=inputs)
     return out
 
 

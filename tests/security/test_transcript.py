@@ -1,7 +1,7 @@
 """What a worker sees of a real model: uniform numbers, and nothing of the prompts but their length.
 
 A tap between the vault and a worker process keeps every message of a dozen runs; the test knows the inputs.
-All false alarms together have a chance below 10^-6: at most ninety p-values, each below ALARM once in 10^8.
+All false alarms together have a chance below 10^-6: at most 100 p-values, each below ALARM once in 10^8.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from families import make
 from ledger import Ledger, size
 from recorder import Transcript, tapped, worker_process
 from sliplm.arithmetic.field import P, centre
+from sliplm.engines.transformers.load import reference
 from sliplm.examples import PROMPTS, demo
 from sliplm.parties.codec import GroupCodec
 from sliplm.protocol.frames import Kind
@@ -97,9 +98,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return found
 
 
-def in_field(codec: GroupCodec, x: np.ndarray) -> np.ndarray:
-    """x_int of an input (SPEC step 1)."""
-    return centre(codec.unmasked(x, np.empty((len(x), codec.m), np.float32)).hidden)
+def in_field(codec: GroupCodec, x: np.ndarray, inputs: int = 1) -> np.ndarray:
+    """x_int of an input (SPEC step 1), or of it and its remainder."""
+    return centre(codec.unmasked(x, np.empty((len(x), codec.m), np.float32), inputs).hidden)
 
 
 @contextmanager
@@ -221,6 +222,48 @@ def test_padding_hides_the_number_of_rows(pad_to: int, tmp_path: Path, ledger: L
     tries = len(lengths)
     ledger.record("frames of padded prompts of 3 to 8 tokens differ", tries, tries - different, different)
     assert different == 0
+
+
+def test_an_input_and_its_remainder_look_like_two_inputs(tmp_path: Path, ledger: Ledger) -> None:
+    """inputs=2: both rows are uniform, tell nothing of each other, and each has a mask of its own."""
+    import torch
+    from transformers import AutoTokenizer
+
+    made = demo.prepare(None, lambda model, out, recipe: sliplm.split(model, out, recipe))
+    codecs = {name: GroupCodec(group) for name, group in open_vault(made.out / "vault").groups.items()}
+    ids = torch.tensor([AutoTokenizer.from_pretrained(made.model)(PROMPTS[0]).input_ids[:PROMPT_TOKENS]])
+    transcript, options = Transcript(), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with (
+        worker_process(made.out / "worker", tmp_path / "worker") as worker,
+        tapped(worker, tmp_path / "tap", transcript) as address,
+        watched(made.out / "vault", address, inputs=2) as (model, given),
+    ):
+        texts = [model.generate(ids, **options) for _ in range(2)]  # the same prompt
+        logits = model(ids).logits
+        rows = model.slip.counters.rows
+    whole = reference(made.out, inputs=2)
+    assert torch.equal(logits, whole(ids).logits)
+    assert all(torch.equal(text, whole.generate(ids, **options)) for text in texts)
+
+    messages = [message for _, message in transcript.messages]
+    inputs = [in_field(codecs[group], x, 2) for group, x in given]
+    assert [len(message) for message in messages] == [2 * len(x) for _, x in given]
+    assert sum(map(len, messages)) == rows
+    found = uniformity.of_pairs([(m[: len(m) // 2], m[len(m) // 2 :]) for m in messages])
+    found |= {
+        f"the input's {name}": p
+        for name, p in uniformity.of_pairs(zip(messages, inputs, strict=True)).items()
+    }
+    elements = uniformity.of_elements(messages)
+    found |= {name: elements[name] for name in ("byte 1", "byte 3", "sign", "neighbours in a row")}
+    note = f"{sum(m.size for m in messages):,} elements; smallest p-value {min(found.values()):.2g}"
+    good = len(found) - len(alarms(found))
+    ledger.record("an input that travels as two rows", len(found), good, len(alarms(found)), note)
+    assert alarms(found) == {}
+    masks = [row.tobytes() for m, x in zip(messages, inputs, strict=True) for row in masked(-x, m)]
+    assert uniformity.repeated(iter(masks)) == 0
+    bare = [(x % P).astype(np.uint32) for x in inputs]  # the control
+    assert "byte 3" in alarms(uniformity.of_elements(bare))
 
 
 def test_the_statistics_see_what_they_look_for(seen: Seen) -> None:
