@@ -43,7 +43,7 @@ def blocks(path: Path) -> list[Block]:
     return [Block(language, text) for language, text in found]
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, *, chat: bool = False) -> None:
     """A checkpoint with a tokenizer, as a user would have it: about a token for each word."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,9 +54,11 @@ def make_model(folder: Path) -> None:
     )  # fmt: skip
     tokenizer.train(list(map(str, DOCUMENTS)), trainer)
     families.make("llama", folder, vocab_size=tokenizer.get_vocab_size())
-    PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    )
+    made.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}" if chat else None
+    made.save_pretrained(folder)
 
 
 def free_port() -> int:
@@ -90,7 +92,7 @@ def serving(block: Block, folder: Path, env: dict[str, str]) -> Iterator[None]:
     try:
         assert process.stdout is not None
         line = process.stdout.readline().decode()
-        assert line.startswith("listening on"), (folder / "worker.log").read_text()
+        assert line.startswith(("listening on", "serving ")), (folder / "worker.log").read_text()
         yield
     finally:
         process.terminate()
@@ -101,13 +103,13 @@ def serving(block: Block, folder: Path, env: dict[str, str]) -> Iterator[None]:
 
 def tell(document: str, folder: Path) -> str:
     """Run all blocks of a document in order, as its reader would; what they print."""
-    make_model(folder / "my-model")
+    make_model(folder / "my-model", chat=document == "serving.md")
     scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": scripts, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     env |= {"SLIPLM_KEY_FILE": str(folder / "key"), "SLIPLM_STATE": str(folder / "anchors")}
-    ports = {str(port): str(free_port()) for port in (7400, 7401, 7402)}
+    ports = {str(port): str(free_port()) for port in (7400, 7401, 7402, 8000)}
     story = [
-        block._replace(text=re.sub(r"\b740[012]\b", lambda port: ports[port[0]], block.text))
+        block._replace(text=re.sub(r"\b(740[012]|8000)\b", lambda port: ports[port[0]], block.text))
         for block in blocks(ROOT / "docs" / document)
         if block.language in ("sh", "python")
     ]
@@ -115,7 +117,7 @@ def tell(document: str, folder: Path) -> str:
 
     def go_on(rest: list[Block]) -> None:
         for i, block in enumerate(rest):
-            if block.text.startswith("slip worker"):
+            if block.text.startswith(("slip worker", "slip serve")):
                 with serving(block, folder, env):
                     return go_on(rest[i + 1 :])
             said.append(run(block, folder, env))
@@ -164,6 +166,16 @@ def test_the_page_for_operators(tmp_path: Path) -> None:
     assert "revoked: worker worker-2" in everything
     assert "masks for " in everything
     assert (tmp_path / "audit.jsonl").exists()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the page asks by curl")
+def test_the_page_on_serving(tmp_path: Path) -> None:
+    """From a checkpoint to a served model in three commands."""
+    everything = tell("serving.md", tmp_path)
+    assert '"object":"chat.completion"' in everything
+    assert '"finish_reason":"length"' in everything or '"finish_reason":"stop"' in everything
+    assert "revoked: harness" in everything
+    assert everything.count("slip-") == 3
 
 
 def test_the_page_on_other_models(tmp_path: Path) -> None:
