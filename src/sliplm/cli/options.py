@@ -65,8 +65,8 @@ PadTo = Annotated[
 
 Inputs = Annotated[
     int,
-    typer.Option(min=1, max=2, help="2: what rounding leaves of an input follows as a second row, at twice "
-    "the cost. For models of which rows lost precision."),
+    typer.Option(min=1, max=2, help="2: what rounding leaves of an input follows as a second row, for "
+    "twice the masks and traffic. For models of which rows lost precision."),
 ]  # fmt: skip
 
 Tokenizer = Annotated[

@@ -35,7 +35,7 @@ class Terms:
         pad_to: products of more than one row are padded to a multiple of so many rows, each of which travels
             as `inputs` rows; this hides the number in sizes; the time between messages still tells it.
         inputs: rows that each input travels as, 1 or 2.  The second is what rounding leaves of the first: it
-            costs as much again (masks, traffic, products), and keeps inputs that are much larger in one entry
+            costs as many masks and bytes again, and keeps inputs that are much larger in one entry
             than in the rest.
         hide_routing: of a mixture of experts, every expert of a layer gets one row for each token, chosen or
             not, so that workers see nothing of who is chosen: experts / chosen times the traffic and masks.

@@ -70,7 +70,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         pad_to: messages of more than one row are filled up to a multiple of so many.  That hides the number
             of rows in sizes, not a prompt's length: the gaps between messages still tell it.
         inputs: rows that each input travels as, 1, or 2: what rounding leaves of the first follows as a
-            second, at twice the cost: for activation outliers that the weights do not make up for.
+            second, for twice the masks and traffic, where weights do not make up for activation outliers.
         hide_routing: each expert of a mixture gets a row for each token, so that workers do not see who is
             chosen, see `Terms`.
         audit: a file to which records of lies, losses and returns are appended.
