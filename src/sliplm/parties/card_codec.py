@@ -23,7 +23,7 @@ from sliplm.masks.masks import Masks
 from sliplm.parties.codec import Challenges, GroupCodec, Judged
 from sliplm.secrecy import Secret
 
-FEW: Final = 16
+FEW: Final = 4
 """Rows up to which the processor checks an answer: to bring it to the card and wait takes longer."""
 
 
