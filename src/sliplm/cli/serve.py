@@ -118,8 +118,8 @@ def _serve(
 ) -> None:  # fmt: skip
     from sliplm.engines.transformers.batching import Batch
     from sliplm.serving import run
-    from sliplm.serving.app import Desk
     from sliplm.serving.clients import Clients
+    from sliplm.serving.desk import Desk
     from sliplm.serving.figures import Figures
     from sliplm.serving.limits import Limits
     from sliplm.serving.served import Served

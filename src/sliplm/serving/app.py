@@ -4,194 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from sliplm.parties.audit import AuditLog
 from sliplm.serving import replies
-from sliplm.serving.answering import LOOK, Answers, Piece
+from sliplm.serving.answering import Answers, Piece
 from sliplm.serving.asked import Body, Chat, Completion, refused
-from sliplm.serving.clients import Client, Clients
-from sliplm.serving.door import CLIENT, REQUEST_ID, Door
-from sliplm.serving.figures import Figures
-from sliplm.serving.limits import Limits, Taken
-from sliplm.serving.refusals import Refusal, Troubled, busy, failed, forbidden, too_many, wrong
-from sliplm.serving.served import Served
+from sliplm.serving.clients import Client
+from sliplm.serving.desk import Desk
+from sliplm.serving.door import CLIENT, Door
+from sliplm.serving.job import Job, Streamed
+from sliplm.serving.refusals import Refusal, Troubled, failed, forbidden, wrong
 from sliplm.shares.share import sliplm_version
 
 T = TypeVar("T")
-
-WAITING: Final = 256
-"""Answers that may be under way or wait; who comes then is told to ask again."""
-
-OF_ONE: Final = WAITING // 2
-"""The same of one client, so that no one keeps out the others."""
 
 GONE: Final = 499
 """nginx's status for a client that hung up; nobody reads it."""
 
 HERE: Final = ["localhost", "127.0.0.1", "[::1]"]
-
-logger = logging.getLogger("sliplm.serving")
-
-
-@dataclass
-class Desk:
-    """What all requests share.
-
-    Attributes:
-        clients: who may ask; None: anybody.
-        under_way: answers that were begun and have not ended, of each client.
-    """
-
-    served: Served
-    clients: Clients | None
-    limits: Limits
-    figures: Figures
-    scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sliplm-scoring"))
-    under_way: Counter[str] = field(default_factory=Counter)
-    refusals: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-
-    def stands(self, client: Client) -> bool:
-        """Whether a client may still have answers."""
-        return self.clients is None or self.clients.stands(client)
-
-    def refuse(self, client: Client | None, refusal: Refusal) -> None:
-        """Count a request without an answer; `record` writes down how many there were."""
-        self.figures.refused.labels(self.served.name, str(refusal.status)).inc()
-        name = "" if client is None else client.name
-        self.refusals[name, refusal.code or refusal.kind, refusal.status] += 1
-
-    def record(self) -> None:
-        """Write down what was refused since: a line for each kind, so that no stranger fills the disk."""
-        refusals, self.refusals = self.refusals, Counter()
-        for (name, why, status), count in refusals.items():
-            detail = {"status": status, "requests": count}
-            self.audit.write("refused", why, role="client", address=name, detail=detail)
-
-    @property
-    def audit(self) -> AuditLog:
-        """The vault's audit record."""
-        found: AuditLog = self.served.model.slip.audit
-        return found
-
-    def check_room(self, client: Client, answers: int) -> None:
-        """Raise Refusal where there is no place for so many more."""
-        if self.under_way.total() + answers > WAITING:
-            raise busy()
-        if self.clients is not None and self.under_way[client.name] + answers > OF_ONE:
-            raise too_many(OF_ONE)
-
-    def ready(self) -> str | None:
-        """Why it cannot answer now; None if it can."""
-        vault = self.served.model.slip
-        if self.under_way.total() >= WAITING:
-            return "busy"
-        if not any(status.state == "up" for status in vault.workers) and not vault.computes_here:
-            return "no worker serves"
-        return None
-
-
-class Job:
-    """One request on its way: what it has taken, and what becomes of it."""
-
-    def __init__(self, desk: Desk, request: Request, body: Body, answers: Answers, taken: Taken) -> None:
-        self.desk, self.body, self.answers = desk, body, answers
-        self.id, self.client = request.scope[REQUEST_ID], taken.client
-        self.created, self._begun, self._last = int(time.time()), time.perf_counter(), 0.0
-        self._taken, self._before = taken, _served(desk)
-        self._pieces = answers.pieces(lambda: desk.stands(self.client), desk.scorer)
-        self._seen: dict[int, int] = {}
-        self._closed = False
-        self.spell = desk.served.piece
-        self.told = answers.top is not None
-        desk.under_way[self.client.name] += len(answers.choices)
-
-    async def pieces(self, first: Piece | None = None) -> AsyncIterator[Piece]:
-        """The pieces of all answers, counted.  Raises: Refusal."""
-        if first is not None:
-            yield first
-        async for piece in self._pieces:
-            self._count(piece)
-            yield piece
-
-    async def first(self) -> Piece:
-        """The first piece, to know whether there is an answer before its status is sent.  Raises: Refusal."""
-        piece = await anext(self._pieces)
-        self._count(piece)
-        return piece
-
-    def usage(self) -> dict[str, int]:
-        """Tokens so far."""
-        return replies.usage(self.answers.prompt_tokens, self.answers.generated)
-
-    def close(self, refusal: Refusal | None = None) -> None:
-        """Once, however it ended: free its places, give back what it did not use, and record it."""
-        if self._closed:
-            return
-        self._closed = True
-        self.answers.give_up()
-        desk, answers, name = self.desk, self.answers, self.body.model
-        desk.under_way[self.client.name] -= len(answers.choices)
-        begun = any(choice.generated or choice.ended for choice in answers.choices)
-        used = answers.used if begun else 0
-        desk.limits.settle(self._taken, used)
-        seconds = time.perf_counter() - self._begun
-        desk.figures.whole.labels(name).observe(seconds)
-        desk.figures.prompts.labels(name).inc(answers.prompt_tokens if begun else 0)
-        desk.figures.prompt_size.labels(name).observe(answers.prompt_tokens)
-        ended = all(choice.ended for choice in answers.choices)
-        workers = {who: n - self._before.get(who, 0) for who, n in _served(desk).items()}
-        detail = {
-            "request": self.id, "model": name, "prompt": answers.prompt_tokens,
-            "generated": answers.generated, "charged": used, "answers": len(answers.choices),
-            "logprobs": self.told, "seconds": round(seconds, 3),
-            "workers": {who: n for who, n in workers.items() if n},
-        }  # fmt: skip
-        how = "answered" if ended else ("given up" if refusal is None else refusal.code or refusal.kind)
-        desk.audit.write("asked", how, role="client", address=self.client.name, detail=detail)
-
-    def _count(self, piece: Piece) -> None:
-        figures, name, now = self.desk.figures, self.body.model, time.perf_counter()
-        choice = self.answers.choices[piece.choice]
-        if not self._seen:
-            figures.first.labels(name).observe(now - self._begun)
-        new = choice.taken - self._seen.get(piece.choice, 0)
-        if self._last and new:
-            figures.between.labels(name).observe((now - self._last) / new)
-        self._last = now
-        self._seen[piece.choice] = choice.taken
-        figures.generated.labels(name).inc(new)
-        if piece.end is not None:
-            figures.answer_size.labels(name).observe(choice.generated)
-            figures.answered.labels(name, piece.end).inc()
-
-
-class Streamed(StreamingResponse):  # type: ignore[misc]
-    """A stream whose job is closed however it ends, also if it never begins."""
-
-    def __init__(self, job: Job, content: AsyncIterator[bytes]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self._job = job
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._job.close()
 
 
 def build(desk: Desk) -> Any:
@@ -399,18 +237,3 @@ def _model(desk: Desk, name: str) -> dict[str, Any]:
         "parent": None if name == desk.served.name else desk.served.name,
         "max_model_len": desk.served.batch.longest,
     }  # fmt: skip
-
-
-def _served(desk: Desk) -> Mapping[str, int]:
-    """Exchanges that each worker has served."""
-    return {status.address: status.served for status in desk.served.model.slip.workers}
-
-
-async def watch(desk: Desk) -> None:
-    """Several times a second: who may ask, and whether the batch computes."""
-    while True:
-        await asyncio.sleep(LOOK)
-        desk.record()
-        if desk.clients is not None:
-            desk.clients.refresh()
-        desk.served.batch.revive()

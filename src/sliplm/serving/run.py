@@ -21,7 +21,8 @@ from sliplm.errors import CredentialError, InputError
 from sliplm.filesystem import because
 from sliplm.parties.chain import Head, read_on
 from sliplm.reading import open_regular
-from sliplm.serving.app import Desk, build, watch
+from sliplm.serving.app import build
+from sliplm.serving.desk import Desk, watch
 from sliplm.serving.limits import Limits
 from sliplm.serving.patience import Patient
 
