@@ -21,6 +21,7 @@ from sliplm.arithmetic.kernels.cuda import driver
 from sliplm.arithmetic.kernels.cuda.vault_steps import CardRows
 from sliplm.errors import InputError, PrecisionError, VerificationError
 from sliplm.network.transport import Connection
+from sliplm.parties.card_codec import FEW
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
@@ -129,9 +130,10 @@ def test_what_exceeds_a_frame_is_cut(
         assert np.abs(there.answer() - want).max() <= 1e-3 * np.abs(want).max()
 
 
-def test_nothing_of_a_wrong_answer_is_used(card: Any, shares: Shares, tmp_path: Path) -> None:
-    """M13: one entry of the last row is one too large; the answer's memory is as it was.  M15: other
-    challenges are in force.
+@pytest.mark.parametrize("rows", [3, FEW + 2])
+def test_nothing_of_a_wrong_answer_is_used(card: Any, shares: Shares, tmp_path: Path, rows: int) -> None:
+    """By either check.  M13: one entry of the last row is one too large; the answer's memory is as it was.
+    M15: other challenges are in force.
     """
 
     def one_more(y: np.ndarray) -> np.ndarray:
@@ -143,7 +145,7 @@ def test_nothing_of_a_wrong_answer_is_used(card: Any, shares: Shares, tmp_path: 
         serving(Changing(shares[1], one_more), tmp_path / "w") as address,
         Vault(shares[0], Terms([address], shares[1], ahead=0, timeout=PATIENCE)) as vault,
     ):
-        there, old = placed(card, shares, name), vault._codecs[0].left()
+        there, old = placed(card, shares, name, rows), vault._codecs[0].left()
         with pytest.raises(VerificationError):
             vault.product_on_card(name, there.rows, there.out)
         assert (there.answer() == UNTOUCHED).all()
@@ -151,7 +153,8 @@ def test_nothing_of_a_wrong_answer_is_used(card: Any, shares: Shares, tmp_path: 
         assert vault._codecs[0].left() is not old
 
 
-def test_no_element_at_all_is_found_too(card: Any, shares: Shares, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [3, FEW + 2])
+def test_no_element_at_all_is_found_too(card: Any, shares: Shares, tmp_path: Path, rows: int) -> None:
     """p in the place of 0 leaves every sum as it was."""
     name = next(iter(shares[0].groups))
 
@@ -164,7 +167,7 @@ def test_no_element_at_all_is_found_too(card: Any, shares: Shares, tmp_path: Pat
         serving(Changing(zeros, another_form), tmp_path / "w") as address,
         Vault(shares[0], Terms([address], shares[1], ahead=0, timeout=PATIENCE)) as vault,
     ):
-        there = placed(card, shares, name)
+        there = placed(card, shares, name, rows)
         with pytest.raises(VerificationError):
             vault.product_on_card(name, there.rows, there.out)
 
