@@ -239,8 +239,9 @@ def test_generate(out: Path) -> None:
 def test_generate_with_a_worker_of_its_own(out: Path) -> None:
     options = ["--prompt", "Hello", "--max-new-tokens", "4", "--temperature", "0.8", "--json"]
     with LocalWorker(out / "worker", threads=1) as worker:
-        for folder in (out, out / "vault"):
-            assert last_json(slip("generate", folder, "--worker", worker.address, *options))["tokens"] >= 1
+        for folder, inputs in ((out, "1"), (out / "vault", "2")):
+            done = slip("generate", folder, "--worker", worker.address, "--inputs", inputs, *options)
+            assert last_json(done)["tokens"] >= 1
 
 
 # --- Ctrl-C -----------------------------------------------------------------------------------------------
