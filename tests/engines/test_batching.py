@@ -126,6 +126,28 @@ def test_a_text_s_score_is_the_model_s(served: Served, adapter: str | None) -> N
     assert found == [told(logits[i], ids[i + 1], 2) for i in range(len(ids) - 1)]
 
 
+def test_a_score_beside_answers_is_the_same(served: Served) -> None:
+    """And so are the answers beside it."""
+    ids, over = list(range(3, 63)), threading.Event()
+    truth, expected = score(served.model, ids, 1), alone(served.plain, Asked(PROMPTS[0]))
+    answers: list[list[int]] = []
+
+    def go_on() -> None:
+        while not over.is_set():
+            answers.extend(ask(served.batch, Asked(PROMPTS[0])))
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        for _ in range(20):
+            assert score(served.model, ids, 1, turn=served.batch.turn) == truth
+    finally:
+        over.set()
+        thread.join(LIMIT)
+    assert answers
+    assert all(answer == expected for answer in answers)
+
+
 class Source:
     """The vault, but for what a test has it do."""
 

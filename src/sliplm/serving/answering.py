@@ -188,7 +188,14 @@ class Answers:
         tokens: list[Token] = []
         if self.top is not None:
             found = await self._loop.run_in_executor(
-                scorer, score, self._served.model, choice.prompt, self.top, self._adapter, lambda: self._gone
+                scorer,
+                score,
+                self._served.model,
+                choice.prompt,
+                self.top,
+                self._adapter,
+                lambda: self._gone,
+                self._served.batch.turn,
             )
             tokens = [first, *found]
         return Piece(choice.index, choice.echo or "", tokens, "length" if choice.ended else None)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
@@ -199,6 +200,24 @@ class Batch(Closing):
             raise request.error
         if request.error is not None:
             raise _unbatched(self._model, request.error)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A block in which the batch computes nothing: another thread may use the model meanwhile.
+
+        transformers' loop and a call of the model beside it disturb each other: the logits of both are wrong.
+
+        Raises: BusyError while the loop begins anew.
+        """
+        try:
+            pause = self._manager.pause()
+            pause.__enter__()
+        except RuntimeError as error:
+            raise BusyError("the batch begins anew: ask again") from error
+        try:
+            yield
+        finally:
+            pause.__exit__(None, None, None)
 
     def revive(self) -> None:
         """Begin the loop anew where it has ended by an error of its own: to be called now and then."""

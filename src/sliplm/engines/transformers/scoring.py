@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -20,15 +20,17 @@ def score(
     top: int,
     adapter: str | None = None,
     stop: Callable[[], bool] = lambda: False,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Token]:
     """Every token of a prompt but the first, with its probability after those before it.
 
-    Any thread may call it, also while the model answers others.
+    Any thread may call it; a model that answers others in a `Batch` lends itself by that one's `turn`.
 
     Args:
         prompt: token ids, at least one.
         top: how many of the likeliest tokens are told with each.
         stop: asked now and then whether anybody still wants it; what is known by then is returned.
+        turn: in whose block nobody else computes with the model; one for each part of the prompt.
 
     Raises: what a product raises.
     """
@@ -40,6 +42,7 @@ def score(
             if stop():
                 break
             part = ids[:, first : min(first + _ROWS, len(prompt) - 1)]
-            logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0].float()
+            with turn():
+                logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0].float()
             found += [told(row, prompt[first + i + 1], top) for i, row in enumerate(logits)]
     return found
