@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -152,6 +153,29 @@ def test_an_echo_scores_a_text(client: OpenAI, model: Model) -> None:
     assert choice.logprobs.text_offset == list(range(len(text)))
 
 
+def test_scores_beside_each_other_and_beside_answers(running: Running, model: Model) -> None:
+    """As evaluation harnesses ask, several at a time: every score to the bit."""
+    texts = [f"text {i}, which is scored" for i in range(8)]
+
+    def ask(text: str) -> list[float | None]:
+        found = running.server.client(running.keys["alice"]).completions.create(
+            model="tiny", prompt=text, max_tokens=1, echo=True, logprobs=1, temperature=0
+        )
+        logprobs = found.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs is not None
+        return logprobs.token_logprobs
+
+    with ThreadPoolExecutor(8) as pool:
+        scores = list(pool.map(ask, texts))
+    for text, found in zip(texts, scores, strict=True):
+        ids = model.tokenizer(text)["input_ids"]
+        with torch.inference_mode():
+            logits = model.plain(torch.tensor([ids[:-1]])).logits[0].float()
+        truth = [told(row, number, 1).logprob for row, number in zip(logits, ids[1:], strict=True)]
+        assert found[1:-1] == truth
+
+
 def test_an_echo_goes_on(client: OpenAI, model: Model) -> None:
     found = client.completions.create(
         model="tiny", prompt="The", max_tokens=9, echo=True, logprobs=0, temperature=0
@@ -165,8 +189,6 @@ def test_an_echo_goes_on(client: OpenAI, model: Model) -> None:
 
 
 def test_many_at_once(running: Running, model: Model) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     def ask(i: int) -> str:
         found = running.server.client(running.keys["bob"]).completions.create(
             model=["tiny", "fr"][i % 2], prompt=f"prompt {i}", max_tokens=12, temperature=0

@@ -91,6 +91,7 @@ def test_tls_and_the_end(model: Model, tmp_path: Path) -> None:
         assert server.process.wait(LIMIT) == 143
         assert ended.wait(LIMIT)
         reader.join(LIMIT)
+        client.close()
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert "Traceback" not in server.log
 

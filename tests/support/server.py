@@ -51,6 +51,7 @@ class Server:
         self.process, self.url, self.name, self._log = process, ready["url"], ready["serving"], log
         self.root = self.url.removesuffix("/v1")
         self.port = int(self.root.rpartition(":")[2])
+        self.clients: list[OpenAI] = []  # closed with it
 
     @property
     def log(self) -> str:
@@ -59,7 +60,8 @@ class Server:
 
     def client(self, key: str = "none") -> OpenAI:
         """OpenAI's own, which asks once."""
-        return OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=LIMIT)
+        self.clients.append(OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=LIMIT))
+        return self.clients[-1]
 
     def get(self, path: str, key: str | None = None) -> httpx.Response:
         """A GET of something beside the API."""
@@ -107,7 +109,12 @@ def slip_serve(out: Path, folder: Path, *options: str, workers: Sequence[str] = 
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith(b"{"), log.read_text()
-        yield Server(process, json.loads(line), log)
+        server = Server(process, json.loads(line), log)
+        try:
+            yield server
+        finally:
+            for client in server.clients:
+                client.close()
     finally:
         process.terminate()
         try:
