@@ -25,7 +25,7 @@ def test_lies_deaths_and_returns(model: Model, tmp_path: Path) -> None:
     with serving(liar, tmp_path / "liar") as lying, ExitStack() as others:
         place = others.enter_context(serving(honest, tmp_path / "honest"))
         with slip_serve(
-            model.out, tmp_path, "--audit", str(audit), "--fallback", "fail", workers=[place, lying]
+            model.out, tmp_path, "--audit", str(audit), "--fallback", "fail", workers=[lying, place]
         ) as server:
             client = server.client()
 
@@ -34,11 +34,8 @@ def test_lies_deaths_and_returns(model: Model, tmp_path: Path) -> None:
                     model="tiny", prompt=PROMPT, max_tokens=MOST, temperature=0, **more
                 )
 
-            def quarantined() -> bool:
-                return '"event":"quarantined"' in audit.read_text()
-
-            while not quarantined():  # both are asked in turn
-                assert ask().choices[0].text == truth
+            assert ask().choices[0].text == truth  # the liar is asked first
+            assert '"event":"quarantined"' in audit.read_text()
             assert 'event="quarantined"' in server.get("/metrics").text
 
             honest.pause = 0.01
