@@ -11,7 +11,8 @@
     ├── LedgerError             this model was split before, or the ledger that would know cannot be used
     ├── ShareError              a share on disk is missing, incomplete or damaged
     │   ├── MismatchError       two shares, or a share and a worker, of different splits
-    │   └── SealError           a sealed file does not open: another key, or altered bytes
+    │   ├── SealError           a sealed file does not open: another key, or altered bytes
+    │   └── SignatureError      a worker share is not signed, or not by whom it should be
     ├── MaskError               a mask would be used twice, or masks cannot be made
     │   ├── PoolError           a pool of masks on disk is a copy, restored, damaged, empty or in use
     │   ├── DealerError         a dealer lies, is silent or gone
@@ -108,6 +109,10 @@ class MismatchError(ShareError):
 
 class SealError(ShareError):
     """A sealed file does not open: the key is another one, or the bytes were altered."""
+
+
+class SignatureError(ShareError):
+    """A worker share is not signed, or by another key, or is not the one that was signed."""
 
 
 class MaskError(SlipError):

@@ -39,6 +39,7 @@ from sliplm.cli import (
     quarantine,
     reseal,
     serve,
+    sign,
     split,
     worker,
 )
@@ -103,10 +104,12 @@ app.command("split", rich_help_panel=OWNER)(split.command)
 app.command("attack", rich_help_panel=OWNER)(attack.command)
 app.command("inspect", rich_help_panel=OWNER)(inspect.command)
 app.command("reseal", rich_help_panel=OWNER)(reseal.command)
+app.command("sign", rich_help_panel=OWNER)(sign.sign)
 app.add_typer(ledger.app, name="ledger", rich_help_panel=OWNER)
 app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
 app.add_typer(quarantine.app, name="quarantine", rich_help_panel=RUN)
 app.command("worker", rich_help_panel=RUN)(worker.command)
+app.command("verify", rich_help_panel=RUN)(sign.verify)
 app.command("deal", rich_help_panel=RUN)(deal.command)
 app.command("generate", rich_help_panel=RUN)(generate.command)
 app.command("serve", rich_help_panel=RUN)(serve.command)

@@ -14,7 +14,7 @@ from sliplm.cli.screen import console, key_option, print_json, say, warn_of_new_
 from sliplm.errors import LedgerError
 from sliplm.network import authority
 from sliplm.network.authority import Issued
-from sliplm.network.keys import now
+from sliplm.network.keys import KEY, now
 
 app = typer.Typer(help="Keys for the link between vault and worker.", no_args_is_help=True)
 
@@ -49,6 +49,23 @@ def init(
     say(f"{made['vault']} goes to the vault, {made['worker']} to the worker,")
     say(f"{made['dealer']} to a dealer, if another machine deals masks;")
     say(f"keep {made['authority']} offline.")
+
+
+@app.command("signing")
+def signing_key(
+    folder: Annotated[Path, typer.Argument(help="Where to make key.pem and public.pem.")], json: Json = False
+) -> None:
+    """Make a key that signs worker folders, for `slip sign`.
+
+    Example: slip keys signing signer
+    """
+    from sliplm.parties.signing import PUBLIC, make_key
+
+    make_key(folder)
+    if json:
+        print_json({"key": str(folder / KEY), "public": str(folder / PUBLIC)})
+        return
+    say(f"{folder / KEY} stays with you and signs; {folder / PUBLIC} goes to whoever serves what you sign.")
 
 
 @app.command("issue")

@@ -69,6 +69,12 @@ Inputs = Annotated[
     "twice the masks and traffic. For models of which rows lost precision."),
 ]  # fmt: skip
 
+SIGNED_BY = typer.Option(
+    metavar="FILE",
+    help="Who must have signed it: a public key (public.pem of slip keys signing), or the certificate of an "
+    "authority for signers.",
+)
+
 Tokenizer = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="A folder with the tokenizer; by default the vault's own."),

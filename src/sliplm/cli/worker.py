@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from sliplm.cli.options import SIGNED_BY
+
 
 class Role(StrEnum):
     """What a process on a Unix socket is."""
@@ -35,6 +37,7 @@ def command(
     device: Annotated[
         str, typer.Option(help="auto (a GPU if one is there), cpu, cuda, or cards as cuda:0,cuda:1.")
     ] = "auto",
+    signed_by: Annotated[Path | None, SIGNED_BY] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
     until_stdin_closes: Annotated[Path | None, typer.Option(metavar="FOLDER", hidden=True)] = None,
 ) -> None:
@@ -43,6 +46,8 @@ def command(
     With a dealer's key folder, or `--role dealer`, it deals masks and nothing else.
 
     Example: slip worker out/worker --listen 0.0.0.0:7400 --keys keys/worker
+
+    Example: slip worker out/worker --keys keys/worker --signed-by public.pem
     """
     from sliplm.parties.worker import run  # numba takes a moment, which --help need not
 
@@ -58,4 +63,5 @@ def command(
         until_stdin_closes=until_stdin_closes,
         role=None if role is None else role.value,
         device=device,
+        signed_by=signed_by,
     )

@@ -37,6 +37,7 @@ from sliplm.reading import read_bounded
 DAYS: Final = 365
 AUTHORITY_DAYS: Final = 3650  # the authority outlives what it signs: certificates are rotated under it
 ISSUED: Final = "issued.json"
+AUTHORITY_NAME: Final = "sliplm authority"
 MAX_REGISTER_BYTES: Final = 1 << 28
 
 _SKEW: Final = datetime.timedelta(hours=2)  # clocks of two machines differ
@@ -236,7 +237,7 @@ def _crl(signer: _Signer, register: _Register) -> bytes:
 
 
 def _authority(key: ec.EllipticCurvePrivateKey, days: int) -> x509.Certificate:
-    name = _common_name("sliplm authority")
+    name = _common_name(AUTHORITY_NAME)
     end = now() + datetime.timedelta(days=days)
     made = _builder(name, name, key.public_key(), key.public_key(), end)
     made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)

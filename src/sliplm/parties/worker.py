@@ -53,6 +53,7 @@ from sliplm.network.attestation import (
 from sliplm.network.keys import Identity, Revocations, Serving, serving_role
 from sliplm.network.listener import Listener, listen
 from sliplm.network.transport import Connection
+from sliplm.parties import signing
 from sliplm.parties.seats import Seats, Visit
 from sliplm.protocol.frames import NONCE_BYTES, FaultCode, Party
 from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, Several, WorkerSide
@@ -329,15 +330,20 @@ def run(
     until_stdin_closes: Path | None = None,
     role: Serving | None = None,
     device: str = "auto",
+    signed_by: Path | None = None,
 ) -> None:
     """The command `slip worker`: serve a share until SIGTERM or SIGINT.
 
     With `json_ready` the ready line on stdout is one JSON document {"listening": ADDRESS, "pid": PID}.
     With `until_stdin_closes` the worker also ends with the process that holds the other end of its stdin, and
     removes that folder then: a process that was killed cannot.
+    With `signed_by` the share is served only if that key or authority has signed it, as `signing.check`.
     Raises ShareError, KernelError, and what `Worker.serve` raises.
     """
-    worker = Worker(open_worker(share_dir), threads, role=role, device=device)
+    share = open_worker(share_dir)
+    if signed_by is not None:
+        signing.check(share, signed_by)
+    worker = Worker(share, threads, role=role, device=device)
     if until_stdin_closes is not None:
         orphan = (until_stdin_closes, worker.stop)
         threading.Thread(target=_wait_for_end_of_input, args=orphan, daemon=True).start()

@@ -1,7 +1,7 @@
 """The two artefacts on disk: the vault's share (secret) and the worker's share (assume it is public).
 
     vault/   seal.json   manifest.json   share.safetensors   model.safetensors   config.json   tokenizer files
-    worker/  manifest.json   share.safetensors
+    worker/  manifest.json   share.safetensors   (model.sig, where it was signed)
 
 What the tensors in them are: `contents`.
 
@@ -57,6 +57,7 @@ SHARE = "share.safetensors"
 MODEL = "model.safetensors"
 CONFIG = "config.json"
 LEDGER = "ledger.sealed"
+SIGNATURE = "model.sig"  # of a worker share: `parties.signing`
 MAX_MANIFEST_BYTES = 512 * MAX_GROUPS  # 32 MiB: a group takes some 450 where names are long
 MAX_MANIFEST_ITEMS = 20 * MAX_GROUPS
 MAX_OBJECT_ITEMS = 100
@@ -181,7 +182,7 @@ def open_worker(path: Path | str) -> WorkerShare:
     data, manifest = _read_manifest(path / MANIFEST, WorkerManifest)
     specs = {group.name: worker_spec(group) for group in manifest.groups}
     with ListedFiles(
-        path, manifest.files, required=(SHARE,), large=(SHARE,), besides=(MANIFEST,)
+        path, manifest.files, required=(SHARE,), large=(SHARE,), besides=(MANIFEST, SIGNATURE)
     ) as files:  # the map stays when the file is closed
         matrices = map_file(files.file(SHARE), _header(path / SHARE, files.file(SHARE), specs))
     own = FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
