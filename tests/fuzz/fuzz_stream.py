@@ -34,7 +34,7 @@ class Pieces:
     def fileno(self) -> int:
         return -1
 
-    def settimeout(self, _seconds: float) -> None:
+    def setblocking(self, _flag: bool) -> None:
         pass
 
     def recv_into(self, view: memoryview) -> int:

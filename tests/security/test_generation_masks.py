@@ -110,8 +110,8 @@ def test_the_check_finds_a_mask_that_serves_twice(
     """A control: with the burning taken out, the same check finds the pairs."""
     worker = Logging(shares[1])
 
-    def keep(batch: Any, rows: int) -> Any:
-        burnt = burn(batch, rows)
+    def keep(batch: Any, rows: int, **how: Any) -> Any:
+        burnt = burn(batch, rows, **how)
         batch.used = 0
         return burnt
 

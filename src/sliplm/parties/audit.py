@@ -43,8 +43,8 @@ Event = Literal[
 
 _KEPT: Final = 1000  # records in memory
 _USUAL: Final = ("dealt", "asked")
-_APPENDING: Final = (  # a FIFO must not block
-    os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+_APPENDING: Final = (  # a FIFO that nobody reads is refused, not waited for
+    os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 )
 
 logger = logging.getLogger(__name__)
@@ -133,21 +133,22 @@ class AuditLog:
         if self._path is None:
             return
         try:
-            handle = os.open(self._path, _APPENDING, 0o600)
-            regular = stat.S_ISREG(os.fstat(handle).st_mode)
-            with os.fdopen(handle, "r+b" if regular else "wb") as file:
-                if not regular:  # a terminal, say: nothing to read, nothing to chain
-                    file.write(b"" if line is None else json.dumps(line).encode() + b"\n")
+            with os.fdopen(os.open(self._path, _APPENDING, 0o600), "wb") as found:
+                if not stat.S_ISREG(os.fstat(found.fileno()).st_mode):
+                    # a terminal, say: nothing to read, nothing to chain
+                    found.write(b"" if line is None else json.dumps(line).encode() + b"\n")
                     return
+                same = os.open(f"/proc/self/fd/{found.fileno()}", os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            with os.fdopen(same, "r+b") as file:
                 with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(handle, fcntl.LOCK_EX)  # another process may append to it
+                    fcntl.flock(same, fcntl.LOCK_EX)  # another process may append to it
                 before = self._caught_up(file, told)
                 if line is not None:
-                    data, found = sealed(line, before)
+                    data, own = sealed(line, before)
                     file.write(data)
                     file.flush()
-                    end, lines = os.fstat(handle).st_size, self._head.lines + 1
-                    self._head = self._head._replace(hash=found, at=end, lines=lines)
+                    end, lines = os.fstat(same).st_size, self._head.lines + 1
+                    self._head = self._head._replace(hash=own, at=end, lines=lines)
         except OSError as error:
             raise InputError(
                 f"the audit file {self._path} cannot be written {because(error, self._path, 'name another')}"
