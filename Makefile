@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help install demo test test-security test-gpu fuzz check bench families clean
+.PHONY: help install demo test test-security test-gpu fuzz check bench families wheels sbom clean
 
 help:
 	@echo "make demo      split a real model and run it with a worker in a second process"
@@ -58,6 +58,16 @@ bench: $(READY)
 
 families: $(READY)
 	$(BIN)/python bench/families.py --keep .families
+
+wheels: $(READY)
+	@set -e; export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct); for one in first second; do \
+		$(BIN)/python -m pip wheel --quiet --no-deps -w dist/$$one .; done; \
+	cmp dist/first/*.whl dist/second/*.whl && sha256sum dist/first/*.whl
+
+sbom: $(READY)
+	$(BIN)/python -m pip install --quiet cyclonedx-bom
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o dist/sliplm.cdx.json
 
 clean:
 	rm -rf .families build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
