@@ -458,7 +458,7 @@ def test_another_key_is_refused(llama: Case) -> None:
 
 def test_other_devices_are_refused(llama: Case) -> None:
     with pytest.raises(InputError, match="CPU"):
-        SlipQuantizer(SlipConfig()).validate_environment(device_map={"": "cuda:0"})
+        SlipQuantizer(SlipConfig()).validate_environment(device_map={"": "mps"})
     with pytest.raises(InputError, match="CPU"):
         llama.hybrid.lm_head(torch.zeros(1, llama.hybrid.config.hidden_size, device="meta"))
 
