@@ -56,9 +56,9 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[Writing]:
 
     Raises: OSError; the unfinished file is deleted then.
     """
-    unfinished = unfinished_name(path)
-    descriptor = os.open(unfinished, _FRESH, 0o600)
+    unfinished, descriptor = unfinished_name(path), -1
     try:
+        descriptor = os.open(unfinished, _FRESH, 0o600)
         try:
             set_mode(descriptor, 0o600)
             yield Writing(descriptor)
@@ -66,9 +66,10 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[Writing]:
         finally:
             os.close(descriptor)
         unfinished.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+    except BaseException as error:
+        if descriptor >= 0 or not isinstance(error, OSError):  # an interrupt may come as soon as it is there
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
         raise
     sync_folder(path.parent, lasting=lasting)
 
