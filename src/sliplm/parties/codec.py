@@ -196,11 +196,10 @@ class GroupCodec(Secret):
 
         Raises: as `check_left`.
         """
-        challenges, rows = self.left(), len(asked.hidden)
+        challenges = self.left()
         if asked.challenges is not challenges:  # renewed meanwhile
-            self._over(rows, field.expect, challenges.c, asked.hidden, asked.expected)
-            asked.challenges = challenges
-        if all(self._over(rows, field.holds, challenges.e, y, asked.expected)):
+            asked.expected, asked.challenges = self.expected(challenges, asked.hidden), challenges
+        if self.holds_for(challenges, asked.expected, y):
             return True
         self.renew_challenges(challenges)
         return False
