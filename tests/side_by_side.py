@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-FIRST = ("fuzz", "masks", "network", "parties", "protocol", "security")
+FIRST = ("cli", "fuzz", "masks", "network", "parties", "protocol", "security", "shares")  # about half of the time
 
 
 def halves() -> tuple[list[str], list[str]]:
