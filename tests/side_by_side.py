@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-FIRST = ("cli", "fuzz", "masks", "network", "parties", "protocol", "security", "shares")  # about half of the time
+FIRST = ("cli", "fuzz", "masks", "network", "parties", "protocol", "security", "shares")  # half the time
 
 
 def halves() -> tuple[list[str], list[str]]:
