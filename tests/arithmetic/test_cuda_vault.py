@@ -10,8 +10,9 @@ import pytest
 from interpretedcard import KINDS, InterpretedCard, fetched, open_card
 from sliplm.arithmetic import field, rotation, steps
 from sliplm.arithmetic.field import P
-from sliplm.arithmetic.kernels.cuda import driver, vault_steps
-from sliplm.arithmetic.kernels.cuda.vault_steps import Asked, CardRows, Desk, Laid
+from sliplm.arithmetic.kernels.cuda import driver, vault_layout, vault_steps
+from sliplm.arithmetic.kernels.cuda.vault_layout import Laid
+from sliplm.arithmetic.kernels.cuda.vault_steps import Asked, CardRows, Desk
 from sliplm.errors import CardError
 
 SHAPES = [(1, 1), (5, 3), (16, 32), (33, 48), (96, 80), (130, 257)]
@@ -154,7 +155,7 @@ def test_the_check_is_exact(card: Any, rows: int) -> None:
         field.expect(scene.c, hidden, sums, 0, rows)
         found = scene.desk._integers("expected", 4 * rows).reshape(rows, 2, 2)
         assert [[(int(lo) + (int(hi) << 32)) % P for lo, hi in row] for row in found] == sums.tolist()
-        pieces = -(-m // vault_steps._PIECE)
+        pieces = -(-m // vault_layout.PIECE)
         records = scene.desk._integers("records", 6 * rows * pieces).reshape(rows, pieces, 6)
         field.expect(scene.e, scene.y, sums, 0, rows)
         got = records[:, :, :4].sum(1).reshape(rows, 2, 2)
@@ -282,4 +283,4 @@ def test_activations_lie_in_parts() -> None:
 
 def test_haar_has_no_program() -> None:
     with pytest.raises(CardError, match="haar"):
-        vault_steps.forth(rotation.make("haar", bytes(32), 8))
+        vault_layout.forth(rotation.make("haar", bytes(32), 8))

@@ -17,7 +17,8 @@ import numpy as np
 
 from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.kernels.cuda.card import Card
-from sliplm.arithmetic.kernels.cuda.vault_steps import Asked, CardRows, Desk, Laid, desk
+from sliplm.arithmetic.kernels.cuda.vault_layout import Laid
+from sliplm.arithmetic.kernels.cuda.vault_steps import Asked, CardRows, Desk, desk
 from sliplm.errors import InputError
 from sliplm.masks.masks import Masks
 from sliplm.parties.codec import Challenges, GroupCodec, Judged

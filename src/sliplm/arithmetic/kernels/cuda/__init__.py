@@ -9,7 +9,8 @@
     placing          which matrix goes where
     vault_programs   the vault's steps for activations on a card, in Triton
     aes_programs     masks from their keys, in Triton
-    vault_steps      a group's secrets there, and who asks for its steps in their order
+    vault_layout     a group's secrets in a card's memory
+    vault_steps      who asks for its steps in their order
 
 No driver is loaded unless it is asked for a card, and Triton only to compile.
 """
