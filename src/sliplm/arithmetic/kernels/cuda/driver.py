@@ -169,10 +169,11 @@ class Memory:
         weakref.finalize(self, _release, forks.Process(), "cuMemFree_v2", address).atexit = False
 
     def write(self, offset: int, array: npt.NDArray[Any]) -> None:
-        """Copy a C-contiguous array there, now."""
+        """Copy a C-contiguous array there, now: whatever stream reads it next."""
         if offset + array.nbytes > self.size:
             raise CardError(f"{array.nbytes} bytes at {offset} do not fit in {self.size}")
         call("cuMemcpyHtoD_v2", self.address + offset, array.ctypes.data, array.nbytes)
+        call("cuStreamSynchronize", None)  # of ordinary memory the copy returns once it is staged
 
 
 class Pinned:
