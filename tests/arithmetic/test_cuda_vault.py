@@ -286,6 +286,12 @@ def test_haar_has_no_program() -> None:
         vault_layout.forth(rotation.make("haar", bytes(32), 8))
 
 
+def test_what_is_laid_out_for_a_card_stays_hidden() -> None:
+    turned = rotation.make("fast", bytes(32), 8)
+    for found in (vault_layout.forth(turned), vault_layout.back(turned)):
+        assert repr(found) == str(found) == "Turned(8, hidden)"
+
+
 def test_a_copy_to_a_card_is_there_before_any_stream_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """From a copy of ordinary memory the driver may return before the card has it; PyTorch's other streams
     do not wait for the rest, and of a key that is not there they would make other masks than were dealt.

@@ -113,6 +113,9 @@ class Turned(NamedTuple):
     orders: npt.NDArray[np.int32]
     factors: Floats
 
+    def __repr__(self) -> str:
+        return f"Turned({self.sizes.n}, hidden)"
+
 
 def forth(rotation: Rotation) -> Turned:
     """Q D.  Raises CardError for a rotation that has no program."""
