@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fakecard import FakeCard
 from interpretedcard import KINDS, InterpretedCard, fetched, open_card
 from sliplm.arithmetic import field, rotation, steps
 from sliplm.arithmetic.field import P
@@ -290,6 +293,19 @@ def test_what_is_laid_out_for_a_card_stays_hidden() -> None:
     turned = rotation.make("fast", bytes(32), 8)
     for found in (vault_layout.forth(turned), vault_layout.back(turned)):
         assert repr(found) == str(found) == "Turned(8, hidden)"
+
+
+def test_a_thread_keeps_no_secrets_of_a_group_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is quick with is forgotten with the group: a closed vault's secrets leave the card."""
+    card: Any = FakeCard(monkeypatch)
+    monkeypatch.setattr(card, "prepared", lambda program, *, aligned: lambda *asked: None, raising=False)
+    monkeypatch.setattr(driver, "call", lambda *_: None)
+    scene = scene_of(card, 8, 48)
+    desk, gone = scene.desk, weakref.ref(scene.laid)
+    desk.ask(scene.laid, scene.on_card(scene.x), desk.given(scene.words))
+    del scene
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_copy_to_a_card_is_there_before_any_stream_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

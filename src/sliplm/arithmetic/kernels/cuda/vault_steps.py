@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -91,7 +92,8 @@ class Desk:
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self._calls: dict[tuple[object, ...], Call] = {}
+        self._calls = WeakKeyDictionary[Laid, dict[tuple[object, ...], Call]]()
+        self._for_masks: dict[Program, Call] = {}
         self._pinned: dict[str, driver.Pinned] = {}
         self._memory: dict[str, driver.Memory] = {}
         self._keys: dict[bytes, driver.Memory] = {}
@@ -159,9 +161,9 @@ class Desk:
         return found.address + 512
 
     def _program(self, program: Program) -> Call:
-        found = self._calls.get((program,))
+        found = self._for_masks.get(program)
         if found is None:
-            found = self._calls[program,] = self.card.prepared(program, aligned=True)
+            found = self._for_masks[program] = self.card.prepared(program, aligned=True)
         return found
 
     def ask(self, laid: Laid, x: CardRows, r: Words) -> None:
@@ -259,11 +261,14 @@ class Desk:
         return self.pinned(name, 8 * count).elements(1, 2 * count).reshape(-1).view(np.int64)
 
     def _call(self, laid: Laid, step: str, kind: int, aligned: bool, many: int = 1, rank: int = 0) -> Call:
-        key = laid, step, kind, aligned, many, rank
-        found = self._calls.get(key)
+        calls = self._calls.get(laid)
+        if calls is None:
+            calls = self._calls[laid] = {}
+        key = step, kind, aligned, many, rank
+        found = calls.get(key)
         if found is None:
             program = laid.program(step, kind, many, rank)
-            found = self._calls[key] = self.card.prepared(program, aligned=aligned)
+            found = calls[key] = self.card.prepared(program, aligned=aligned)
         return found
 
 
