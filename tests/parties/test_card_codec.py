@@ -21,6 +21,7 @@ from sliplm.arithmetic.kernels.cuda import driver
 from sliplm.arithmetic.kernels.cuda.vault_steps import CardRows
 from sliplm.errors import InputError, PrecisionError, VerificationError
 from sliplm.network.transport import Connection
+from sliplm.parties import card_codec
 from sliplm.parties.card_codec import FEW
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
@@ -243,3 +244,23 @@ def test_a_lost_row_is_nothing_and_an_error(card: Any, shares: Shares, tmp_path:
         vault.product_on_card(name, there.rows, there.out)
         with pytest.raises(PrecisionError):
             vault.product_on_card(name, there.rows, there.out)
+
+
+def test_a_group_is_laid_on_a_card_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where two threads are first at the same time."""
+    made: list[Any] = []
+    others: list[threading.Thread] = []
+
+    def slowly(codec: Any, card: Any) -> object:
+        made.append(codec)
+        if not others:
+            others.append(threading.Thread(target=lambda: codecs[0]))
+            others[0].start()
+            time.sleep(0.2)  # the other waits for this one
+        return object()
+
+    monkeypatch.setattr(card_codec, "CardCodec", slowly)
+    codecs = card_codec.CardCodecs(["codec"], None)  # type: ignore[list-item, arg-type]
+    first = codecs[0]
+    others[0].join(30)
+    assert made == ["codec"] and codecs[0] is first

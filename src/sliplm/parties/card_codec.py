@@ -168,8 +168,10 @@ class CardCodec(Secret):
         found = self._challenges.get(challenges.number)
         if found is None:
             with self._renewing, self._card.entered():
-                found = self._laid.put(challenges.e), self._laid.put(challenges.c)
-                self._challenges[challenges.number] = found
+                found = self._challenges.get(challenges.number)  # made meanwhile
+                if found is None:
+                    found = self._laid.put(challenges.e), self._laid.put(challenges.c)
+                    self._challenges[challenges.number] = found
         return found
 
 
@@ -184,7 +186,9 @@ class CardCodecs:
         found = self._made.get(group)
         if found is None:
             with self._making:
-                found = self._made.setdefault(group, CardCodec(self._codecs[group], self._card))
+                found = self._made.get(group)  # made meanwhile
+                if found is None:
+                    found = self._made[group] = CardCodec(self._codecs[group], self._card)
         return found
 
 

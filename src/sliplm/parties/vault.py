@@ -204,7 +204,7 @@ class Vault(Secret, Closing):
 
         Raises: PrecisionError.
         """
-        for card in self._on_cards:
+        for card in tuple(self._on_cards):  # another thread may begin with one
             if lossy := settle(card):
                 self.counters.lossy(lossy)
 
