@@ -343,7 +343,7 @@ def word_limbs(x: Elements, rows: int, n: int) -> Words:
 
 @jit
 def interleave(limbs: npt.NDArray[np.integer], packed: Elements) -> None:
-    """Limbs [tokens, limbs, n] as blocks of 2 to 8 tokens take them: 64 / tokens bytes of each in turn."""
+    """Limbs [tokens, limbs, n] as blocks of 4 and 8 tokens take them: 64 / tokens bytes of each in turn."""
     tokens, count = limbs.shape[:2]
     source = limbs.reshape(-1).view(np.uint64).reshape(tokens, count, -1)
     target, size = packed.view(np.uint64).reshape(-1, count, tokens, 8 // tokens), 8 // tokens
