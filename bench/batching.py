@@ -1,7 +1,7 @@
 """Tokens a second of many requests at once, over the plain model's by the same engine on the same cores.
 
 SmolLM2-135M, greedy, short prompts, masks ready; the hybrid's worker is a second process.  Hybrid and plain
-take turns; the medians of their rounds are compared.
+take turns; the medians of their rounds are compared, and texts are counted that are the same, of all rounds.
 
     python bench/batching.py [--tokens 12] [--rounds 3] [--requests 1 8 32]
 """
@@ -28,7 +28,7 @@ PROMPT, LIMIT = 8, 300.0  # tokens of a prompt; seconds
 
 def rate(batch: Batch, requests: int, tokens: int) -> tuple[float, list[list[int]]]:
     """Tokens a second from the first request's submission to the last one's end, and the tokens."""
-    left, over = threading.Semaphore(0), []
+    left = threading.Semaphore(0)
 
     def tell(request: Request) -> None:
         if request.done:
@@ -42,8 +42,11 @@ def rate(batch: Batch, requests: int, tokens: int) -> tuple[float, list[list[int
     for request in asked:
         batch.submit(request)
     for _ in asked:
-        left.acquire(timeout=LIMIT)
+        if not left.acquire(timeout=LIMIT):
+            raise SystemExit(f"a request took more than {LIMIT:g} seconds")
     seconds = time.perf_counter() - begun
+    if errors := [request.error for request in asked if request.error]:
+        raise errors[0]
     over = [[token.id for token in request.tokens] for request in asked]
     return sum(map(len, over)) / seconds, over
 
@@ -69,7 +72,7 @@ def main() -> None:
                 hybrid.slip.deal(requests * (PROMPT + args.tokens))
                 rates["hybrid"].append((got := rate(ours, requests, args.tokens))[0])
                 rates["plain"].append((wanted := rate(theirs, requests, args.tokens))[0])
-                same = sum(a == b for a, b in zip(got[1], wanted[1], strict=True))
+                same += sum(a == b for a, b in zip(got[1], wanted[1], strict=True))
             over = median(rates["hybrid"]) / median(rates["plain"])
             found.append({"requests": requests, **rates, "over_plain": round(over, 3), "same_texts": same})
     table = Table(title="Tokens a second", width=80)

@@ -108,7 +108,8 @@ def liar_at(out: Path, socket: Path) -> Iterator[Liar]:
     thread = threading.Thread(target=liar.serve, args=(f"unix:{socket}", None, lambda _: ready.set()))
     thread.start()
     try:
-        ready.wait(60)
+        if not ready.wait(60):
+            raise SystemExit("the liar did not start")
         yield liar
     finally:
         liar.stop()
