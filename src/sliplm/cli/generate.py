@@ -12,7 +12,7 @@ from sliplm.cli import options
 from sliplm.cli.options import Json, Key
 from sliplm.cli.prompt import messages, read_prompt
 from sliplm.cli.screen import Waiting, console, print_json, printable, quiet, showing_warnings, size
-from sliplm.cli.vaults import checked, opened, tokenizer_of
+from sliplm.cli.vaults import checked, opened, tokenizer_of, vault_of
 from sliplm.errors import InputError
 from sliplm.shares.keysource import find
 
@@ -67,7 +67,7 @@ def command(
     text = read_prompt(prompt, chat)
     if text is None and json:
         raise InputError("--json is for one answer: give a --prompt, or a text on standard input")
-    vault = out / "vault" if (out / "vault").is_dir() else out
+    vault = vault_of(out)
     chosen: dict[str, Any] = {
         "share": share, "dealers": dealer or [], "pool": pool, "anchor": anchor, "fallback": fallback,
         "audit": audit, "pad_to": pad_to, "inputs": inputs, "key": key, "adapter": adapter,
