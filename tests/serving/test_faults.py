@@ -37,6 +37,12 @@ def test_lies_deaths_and_returns(model: Model, tmp_path: Path) -> None:
             assert ask().choices[0].text == truth  # the liar is asked first
             assert '"event":"quarantined"' in audit.read_text()
             assert 'event="quarantined"' in server.get("/metrics").text
+            for figure in ("failed_checks_total", "quarantines_total"):
+                lines = server.get("/metrics").text.splitlines()
+                counted = [line for line in lines if line.startswith(f"sliplm:{figure}{{")]
+                assert {lying in line: line.rpartition(" ")[2] for line in counted} == {
+                    True: "1.0", False: "0.0"
+                }  # fmt: skip
 
             honest.pause = 0.01
             stream = ask(stream=True)

@@ -28,6 +28,7 @@ from sliplm.errors import (
 from sliplm.masks import masks
 from sliplm.network.link import AnotherParty, Link, Marks
 from sliplm.parties.codec import GroupCodec
+from sliplm.parties.standing import WrongProduct
 from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.secrecy import Secret
 from sliplm.shares.share import WorkerShare
@@ -183,4 +184,4 @@ class Dealing(Secret):
     def _check(self, group: int, r: Elements, u: Elements, address: str | None) -> None:
         codec = self._codecs[group]
         if not codec.accepts(r, u):
-            raise VerificationError(f"its product for {codec.name} is wrong", address)
+            raise WrongProduct(f"its product for {codec.name} is wrong", address)

@@ -12,19 +12,20 @@ What must not change places:
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from sliplm.arithmetic.field import Elements
-from sliplm.errors import ExhaustedError, SlipError, VerificationError
+from sliplm.errors import ExhaustedError, SlipError
 from sliplm.masks.masks import Masks
 from sliplm.network.link import Link
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
+from sliplm.parties.standing import WrongProduct
 from sliplm.parties.supply import Supply
 from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.secrecy import Secret
@@ -40,6 +41,39 @@ class Part(NamedTuple):
     group: int
     x: Any
     out: Any
+
+
+class Timed(NamedTuple):
+    """When an exchange did what, in seconds of `perf_counter`; or one try of it that failed.
+
+    Attributes:
+        group: its name, or the first one's of several.
+        rows: of all groups in it.
+        worker: the address of who was asked.
+        failed: the kind of error, or None.
+        begun, taken: taking masks.  asked: the message was made.  answered: it was there.  checked: step 4
+            had passed.  ended: step 5 was done.  Of a failed try all are its beginning or its end.
+        computed: seconds of it that the worker says it took.
+    """
+
+    group: str
+    rows: int
+    worker: str
+    failed: str | None
+    begun: float
+    taken: float
+    asked: float
+    answered: float
+    checked: float
+    ended: float
+    computed: float
+
+
+Watcher = Callable[[Timed, Any, Elements], None]
+"""Told of each exchange, in the thread that made it: when it did what, the first group's inputs x [rows, n]
+(an array, or on a card), and the message, uint32, which begins with x~ of the first row.  It must not wait,
+raise, or keep either.
+"""
 
 
 class Codec(Protocol):
@@ -152,6 +186,9 @@ class Exchange(Secret):
         counters: where exchanges are counted.
         audit: where it is said that a product was computed here.
         inputs: rows that each input travels as, 1 or 2.
+
+    Attributes:
+        watchers: told of each exchange.
     """
 
     def __init__(
@@ -168,6 +205,7 @@ class Exchange(Secret):
         self._counters, self._audit, self._inputs = counters, audit, inputs
         self._follows: dict[int, int] = {}  # the group that was asked after a group last
         self._thread = _Last()
+        self.watchers: list[Watcher] = []
         self._masks_made = True  # by the processor; a card makes its own of their keys
 
     @property
@@ -178,7 +216,7 @@ class Exchange(Secret):
     def on(self, codecs: Codecs) -> Exchange:
         """The same exchanges for activations on a card."""
         other = Exchange(codecs, self._supply, self._workers, self._here, self._counters, self._audit, 1)
-        other._masks_made = False
+        other._masks_made, other.watchers = False, self.watchers
         return other
 
     def run(self, parts: Sequence[Part], adapter: str | None) -> None:
@@ -211,7 +249,7 @@ class Exchange(Secret):
 
         failure: SlipError | None = None
         tried: set[Link] = set()
-        asked = perf_counter()
+        asked = since = perf_counter()
         while (link := self._workers.pick(tried)) is not None:
             tried.add(link)
             try:
@@ -226,21 +264,40 @@ class Exchange(Secret):
                 raise  # whoever used them up is quarantined already
             except FAILURES as error:
                 failure = error
-                self._workers.failed(link, error, codecs[0].name)
+                since = self._failed(link, error, message, parts[0].x, since)
                 continue
-            vault = asked - start + perf_counter() - checked
+            ended = perf_counter()
+            vault = asked - start + ended - checked
             self._workers.served(link, took, message.work)
             self._counters.exchanged(
                 message.rows, message.elements.nbytes, message.answer, len(tried), micros,
                 burn=max(0.0, start - begun - late), vault=vault,
                 wait=answered - asked, check=checked - answered,
             )  # fmt: skip
+            times = begun, start, since, answered, checked, ended, micros * 1e-6
+            self._tell(message, parts[0].x, link, times)
             break
         else:
             message.ahead()
             message.open_plain([self._computed_here(part, failure) for part in parts])
         if lossy := message.lossy():
             self._counters.lossy(lossy)
+
+    def _failed(self, link: Link, error: SlipError, message: _Message, x: Any, since: float) -> float:
+        """Decide what becomes of a worker after a try that failed; when that was."""
+        if not isinstance(error, WrongProduct):  # of who lied that is decided already
+            self._workers.failed(link, error, message.codecs[0].name)
+        now = perf_counter()
+        self._tell(message, x, link, (since, since, since, now, now, now, 0.0), type(error).__name__)
+        return now
+
+    def _tell(
+        self, message: _Message, x: Any, link: Link, times: Sequence[float], failed: str | None = None
+    ) -> None:
+        if self.watchers:
+            timed = Timed(message.codecs[0].name, message.rows, link.address, failed, *times)
+            for watcher in tuple(self.watchers):
+                watcher(timed, x, message.elements)
 
     def _prepare(self, group: int, rows: int) -> None:
         """While a worker computes: what the exchange needs that followed this group's the last time, for as
@@ -251,13 +308,13 @@ class Exchange(Secret):
             self._supply.prepare(following, rows)
             self._codecs[following].bring_near()
 
-    def _lie(self, link: Link, codec: Codec) -> VerificationError:
+    def _lie(self, link: Link, codec: Codec) -> WrongProduct:
         """The error for a wrong product of a group, of which other challenges are in force already (M15); the
         worker is quarantined.
 
         Raises: ExhaustedError when the group has no challenges left.
         """
-        error = VerificationError(
+        error = WrongProduct(
             f"worker {link.address}: its product for {codec.name} is wrong; nothing of it was used, and "
             "the worker is quarantined",
             link.address,

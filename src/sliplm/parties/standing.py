@@ -52,6 +52,10 @@ class KnownLiar(VerificationError):
     """Its key is on record."""
 
 
+class WrongProduct(VerificationError):
+    """A product of its own failed the check (step 4, or O3)."""
+
+
 @dataclass
 class Member:
     """One of them, with its link."""
@@ -66,6 +70,9 @@ class Member:
     cut: int | None = None  # serial number of the certificate whose connection was ended last
     strikes: int = 0
     served: int = 0
+    verified: float | None = None  # time.time() of the last answer that was checked and good
+    wrong: int = 0  # answers that failed the check
+    quarantines: int = 0
     last: int = 0  # number of the exchange that it served last
     pace: float | None = None  # seconds per unit of work, lately
     took: float = 0.0  # seconds of the last exchange

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
 from time import perf_counter
 
-from sliplm.errors import MaskError
+from sliplm.errors import MaskError, SlipError
 from sliplm.masks.expected import planned, rows_for
 from sliplm.masks.masks import Batch, MaskPool, Masks
 from sliplm.masks.pool import DiskPool
@@ -66,6 +67,14 @@ class Supply(Secret):
         uses = planned(self._uses, [0] * len(self._uses))
         for group, use in enumerate(uses):
             self.memory.add([group], rows_for(tokens, use))
+
+    def ready(self) -> list[int]:
+        """Rows that are ready for each group, in memory and on disk; what cannot be read now is none."""
+        found = [self.memory.available(group) for group in range(len(self._uses))]
+        if self._disk is not None:
+            with contextlib.suppress(SlipError):
+                found = [rows + self._disk.available(group) for group, rows in enumerate(found)]
+        return found
 
     def renew(self) -> None:
         """Throw away all masks that are ready: this machine may have been set back to an earlier state."""

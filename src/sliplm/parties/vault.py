@@ -26,7 +26,7 @@ from sliplm.parties.card_codec import CardCodecs, settle
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
-from sliplm.parties.exchange import Exchange, Part
+from sliplm.parties.exchange import Exchange, Part, Watcher
 from sliplm.parties.framing import cut
 from sliplm.parties.quarantine import Quarantine
 from sliplm.parties.supply import Supply
@@ -138,6 +138,11 @@ class Vault(Secret, Closing):
     def dealers(self) -> tuple[Status, ...]:
         """How each dealer stands."""
         return () if self._dealers is None else self._dealers.states()
+
+    @property
+    def watchers(self) -> list[Watcher]:
+        """Who is told of each exchange; for others to add themselves to, and to take themselves out."""
+        return self._exchange.watchers
 
     @property
     def computes_here(self) -> bool:
@@ -265,6 +270,10 @@ class Vault(Secret, Closing):
     def mask_bytes(self) -> int:
         """Memory that the masks now ready take."""
         return self._supply.memory.stored_bytes()
+
+    def mask_rows(self) -> dict[str, int]:
+        """Rows of masks that are ready, by group."""
+        return dict(zip(self._index, self._supply.ready(), strict=True))
 
     def close(self) -> None:
         """Close the connections, stop dealing and forget all masks; nothing in a forked child."""

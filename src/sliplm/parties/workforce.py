@@ -29,7 +29,7 @@ from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog, Event
 from sliplm.parties.quarantine import Quarantine
-from sliplm.parties.standing import KnownLiar, Member, State, lied, next_of, verdict
+from sliplm.parties.standing import KnownLiar, Member, State, WrongProduct, lied, next_of, verdict
 from sliplm.protocol.side import Shape
 from sliplm.protocol.vault_side import Welcome
 
@@ -47,12 +47,22 @@ def _greeted(link: Link, connection: Connection, welcome: Welcome) -> None:
 
 
 class Status(NamedTuple):
-    """One worker or dealer, for people."""
+    """One worker or dealer, for people.
+
+    Attributes:
+        served: exchanges, or batches of masks.
+        verified: `time.time()` of the last answer that was checked and good, or None.
+        wrong: answers that failed the check.
+        quarantines: how often it was quarantined.
+    """
 
     address: str
     state: State
     reason: str
     served: int
+    verified: float | None = None
+    wrong: int = 0
+    quarantines: int = 0
 
 
 def work(products: Iterable[tuple[int, int, int]]) -> int:
@@ -125,7 +135,10 @@ class Workforce:
         """How each one stands."""
         self._process.check()
         with self._lock:
-            return tuple(Status(m.link.address, m.state, m.reason, m.served) for m in self._members)
+            return tuple(
+                Status(m.link.address, m.state, m.reason, m.served, m.verified, m.wrong, m.quarantines)
+                for m in self._members
+            )
 
     def open_one(self) -> None:
         """Connect to the first that can serve.  Raises the first one's error when none can."""
@@ -172,6 +185,7 @@ class Workforce:
             member.measured(seconds, seconds / work)
             self._exchanges += 1
             member.served += 1
+            member.verified = time.time()
             member.last = self._exchanges
             member.strikes = 0
 
@@ -180,10 +194,12 @@ class Workforce:
         member = self._by_address[link.address]
         event, state, pauses, kind = verdict(error)
         with self._lock:
+            member.wrong += isinstance(error, WrongProduct)
             if member.state in ("quarantined", "drained") or self._closing.is_set():
                 return  # decided already
             again = (member.state == state == "lost") or (probe and state != "quarantined")
             member.state, member.reason = state, str(error)
+            member.quarantines += state == "quarantined"
             member.rest(pauses, early=probe and member.early)
             if kind is not None:
                 link.bar(kind, f"{self._role} {link.address} is {state}: {error}")
@@ -272,6 +288,7 @@ class Workforce:
             known = self._quarantine.find(member.link.address, None)
             if known is not None:
                 member.state, member.reason, member.until = "quarantined", known.why(), math.inf
+                member.quarantines += 1
                 member.link.bar(
                     VerificationError, f"{self._role} {member.link.address} is quarantined: {known.why()}"
                 )

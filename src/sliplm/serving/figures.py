@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from sliplm.parties.workforce import Status
 from sliplm.serving.served import Served
 
 _SECONDS: Final = (
@@ -106,6 +107,9 @@ class _Sides(Collector):  # type: ignore[misc]
         yield gauge("num_requests_waiting", "Answers that wait for a place.", load.waiting)
         yield gauge("kv_cache_usage_perc", "The part of the cache that is in use, up to 1.", load.cache)
         yield gauge("mask_stock_bytes", "Memory that ready masks take.", vault.mask_bytes())
+        rows = vault.mask_rows().values()
+        yield gauge("mask_stock_rows", "Rows of masks that are ready, of all groups.", sum(rows))
+        yield gauge("mask_stock_rows_min", "The same of the group that has the fewest.", min(rows))
         yield counted(
             "exchanges", "Exchanges with workers, and what they needed.", "kind",
             {"served": counters["exchanges"], "retried": counters["retries"],
@@ -118,15 +122,7 @@ class _Sides(Collector):  # type: ignore[misc]
         yield counted("rows", "Rows of products, by what became of them.", "kind", _named(counters, "rows"))
         yield counted("stage_seconds", "Seconds by where they went.", "stage", _named(counters, "seconds"))
         yield counted("events", "Events of the audit record.", "event", dict(vault.audit.counts))
-        states = GaugeMetricFamily(
-            "sliplm:worker_up",
-            "Whether a worker or dealer serves.",
-            labels=["model_name", "role", "address", "state"],
-        )
-        for role, force in (("worker", vault.workers), ("dealer", vault.dealers)):
-            for status in force:
-                states.add_metric([name, role, status.address, status.state], float(status.state == "up"))
-        yield states
+        yield from _of_each(name, (("worker", vault.workers), ("dealer", vault.dealers)))
 
 
 def _named(counters: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -136,3 +132,20 @@ def _named(counters: dict[str, Any], prefix: str) -> dict[str, float]:
         for key, value in counters.items()
         if key.startswith(prefix)
     }
+
+
+def _of_each(name: str, forces: Iterable[tuple[str, Sequence[Status]]]) -> Iterator[Metric]:
+    """The figures of each worker and dealer."""
+    labels = ["model_name", "role", "address"]
+    up = GaugeMetricFamily("sliplm:worker_up", "Whether it serves.", labels=[*labels, "state"])
+    served = CounterMetricFamily("sliplm:worker_exchanges", "Exchanges, or batches of masks.", labels=labels)
+    wrong = CounterMetricFamily("sliplm:failed_checks", "Answers that failed the check.", labels=labels)
+    fallen = CounterMetricFamily("sliplm:quarantines", "How often it was quarantined.", labels=labels)
+    for role, force in forces:
+        for each in force:
+            who = [name, role, each.address]
+            up.add_metric([*who, each.state], float(each.state == "up"))
+            served.add_metric(who, each.served)
+            wrong.add_metric(who, each.wrong)
+            fallen.add_metric(who, each.quarantines)
+    return iter((up, served, wrong, fallen))

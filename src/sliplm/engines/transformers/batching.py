@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
 import torch
@@ -86,6 +87,24 @@ class Request:
         return f"Request({len(self.prompt)} tokens, {len(self.tokens)} of {self.most} generated)"
 
 
+class Step(NamedTuple):
+    """One step of a batch, for those who watch it.
+
+    Attributes:
+        requests: that it computed for.
+        rows: tokens that it computed.  prompt: those of them that are of prompts.
+        begun, ended: seconds of `perf_counter`.
+        failed: the kind of error that ended it, or None.
+    """
+
+    requests: tuple[Request, ...]
+    rows: int
+    prompt: int
+    begun: float
+    ended: float
+    failed: str | None = None
+
+
 class Load(NamedTuple):
     """How busy a batch is: requests that compute, those that wait, and the part of the cache in use."""
 
@@ -103,6 +122,7 @@ class Batch(Closing):
 
     Attributes:
         longest: tokens that prompt and answer may have together.
+        watchers: told of each step after it, in its thread; they must not wait or raise.
         ends: the tokens that end an answer.
 
     Raises: InputError for a model that cannot be batched; what a product raises.
@@ -111,12 +131,13 @@ class Batch(Closing):
     def __init__(self, model: PreTrainedModel, room: Room = Room()) -> None:  # noqa: B008
         self._model, self._room = model, room
         self._requests: dict[str, Request] = {}
+        self.watchers: list[Callable[[Step], None]] = []
         self._lock = threading.Lock()
         self._made = 0
         self._closed = False
         self.ends = frozenset(_end_tokens(model))
         try:
-            self._manager = _Manager(model, room, self._requests)
+            self._manager = _Manager(model, room, self._requests, self.watchers)
             self._manager.warmup()
         except (ValueError, AttributeError, KeyError) as error:
             raise _unbatched(model, error) from error
@@ -235,7 +256,13 @@ class Batch(Closing):
 class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
     """The library's loop, with what is ours put in its places."""
 
-    def __init__(self, model: PreTrainedModel, room: Room, requests: dict[str, Request]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        room: Room,
+        requests: dict[str, Request],
+        watchers: Sequence[Callable[[Step], None]],
+    ) -> None:
         super().__init__(
             model=model,
             generation_config=GenerationConfig(
@@ -254,7 +281,7 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
                 cpu_group_timeout=None,
             ),
         )
-        self._requests = requests
+        self._requests, self._watchers = requests, watchers
         self.output_router = _Router(requests)
 
     def _create_batch_processor(self) -> Any:
@@ -264,6 +291,29 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
         return processor
 
     def _generation_step(self) -> None:
+        """One step of the batch, and who watches is told of it."""
+        if not self._watchers:
+            self._step()
+            return
+        step, begun = self._told(), perf_counter()
+        error = self._step()
+        failed = None if error is None else type(error).__name__
+        step = step._replace(begun=begun, ended=perf_counter(), failed=failed)
+        for watcher in tuple(self._watchers):
+            watcher(step)
+
+    def _told(self) -> Step:
+        """What is about to be computed; a request that has no token yet, or takes several rows, is read."""
+        requests, rows, prompt = [], 0, 0
+        for future in self.batch_processor.inputs_and_outputs.requests_in_batch:
+            request, length = self._requests.get(future.state.request_id), future.query_length
+            rows += length
+            if request is not None:
+                requests.append(request)
+                prompt += length if length > 1 or not request.tokens else 0
+        return Step(tuple(requests), rows, prompt, 0.0, 0.0)
+
+    def _step(self) -> Exception | None:
         """One step of the batch.  What a layer raises fails its requests; the loop goes on."""
         batch = [future.state for future in self.batch_processor.inputs_and_outputs.requests_in_batch]
         asked = [request for state in batch if (request := self._requests.get(state.request_id))]
@@ -271,7 +321,7 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
         try:
             if slip is None or not asked:
                 super()._generation_step()
-                return
+                return None
             with slip.adapter(asked[0].adapter):
                 super()._generation_step()
         except Exception as error:  # whatever a layer raises: a batch is lost, and not the server
@@ -282,6 +332,8 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
             else:
                 self._fail(asked, error)
             self.batch_processor.inputs_and_outputs.requests_in_batch = []  # nothing of this step is taken up
+            return error
+        return None
 
     def _fail(self, asked: Sequence[Request], error: Exception) -> None:
         for request in asked:
