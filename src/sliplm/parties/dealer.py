@@ -28,7 +28,6 @@ from sliplm.errors import (
 from sliplm.masks import masks
 from sliplm.network.link import AnotherParty, Link, Marks
 from sliplm.parties.codec import GroupCodec
-from sliplm.parties.standing import WrongProduct
 from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.secrecy import Secret
 from sliplm.shares.share import WorkerShare
@@ -160,7 +159,7 @@ class Dealing(Secret):
         for first in range(0, len(r), step):
             part = u[first : first + step]
             marks = link.deal(group, key, first, len(part), part, marks)
-        self._check(group, r, u, link.address)
+        self._check(group, r, u, link)
         if link.barred is not None:
             raise WorkerUnavailable(f"{link.address} fell while it dealt", link.address)
         return masks.Dealt(u, marks or ())
@@ -181,7 +180,12 @@ class Dealing(Secret):
             )
         return y
 
-    def _check(self, group: int, r: Elements, u: Elements, address: str | None) -> None:
+    def _check(self, group: int, r: Elements, u: Elements, link: Link | None) -> None:
         codec = self._codecs[group]
-        if not codec.accepts(r, u):
-            raise WrongProduct(f"its product for {codec.name} is wrong", address)
+        if codec.accepts(r, u):
+            return
+        if link is not None and self._dealers is not None:
+            self._dealers.wrong(link)
+        raise VerificationError(
+            f"its product for {codec.name} is wrong", None if link is None else link.address
+        )

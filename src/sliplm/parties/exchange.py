@@ -19,13 +19,12 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 
 from sliplm.arithmetic.field import Elements
-from sliplm.errors import ExhaustedError, SlipError
+from sliplm.errors import ExhaustedError, SlipError, VerificationError
 from sliplm.masks.masks import Masks
 from sliplm.network.link import Link
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
-from sliplm.parties.standing import WrongProduct
 from sliplm.parties.supply import Supply
 from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.secrecy import Secret
@@ -285,8 +284,7 @@ class Exchange(Secret):
 
     def _failed(self, link: Link, error: SlipError, message: _Message, x: Any, since: float) -> float:
         """Decide what becomes of a worker after a try that failed; when that was."""
-        if not isinstance(error, WrongProduct):  # of who lied that is decided already
-            self._workers.failed(link, error, message.codecs[0].name)
+        self._workers.failed(link, error, message.codecs[0].name)
         now = perf_counter()
         self._tell(message, x, link, (since, since, since, now, now, now, 0.0), type(error).__name__)
         return now
@@ -308,17 +306,18 @@ class Exchange(Secret):
             self._supply.prepare(following, rows)
             self._codecs[following].bring_near()
 
-    def _lie(self, link: Link, codec: Codec) -> WrongProduct:
+    def _lie(self, link: Link, codec: Codec) -> VerificationError:
         """The error for a wrong product of a group, of which other challenges are in force already (M15); the
         worker is quarantined.
 
         Raises: ExhaustedError when the group has no challenges left.
         """
-        error = WrongProduct(
+        error = VerificationError(
             f"worker {link.address}: its product for {codec.name} is wrong; nothing of it was used, and "
             "the worker is quarantined",
             link.address,
         )
+        self._workers.wrong(link)
         self._workers.failed(link, error, codec.name)  # now, while nobody else has his turn with it: M14
         codec.check_left()
         return error

@@ -52,10 +52,6 @@ class KnownLiar(VerificationError):
     """Its key is on record."""
 
 
-class WrongProduct(VerificationError):
-    """A product of its own failed the check (step 4, or O3)."""
-
-
 @dataclass
 class Member:
     """One of them, with its link."""

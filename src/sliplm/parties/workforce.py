@@ -29,7 +29,7 @@ from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog, Event
 from sliplm.parties.quarantine import Quarantine
-from sliplm.parties.standing import KnownLiar, Member, State, WrongProduct, lied, next_of, verdict
+from sliplm.parties.standing import KnownLiar, Member, State, lied, next_of, verdict
 from sliplm.protocol.side import Shape
 from sliplm.protocol.vault_side import Welcome
 
@@ -189,12 +189,16 @@ class Workforce:
             member.last = self._exchanges
             member.strikes = 0
 
+    def wrong(self, link: Link) -> None:
+        """Count an answer that failed the check; `failed` decides what becomes of who gave it."""
+        with self._lock:
+            self._by_address[link.address].wrong += 1
+
     def failed(self, link: Link, error: SlipError, group: str | None = None, *, probe: bool = False) -> None:
         """An exchange, or a probe, went wrong: decide what becomes of the worker, and record it."""
         member = self._by_address[link.address]
         event, state, pauses, kind = verdict(error)
         with self._lock:
-            member.wrong += isinstance(error, WrongProduct)
             if member.state in ("quarantined", "drained") or self._closing.is_set():
                 return  # decided already
             again = (member.state == state == "lost") or (probe and state != "quarantined")
