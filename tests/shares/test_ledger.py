@@ -25,7 +25,7 @@ import families
 import sliplm
 from sliplm import durable
 from sliplm.cli import main
-from sliplm.engines import source, writing
+from sliplm.engines import writing
 from sliplm.engines.transformers.origin import named_base, warn_of_named_base
 from sliplm.errors import CheckpointError, CredentialError, LedgerError, SealError, ShareError, SlipWarning
 from sliplm.shares import sealing
@@ -34,6 +34,7 @@ from sliplm.shares.ledger import VAULT_FILE, Ledger, add, default_folder
 from sliplm.shares.recipe import Recipe, Rule
 from sliplm.shares.sealing import reseal
 from sliplm.shares.share import open_sealed_file, open_vault
+from sliplm.shares.splitter import Splitter
 from sliplm.shares.splitting import split_group
 
 RECIPE = Recipe(rank=2)
@@ -478,7 +479,7 @@ def test_no_room_for_the_entry_loses_no_work(
         with pytest.raises(LedgerError, match=r"No space left.*SLIPLM_LEDGER.*finished work is kept"):
             split(model, tmp_path / "out")
     assert not (tmp_path / "out" / "worker").exists()
-    monkeypatch.setattr(source, "split_group", None)  # no group is done again
+    monkeypatch.setattr(Splitter, "split_group", None)  # no group is done again
     split(model, tmp_path / "out")
     assert len(own().entries()[0]) == 1
 

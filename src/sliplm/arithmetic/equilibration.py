@@ -8,6 +8,7 @@ an outlier that takes the bits of the rest of the input.  Between the diagonals 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from sliplm.arithmetic.jit import jit
 from sliplm.arithmetic.rotation import gaussians
 
 Factors = npt.NDArray[np.float64]
+Squares = Callable[[Factors], Factors]
+"""Of W between a diagonal and nothing: the squared norms of its rows, or columns, float64."""
 
 _DEAD = 2.0**-100  # of the largest norm: a row or column as small is zero for every purpose
 _TINY = 2.0**-110  # float32 has room for the factors of a norm above
@@ -46,10 +49,22 @@ def equilibrated(w: Floats) -> Equilibrated:
     where they are; their factor 0 takes them out of every product.  A matrix of zeros stays one.
     """
     d_out, d_in = _factors(w)
-    matrix = divided(w * _inverse(d_out).astype(np.float32)[:, None], d_in)
+    matrix = divided(w * inverse(d_out).astype(np.float32)[:, None], d_in)
     if d_in.any():
-        _fill(matrix, d_out == 0, d_in == 0)
+        dead_rows, dead_columns = fillings(d_out, d_in)
+        matrix[d_out == 0] = dead_rows
+        matrix[:, d_in == 0] = dead_columns
     return Equilibrated(matrix, d_out, d_in)
+
+
+def fillings(d_out: Floats, d_in: Floats) -> tuple[Floats, Floats]:
+    """Secret random numbers for the dead rows, float32 [dead, n], and for the dead columns, [m, dead]."""
+    m, n = len(d_out), len(d_in)
+    rows, columns = int(np.count_nonzero(d_out == 0)), int(np.count_nonzero(d_in == 0))
+    return (
+        gaussians(new_key(), rows * n).reshape(rows, n).astype(np.float32),
+        gaussians(new_key(), columns * m).reshape(m, columns).astype(np.float32),
+    )
 
 
 def column_factors(w: Floats) -> Floats:
@@ -68,7 +83,7 @@ def column_factors(w: Floats) -> Floats:
 
 def divided(w: Floats, d_in: Floats) -> Floats:
     """W diag(d_in)^-1, float32 [m, n]; where a factor is 0, so is the column."""
-    found: Floats = w * _inverse(d_in).astype(np.float32)
+    found: Floats = w * inverse(d_in).astype(np.float32)
     return found
 
 
@@ -88,15 +103,25 @@ def localisation(matrix: Floats, null: int) -> float:
 
 
 def _factors(w: Floats) -> tuple[Floats, Floats]:
-    """D_out and D_in by Sinkhorn and Knopp's iteration on the squares of W; D_in is about 1."""
-    ones = np.ones(w.shape[0]), np.ones(w.shape[1])
-    rows, columns = _alive(_row_squares(w, ones[1])), _alive(_column_squares(w, ones[0]))
+    return diagonals(w.shape, lambda by: _row_squares(w, by), lambda by: _column_squares(w, by))
+
+
+def diagonals(shape: tuple[int, ...], row_squares: Squares, column_squares: Squares) -> tuple[Floats, Floats]:
+    """D_out and D_in by Sinkhorn and Knopp's iteration on the squares of W, wherever that lies; D_in is about
+    1.
+
+    Args:
+        shape: (m, n) of W.
+        row_squares: of W diag(f), [m], for f [n].  column_squares: of diag(f) W, [n], for f [m].
+    """
+    ones = np.ones(shape[0]), np.ones(shape[1])
+    rows, columns = _alive(row_squares(ones[1])), _alive(column_squares(ones[0]))
     m, n = max(1, int(np.count_nonzero(rows))), max(1, int(np.count_nonzero(columns)))
     for _ in range(_ROUNDS):
-        norms = np.sqrt(_row_squares(w, _inverse(columns)) / n) * (rows > 0)
+        norms = np.sqrt(row_squares(inverse(columns)) / n) * (rows > 0)
         close = bool(np.all(np.abs(norms - rows) <= _CLOSE * rows))
         rows = norms
-        columns = np.sqrt(_column_squares(w, _inverse(rows)) / m) * (columns > 0)
+        columns = np.sqrt(column_squares(inverse(rows)) / m) * (columns > 0)
         if close:
             break
     size = math.sqrt(math.fsum(columns * columns) / n) or 1.0
@@ -110,18 +135,11 @@ def _alive(squares: Factors) -> Factors:
     return alive
 
 
-def _inverse(factors: npt.NDArray[np.floating]) -> Factors:
+def inverse(factors: npt.NDArray[np.floating]) -> Factors:
+    """1 / f, float64; 0 where f is 0."""
     found = np.zeros(len(factors))
     np.divide(1.0, factors, out=found, where=factors > 0, dtype=np.float64)
     return found
-
-
-def _fill(matrix: Floats, rows: npt.NDArray[np.bool_], columns: npt.NDArray[np.bool_]) -> None:
-    m, n = matrix.shape
-    if rows.any():
-        matrix[rows] = gaussians(new_key(), int(rows.sum()) * n).reshape(-1, n)
-    if columns.any():
-        matrix[:, columns] = gaussians(new_key(), int(columns.sum()) * m).reshape(m, -1)
 
 
 @jit

@@ -28,20 +28,35 @@ def quantise_rows(w: Floats, precision: int) -> tuple[npt.NDArray[np.integer], F
         with w * s ~ the input.
         A row of zeros has scale 1.
     """
-    largest = np.float32(2 ** (precision - 1) - 1)
-    peak = np.abs(w).max(axis=1, initial=0.0)
-    # below the smallest normal number a scale would lose its bits; such a row is zero for every purpose
-    scale = np.where(peak > largest * np.finfo(np.float32).tiny, peak / largest, np.float32(1)).astype(
-        np.float32
-    )
+    largest = largest_integer(precision)
+    scale = row_scales(np.abs(w).max(axis=1, initial=0.0), precision)
     rounded = np.rint(w / scale[:, None])
     np.clip(rounded, -largest, largest, out=rounded)
     return np.ascontiguousarray(rounded.astype(np.int8 if precision <= 8 else np.int16)), scale
 
 
+def largest_integer(precision: int) -> np.float32:
+    """2^(b-1) - 1, which |w| does not exceed."""
+    return np.float32(2 ** (precision - 1) - 1)
+
+
+def row_scales(peak: Floats, precision: int) -> Floats:
+    """The scales of rows whose largest entries have these sizes, float32 [m]; 1 for a row of zeros."""
+    largest = largest_integer(precision)
+    # below the smallest normal number a scale would lose its bits; such a row is zero for every purpose
+    usual = peak > largest * np.finfo(np.float32).tiny
+    return np.where(usual, peak / largest, np.float32(1)).astype(np.float32)
+
+
 def norm_bound(w: npt.NDArray[np.integer]) -> float:
     """N >= max_i ||w_i||_2 over the rows of the integers w [m, n], at least 1."""
-    largest = max((int(np.dot(row, row)) for row in (r.astype(np.int64) for r in w)), default=0)
+    return bound_of_squares(
+        max((int(np.dot(row, row)) for row in (r.astype(np.int64) for r in w)), default=0)
+    )
+
+
+def bound_of_squares(largest: int) -> float:
+    """`norm_bound` from the largest ||w_i||_2^2."""
     return max(1.0, math.nextafter(math.sqrt(largest), math.inf))
 
 

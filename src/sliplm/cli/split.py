@@ -94,6 +94,11 @@ def command(
             help="Split a model again, or a relative: two shares show what they differ by.",
         ),
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(help="Where matrices are decomposed: auto (a GPU if PyTorch sees one), cpu, cuda, or a "
+        "card as cuda:1, which then holds secrets."),
+    ] = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Split a model into OUT/vault, which stays with you, and OUT/worker, which may go anywhere.
@@ -120,7 +125,7 @@ def command(
     warned: list[str] = []
     report = split_with_progress(
         model, out, chosen, key, warned=warned, public=public or (), i_know=i_know,
-        base=base, adapters=_adapters(adapter or []),
+        base=base, adapters=_adapters(adapter or []), device=device,
     )  # fmt: skip
     _show(console(json=json), out, report, key)
     if json:

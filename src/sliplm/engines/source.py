@@ -11,7 +11,8 @@ import numpy.typing as npt
 from sliplm.engines.groups import Group
 from sliplm.shares.manifest import Attention, KeptGroup, SourceModel, VaultGroup
 from sliplm.shares.recipe import GroupChoice, Recipe
-from sliplm.shares.splitting import GroupSplit, split_group
+from sliplm.shares.splitter import Splitter
+from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 
 Errors = tuple[float, ...]
@@ -56,7 +57,9 @@ class Source(Protocol):
     def read(self, weight: str) -> npt.NDArray[np.float32]:
         """A parameter that is split, in its shape; NaN and infinity raise CheckpointError."""
 
-    def part(self, group: Group, choice: GroupChoice) -> tuple[GroupSplit, tuple[float, ...]]:
+    def part(
+        self, group: Group, choice: GroupChoice, splitter: Splitter
+    ) -> tuple[GroupSplit, tuple[float, ...]]:
         """Both parts of a group, and the norms of the difference to a public base, if there may be one."""
 
     @property
@@ -96,9 +99,9 @@ def stack(read: Callable[[str], npt.NDArray[np.float32]], group: Group) -> npt.N
     return stacked
 
 
-def plain_part(source: Source, group: Group, choice: GroupChoice) -> GroupSplit:
+def plain_part(source: Source, group: Group, choice: GroupChoice, splitter: Splitter) -> GroupSplit:
     """Both parts of a group that is split without a base."""
-    return split_group(
+    return splitter.split_group(
         group.name,
         stack(source.read, group),
         rank=choice.rank,

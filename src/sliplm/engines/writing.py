@@ -44,6 +44,7 @@ from sliplm.shares.share import (
     record,
     sliplm_version,
 )
+from sliplm.shares.splitter import Splitter
 from sliplm.shares.tensorfile import SafetensorsWriter, TensorSpec, free_bytes, write_error
 
 
@@ -65,10 +66,12 @@ def write_split(
     *,
     i_know: bool = False,
     ledger: Path | str | None = None,
+    splitter: Splitter,
 ) -> SplitReport:
     """Write both shares of a model.
 
     Args:
+        splitter: splits each group.
         key, progress, i_know, ledger: as `sliplm.split` takes them.
 
     Raises:
@@ -87,7 +90,7 @@ def write_split(
             hides = bool(plan.split) and not plan.public
             entry = _registered(plan, journal, owner, ledger, i_know) if hides else None
             with shown(progress, out) as update:
-                _write_shares(plan.shuffled(data_key), journal, data_key, entry, update)
+                _write_shares(plan.shuffled(data_key), journal, data_key, entry, splitter, update)
             if entry is not None:
                 entry.record()  # before anything is published: a crash in between costs nothing
             journal.finish()
@@ -175,7 +178,12 @@ def _continued(journal: Journal, key: KeySpec) -> bytes:
 
 
 def _write_shares(
-    plan: Source, journal: Journal, data_key: bytes, entry: Registration | None, progress: Update
+    plan: Source,
+    journal: Journal,
+    data_key: bytes,
+    entry: Registration | None,
+    splitter: Splitter,
+    progress: Update,
 ) -> None:
     vault, worker = journal.folder / "vault", journal.folder / "worker"
     resume = journal.resumed
@@ -189,7 +197,7 @@ def _write_shares(
         for spec in plan.kept_specs():
             _write_sealed(kept_file, data_key, spec.name, plan.kept_bytes(spec.name))
         kept_file.sync()
-        _split_groups(plan, journal, data_key, secret_file, public_file, progress)
+        _split_groups(plan, journal, data_key, secret_file, public_file, splitter, progress)
     for name, data in plan.companions().items():
         if "/" in name:
             (vault / name).parent.mkdir(mode=0o700, exist_ok=True)
@@ -230,6 +238,7 @@ def _split_groups(
     data_key: bytes,
     secret: SafetensorsWriter,
     public: SafetensorsWriter,
+    splitter: Splitter,
     progress: Update,
 ) -> None:
     total = sum(group.rows * group.columns for group, _ in plan.split)
@@ -240,7 +249,7 @@ def _split_groups(
         done += group.rows * group.columns
         if group.name in journal.errors:
             continue
-        part, norms = plan.part(group, choice)
+        part, norms = plan.part(group, choice, splitter)
         if not all(map(math.isfinite, (part.error, part.svd_error, part.localisation, *norms))):
             raise CheckpointError(
                 f"{group.name} holds values so large that sums of their squares leave float32: scale them, "

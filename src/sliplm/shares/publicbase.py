@@ -12,7 +12,8 @@ from sliplm.arithmetic.equilibration import Equilibrated, column_factors, divide
 from sliplm.arithmetic.field import new_key
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.errors import CheckpointError
-from sliplm.shares.splitting import GroupSplit, direction_error, gram, in_integers, top_triplets
+from sliplm.shares.splitter import Splitter
+from sliplm.shares.splitting import GroupSplit, direction_error, gram, in_integers
 
 LEAST_COSINE = 0.5  # below, a model is not taken for a fine-tune; unrelated ones have 0
 
@@ -34,7 +35,14 @@ def split_base(name: str, base: Floats, precision: int) -> GroupSplit:
 
 
 def split_difference(
-    name: str, weight: Floats, base: Floats, *, rank: int, precision: int, tail_to_worker: bool = False
+    name: str,
+    weight: Floats,
+    base: Floats,
+    *,
+    rank: int,
+    precision: int,
+    tail_to_worker: bool = False,
+    splitter: Splitter | None = None,
 ) -> tuple[GroupSplit, Norms]:
     """A fine-tuned matrix W against its base: A B is the best approximation of rank k of D = W - W_base.
 
@@ -45,9 +53,11 @@ def split_difference(
     Args:
         weight, base: float32 [m, n], finite.
         rank: k, at most min(m, n).
+        splitter: where A B is found; None for the processor.
     """
     difference = weight - base
-    a, b = top_triplets(difference, rank)
+    place = Splitter("cpu") if splitter is None else splitter
+    a, b = place.top_triplets(name, difference, rank)
     tail = difference - a @ b
     public = base + tail if tail_to_worker else base
     columns = column_factors(base)

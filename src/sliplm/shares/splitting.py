@@ -21,7 +21,8 @@ from sliplm.secrecy import Secret
 CHALLENGES = 2  # t: a wrong product passes with probability p^-2 = 2^-64
 CHALLENGE_SETS = 4  # one in use, the others spare: a set is not used again after a failed check
 EXACT_SVD = 4096  # smaller side up to which the decomposition is exact; above, randomised
-_OVERSAMPLING, _POWER_STEPS = 16, 4
+POWER_STEPS = 4
+_OVERSAMPLING = 16
 _USUAL = 20  # exponents of the largest entry, with which no square leaves float32
 _SLIGHT = 2.0**-20  # of the columns' root mean square
 
@@ -115,19 +116,13 @@ def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotatio
     Raises: RecipeError for a rank above the matrix's; CheckpointError for weights that are not finite.
     """
     m, n = weight.shape
-    if not 0 <= rank <= min(m, n):
-        raise RecipeError(f"{name}: rank {rank} is above the matrix's {min(m, n)}; choose a smaller rank")
-    if not np.isfinite(weight).all():
-        raise CheckpointError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged")
+    check_group(name, weight, rank)
     # 1. the most sensitive part
     a, b = top_triplets(weight, rank)
     with np.errstate(over="ignore", invalid="ignore"):
         rest = weight - a @ b
     if not np.isfinite(rest).all():
-        raise CheckpointError(
-            f"{name}: its largest values, near {np.abs(weight).max():.0e}, leave float32 in every product; "
-            "keep it whole by a rule with placement 'vault', or scale it down where the checkpoint is made"
-        )
+        raise too_large(name, weight)
     # 2. hide the basis, of a matrix without small or large rows and columns
     seed = new_key()
     level = equilibrated(rest) if rotation != "none" else undivided(rest)
@@ -135,9 +130,31 @@ def split_group(name: str, weight: Floats, *, rank: int, precision: int, rotatio
     secrets, w, error = in_integers(
         name, level._replace(matrix=hidden), a, b, precision=precision, rotation=rotation, seed=seed
     )
-    measured = rotation != "none" and min(m, n) <= EXACT_SVD
-    concentrated = localisation(level.matrix, rank) if measured else 0.0
+    concentrated = localisation(level.matrix, rank) if has_localisation(m, n, rotation) else 0.0
     return GroupSplit(secrets, w, error, direction_error(weight, a, b), concentrated)
+
+
+def check_group(name: str, weight: Floats, rank: int) -> None:
+    """Whether a group can be split.  Raises: RecipeError, CheckpointError as `split_group`."""
+    if not 0 <= rank <= min(weight.shape):
+        raise RecipeError(
+            f"{name}: rank {rank} is above the matrix's {min(weight.shape)}; choose a smaller rank"
+        )
+    if not np.isfinite(weight).all():
+        raise CheckpointError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged")
+
+
+def too_large(name: str, weight: Floats) -> CheckpointError:
+    """The error for a matrix of which step 1 leaves no finite rest."""
+    return CheckpointError(
+        f"{name}: its largest values, near {np.abs(weight).max():.0e}, leave float32 in every product; "
+        "keep it whole by a rule with placement 'vault', or scale it down where the checkpoint is made"
+    )
+
+
+def has_localisation(m: int, n: int, rotation: str) -> bool:
+    """Whether `GroupSplit.localisation` is measured."""
+    return rotation != "none" and min(m, n) <= EXACT_SVD
 
 
 def undivided(w: Floats) -> Equilibrated:
@@ -158,21 +175,30 @@ def in_integers(
         norm = likely_norm(hidden.matrix, w, scale, rotation, derive_key(seed, "rotation out"))
     scale_limit(norm, n)
     # 4. verification
-    c = np.concatenate([challenge_products(_challenges(seed, i, m), w) for i in range(CHALLENGE_SETS)])
+    c = all_challenge_products(seed, w)
+    squares = np.array([float(np.dot(row, row)) for row in (r.astype(np.float64) for r in w)])
     secrets = GroupSecrets(
         name, m, n, precision, rotation, a, b, hidden.d_out, hidden.d_in, scale, norm,
-        rounding_noise(w, scale, hidden.d_out), c, seed,
+        rounding_noise(squares, scale, hidden.d_out), c, seed,
     )  # fmt: skip
     return secrets, w, _relative_error(hidden.matrix, w, scale)
 
 
-def rounding_noise(w: npt.NDArray[np.integer], scale: Floats, d_out: Floats) -> float:
+def all_challenge_products(seed: bytes, w: npt.NDArray[np.integer]) -> Elements:
+    """`GroupSecrets.c` of w (SPEC split step 4)."""
+    sets = (_challenges(seed, number, len(w)) for number in range(CHALLENGE_SETS))
+    return np.concatenate([challenge_products(e, w) for e in sets])
+
+
+def rounding_noise(squares: npt.NDArray[np.float64], scale: Floats, d_out: Floats) -> float:
     """Root mean square of |D_out Q_out^T (s * w d)| for an error d of x_int that is uniform in [-1/2, 1/2]^n.
 
     Q_out spreads it over all rows alike.  A public base has neither Q_out nor D_out.
+
+    Args:
+        squares: |w_i|^2 of the rows of w, [m].
     """
-    squares = (float(np.dot(row, row)) for row in (r.astype(np.float64) for r in w))
-    total = sum(square * float(s) ** 2 for square, s in zip(squares, scale, strict=True))
+    total = float(squares @ np.square(scale.astype(np.float64)))
     return math.sqrt(total / 12 * float(np.square(d_out.astype(np.float64)).mean()))
 
 
@@ -183,13 +209,30 @@ def top_triplets(weight: Floats, rank: int) -> tuple[Floats, Floats]:
     Exact up to EXACT_SVD on the smaller side; above, by a randomised range finder with power steps.
     """
     if rank == 0:
-        return np.zeros((weight.shape[0], 0), np.float32), np.zeros((0, weight.shape[1]), np.float32)
+        return no_triplets(weight.shape)
     weight, exponent = _near_one(weight)
     right = _right_vectors(weight, rank)
-    # of a column that is nearly zero the vectors hold rounding noise, which W_D would show beside it
-    norms = np.linalg.norm(weight, axis=0)
-    right[norms <= _SLIGHT * np.sqrt(np.square(norms).mean())] = 0
-    left = weight @ right
+    right[slight(np.linalg.norm(weight, axis=0))] = 0
+    return scaled_triplets(weight @ right, right, exponent)
+
+
+def no_triplets(shape: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """A and B of rank 0 for a matrix [m, n]."""
+    return np.zeros((shape[0], 0), np.float32), np.zeros((0, shape[1]), np.float32)
+
+
+def slight(norms: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
+    """Which columns, by their norms [n], are nearly zero: what the vectors have of them is rounding noise,
+    which W_D would show beside it.
+    """
+    found: npt.NDArray[np.bool_] = norms <= _SLIGHT * np.sqrt(np.square(norms).mean())
+    return found
+
+
+def scaled_triplets(
+    left: npt.NDArray[np.floating], right: npt.NDArray[np.floating], exponent: int = 0
+) -> tuple[Floats, Floats]:
+    """A and B from W V, [m, k], times 2^exponent, and V, [n, k]."""
     above = max(0, exponent + _exponent(left) - 127)  # what float32 has no room for in A
     a, b = np.ldexp(left, exponent - above), np.ldexp(right.T, above)
     return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
@@ -212,7 +255,7 @@ def _near_one(matrix: Floats) -> tuple[Floats, int]:
     return (matrix, 0) if abs(exponent) <= _USUAL else (np.ldexp(matrix, -exponent), exponent)
 
 
-def _exponent(matrix: Floats) -> int:
+def _exponent(matrix: npt.NDArray[np.floating]) -> int:
     return int(np.frexp(max(matrix.max(initial=0.0), -matrix.min(initial=0.0)))[1])
 
 
@@ -224,13 +267,17 @@ def _right_vectors(weight: Floats, rank: int) -> Floats:
             return np.linalg.eigh(gram(weight))[1][:, -1 : -rank - 1 : -1].astype(np.float32)
         left = np.linalg.eigh(gram(weight.T))[1][:, -1 : -rank - 1 : -1]
         return np.linalg.qr((weight.T @ left.astype(np.float32)).astype(np.float64))[0].astype(np.float32)
-    start = gaussians(new_key(), n * min(rank + _OVERSAMPLING, m, n)).reshape(n, -1).astype(np.float32)
-    basis = np.linalg.qr(start)[0]
-    for _ in range(_POWER_STEPS):
+    basis = np.linalg.qr(random_start(m, n, rank).astype(np.float32))[0]
+    for _ in range(POWER_STEPS):
         basis = np.linalg.qr(weight.T @ (weight @ basis))[0]
     _, _, right = np.linalg.svd(weight @ basis, full_matrices=False)
     top: Floats = basis @ right[:rank].T
     return top
+
+
+def random_start(m: int, n: int, rank: int) -> npt.NDArray[np.float64]:
+    """Where the randomised decomposition begins: [n, rank and some more]."""
+    return gaussians(new_key(), n * min(rank + _OVERSAMPLING, m, n)).reshape(n, -1)
 
 
 def gram(x: Floats) -> npt.NDArray[np.float64]:

@@ -26,6 +26,7 @@ from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.manifest import FORMAT_VERSION, PLAIN_MODULE, Attention, KeptGroup, SourceModel, VaultGroup
 from sliplm.shares.recipe import GroupChoice, Recipe
 from sliplm.shares.share import sliplm_version
+from sliplm.shares.splitter import Splitter
 from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 
@@ -46,6 +47,7 @@ def split_module(
     i_know: bool = False,
     ledger: Path | str | None = None,
     progress: Update | None = None,
+    device: str = "auto",
 ) -> SplitReport:
     """Split a PyTorch module into `out_dir/vault` (secret, sealed) and `out_dir/worker` (may be public).
 
@@ -58,19 +60,20 @@ def split_module(
         example_inputs: what it is called with: a tensor, a tuple of arguments, or a mapping of keyword
             arguments.  It is run on them once.  The report counts one such call.
         out_dir: made if missing; must not hold a `vault` or `worker` yet.
-        recipe, key, i_know, ledger, progress: as `sliplm.split` takes them.  Patterns match names such as
-            `features.0`.
+        recipe, key, i_know, ledger, progress, device: as `sliplm.split` takes them.  Patterns match names
+            such as `features.0`.
 
     Raises:
         InputError: the module is in training mode or elsewhere, or cannot be run on its example inputs.
         UnsplittableError: it has no weight that can be split.
         CheckpointError: a weight holds NaN or infinity, or is of a type that cannot be stored.
-        RecipeError, CredentialError, LedgerError, SealError, ShareError: as `sliplm.split`.
+        CardError, RecipeError, CredentialError, LedgerError, SealError, ShareError: as `sliplm.split`.
     """
     out, key = Path(out_dir), checked(key)
     refuse_existing(out)
+    splitter = Splitter(device)
     plan = plan_module(module, example_inputs, recipe or Recipe())
-    return write_split(plan, out, key, progress, i_know=i_know, ledger=ledger)
+    return write_split(plan, out, key, progress, i_know=i_know, ledger=ledger, splitter=splitter)
 
 
 def plan_module(module: nn.Module, example_inputs: Inputs, recipe: Recipe) -> ModulePlan:
@@ -172,9 +175,11 @@ class ModulePlan:
         """A parameter that is split, in its shape."""
         return self.traced.parameters[weight].detach().to(torch.float32).numpy()
 
-    def part(self, group: Group, choice: GroupChoice) -> tuple[GroupSplit, tuple[float, ...]]:
+    def part(
+        self, group: Group, choice: GroupChoice, splitter: Splitter
+    ) -> tuple[GroupSplit, tuple[float, ...]]:
         """Both parts of a group."""
-        return plain_part(self, group, choice), ()
+        return plain_part(self, group, choice, splitter), ()
 
     def adapter_arrays(self, group: Group, found: VaultGroup) -> Mapping[str, npt.NDArray[np.float32]]:
         """None: modules have no adapters."""

@@ -20,6 +20,7 @@ from sliplm.planning.counts import SplitReport
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.recipe import Recipe
 from sliplm.shares.sketch import Likeness
+from sliplm.shares.splitter import Splitter
 
 
 def split(
@@ -34,6 +35,7 @@ def split(
     progress: Update | None = None,
     base: Path | str | None = None,
     adapters: Mapping[str, Path | str] | None = None,
+    device: str = "auto",
 ) -> SplitReport:
     """Split a checkpoint into `out_dir/vault` (secret, sealed) and `out_dir/worker` (assume it is public).
 
@@ -55,8 +57,13 @@ def split(
         base: the folder of the public model that this one was trained from, or this one itself.  The worker's
             share is then the base alone, whatever was trained, and the vault holds the difference.
         adapters: by name the folders of LoRA adapters to the model, as peft saves them; only with a base.
+        device: where matrices are decomposed: "auto" (the first NVIDIA card, if PyTorch sees one; the
+            processor for what it cannot), "cpu", or a card that must do it, "cuda" or "cuda:1".  The card
+            holds secrets, and is trusted like the processor.
 
     Raises:
+        CardError: the named card is missing, fails, or has too little memory.
+        InputError: there is no such device.
         AdapterError: an adapter is incomplete, of another model or of no kind that can be kept exactly.
         CheckpointError: the checkpoint is incomplete, damaged or of no kind that can be split.
         UnsplittableError: modules hold matrices that cannot be split, and the recipe does not place them in
@@ -71,10 +78,11 @@ def split(
     """
     out, key = Path(out_dir), checked(key)
     refuse_existing(out)
+    splitter = Splitter(device)
     plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {})
     warn_of_whole(plan, level=2)
     relatives = _relatives(plan, public)
-    report = write_split(plan, out, key, progress, i_know=i_know, ledger=ledger)
+    report = write_split(plan, out, key, progress, i_know=i_know, ledger=ledger, splitter=splitter)
     return report.model_copy(update={"public": relatives})
 
 

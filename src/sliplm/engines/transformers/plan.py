@@ -36,6 +36,7 @@ from sliplm.shares.manifest import (
 )
 from sliplm.shares.recipe import GroupChoice, Recipe
 from sliplm.shares.share import sliplm_version
+from sliplm.shares.splitter import Splitter
 from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 
@@ -112,11 +113,13 @@ class Plan:
         """A parameter that is split, in its shape."""
         return self.stored.read(weight)
 
-    def part(self, group: Group, choice: GroupChoice) -> tuple[GroupSplit, tuple[float, ...]]:
+    def part(
+        self, group: Group, choice: GroupChoice, splitter: Splitter
+    ) -> tuple[GroupSplit, tuple[float, ...]]:
         """Both parts of a group, and the norms of the difference to the base, if any."""
         if self.base is not None:
-            return self.base.split_group(self.stored, group, choice)
-        return plain_part(self, group, choice), ()
+            return self.base.split_group(self.stored, group, choice, splitter)
+        return plain_part(self, group, choice, splitter), ()
 
     def shuffled(self, secret: bytes) -> Plan:
         """The same with the experts of each layer in a secret order, under which the worker knows them.

@@ -16,6 +16,7 @@ from sliplm.shares.contents import adapter_tensors
 from sliplm.shares.manifest import VaultGroup
 from sliplm.shares.publicbase import split_base, split_difference
 from sliplm.shares.recipe import GroupChoice
+from sliplm.shares.splitter import Splitter
 from sliplm.shares.splitting import GroupSplit
 
 Split = tuple[tuple[Group, GroupChoice], ...]
@@ -55,7 +56,7 @@ class PublicBase:
         return tuple(changed)
 
     def split_group(
-        self, model: StoredModel, group: Group, choice: GroupChoice
+        self, model: StoredModel, group: Group, choice: GroupChoice, splitter: Splitter
     ) -> tuple[GroupSplit, tuple[float, ...]]:
         """Both parts of a group of `model`, and the norms of the difference, if there may be one."""
         base = stack(self.stored.read, group)
@@ -68,6 +69,7 @@ class PublicBase:
             rank=choice.rank,
             precision=choice.precision,
             tail_to_worker=self.tail_to_worker,
+            splitter=splitter,
         )
 
     def adapter_arrays(self, group: Group, found: VaultGroup) -> dict[str, npt.NDArray[np.float32]]:
