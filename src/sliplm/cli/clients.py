@@ -48,17 +48,25 @@ def add(
     watch: Annotated[
         bool, typer.Option("--watch", help="A key for /metrics, which asks the model nothing.")
     ] = False,
+    console: Annotated[bool, typer.Option("--console", help="Let it open the console, at /console.")] = False,
+    activations: Annotated[
+        bool,
+        typer.Option("--activations", help="Let it see true activations there, of everybody's requests."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Make a client's key, and print it: it is nowhere else.
 
-    Probabilities tell much of a model: give them to nobody who need not have them.
+    Probabilities tell much of a model, and activations of what others ask: give neither to anybody who need
+    not have them.
 
     Example: slip clients add clients alice --minute 20000 --day 500000 --budget 10000000
+
+    Example: slip clients add clients operator --console --activations
     """
     key = clients.add(
         folder, name, minute=minute, day=day, budget=budget, logprobs=logprobs, echo=echo, watch=watch,
-        ask=not watch,
+        ask=not watch, console=console, activations=activations,
     )  # fmt: skip
     if json:
         print_json({"client": name, "key": key})
@@ -82,7 +90,7 @@ def list_clients(folder: _Folder, json: Json = False) -> None:
         limits = [f"{limit:,}" if limit else "any" for limit in (client.minute, client.day, client.budget)]
         may = ["ask"] if client.ask else []
         may += [f"logprobs {client.logprobs}"] if client.logprobs is not None else []
-        may += [word for word in ("echo", "watch") if getattr(client, word)]
+        may += [word for word in ("echo", "watch", "console", "activations") if getattr(client, word)]
         table.add_row(client.name, "revoked" if client.revoked else "good", *limits, ", ".join(may))
     console().print(table)
 

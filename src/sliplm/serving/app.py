@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from sliplm.serving import replies
+from sliplm.serving import console, replies
 from sliplm.serving.answering import Answers, Piece
 from sliplm.serving.asked import Body, Chat, Completion, refused
 from sliplm.serving.clients import Client
@@ -40,6 +40,7 @@ def build(desk: Desk) -> Any:
     )  # fmt: skip
     _add_answers(app, desk)
     _add_figures(app, desk)
+    console.add_routes(app, desk)
     _add_errors(app, desk)
     described = app.openapi()
     for body in (Chat, Completion):

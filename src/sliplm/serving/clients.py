@@ -16,9 +16,10 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from sliplm import durable
 from sliplm.errors import CredentialError, InputError
@@ -51,6 +52,8 @@ class Client(BaseModel):
         echo: whether it may have the probabilities of its own text.
         watch: whether it may read the server's figures.
         ask: whether it may ask the model.
+        console: whether it may open the console.
+        activations: whether it sees true activations there, of everybody's requests.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +69,14 @@ class Client(BaseModel):
     echo: bool = False
     watch: bool = False
     ask: bool = True
+    console: bool = False
+    activations: bool = False
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.activations and not self.console:
+            raise PydanticCustomError("policy", "activations are shown on the console only: allow that too")
+        return self
 
 
 ANYBODY: Final = Client(name="anybody", sha256="0" * 64, created="", watch=True)

@@ -14,7 +14,9 @@ from sliplm.serving.answering import LOOK
 from sliplm.serving.clients import Client, Clients
 from sliplm.serving.figures import Figures
 from sliplm.serving.limits import Limits
+from sliplm.serving.lookout import Lookout
 from sliplm.serving.refusals import Refusal, busy, too_many
+from sliplm.serving.samples import Samples
 from sliplm.serving.served import Served
 
 WAITING: Final = 256
@@ -40,6 +42,10 @@ class Desk:
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sliplm-scoring"))
     under_way: Counter[str] = field(default_factory=Counter)
     refusals: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.lookout = Lookout(self.served)
+        self.samples = Samples(self.lookout)
 
     def stands(self, client: Client) -> bool:
         """Whether a client may still have answers."""
@@ -93,3 +99,4 @@ async def watch(desk: Desk) -> None:
         if desk.clients is not None:
             desk.clients.refresh()
         desk.served.batch.revive()
+        desk.samples.rest()

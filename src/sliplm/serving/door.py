@@ -1,6 +1,7 @@
 """What every request passes before a byte of its body is read: who asks, and how much may come.
 
-Health and readiness are open to everybody.  Everything else needs a key, where the server has clients.
+Health, readiness and the console's empty page are open to everybody.  Everything else needs a key, where the
+server has clients; what the console shows needs one everywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +24,14 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 MOST: Final = 2 << 20
 """Bytes of a body."""
 
-OPEN: Final = frozenset({"/health", "/ready"})
-WATCHED: Final = frozenset({"/metrics"})
+METRICS: Final = "/metrics"
+PAGE: Final = ("/console", "/console/page.js", "/console/page.css")
+"""The console's page, which holds nothing and asks for a key."""
+
+STATE: Final = "/console/state"
+"""What it shows."""
+
+OPEN: Final = frozenset(("/health", "/ready", *PAGE))
 CLIENT, REQUEST_ID = "sliplm.client", "sliplm.request"
 """Where the scope has them."""
 
@@ -77,13 +84,15 @@ class Door:
     def _client(self, scope: Scope) -> Client:
         """Who asks.  Raises: Refusal for nobody that we know, or who may not ask this."""
         path = scope["path"]
-        if self._clients is None or path in OPEN:
+        if path in OPEN:
             return ANYBODY
-        client = self._clients.find(_key(scope))
+        client = ANYBODY if self._clients is None else self._clients.find(_key(scope))
         if client is None:
             raise Refusal(401, "no such key: name yours as a bearer token", code="invalid_api_key")
-        if not (client.watch if path in WATCHED else client.ask):
-            raise Refusal(403, "your key is not for this", kind="permission_error", code="not_allowed")
+        allowed = client.watch if path == METRICS else client.console if path == STATE else client.ask
+        if not allowed:
+            why = "your key is not for this" if self._clients else "this is for servers with --clients"
+            raise Refusal(403, why, kind="permission_error", code="not_allowed")
         return client
 
 
