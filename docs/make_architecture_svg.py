@@ -39,6 +39,7 @@ RED, BLUE, INK, GREY, LINE = "#b4450a", "#1f5fae", "#1b1f24", "#57606a", "#c3cad
 ROOM_WIDTH, ROOM_HEIGHT = 92, 46
 COLUMNS = (268, 380, 492, 604, 718, 832)  # left edges; the fifth column lies on the wire
 WIRE = COLUMNS[4] + ROOM_WIDTH // 2
+LINE_WIDTH = 96
 NAMES_WIDTH = 34  # characters beside rooms; a floor without rooms has them across
 
 Point = tuple[float, float]
@@ -56,17 +57,17 @@ class Floor(NamedTuple):
 FLOORS = (
     Floor("report", "#f6f8fa", 32),
     Floor("examples", "#f6f8fa", 32),
-    Floor("serving", "#f6f8fa", 32),
-    Floor("engines", "#fff8ec", 166, (
+    Floor("serving", "#f6f8fa", 46),
+    Floor("engines", "#fff8ec", 198, (
         {0: "convert", 1: "checkpoint", 2: "layout", 3: "plan"}, {0: "source", 1: "writing", 4: "modules"})),
     Floor("planning", "#f6f8fa", 52, ({},)),
-    Floor("parties", "#eef5fd", 92, ({0: "codec", 1: "supply", 2: "exchange", 3: "vault", 5: "worker"},)),
+    Floor("parties", "#eef5fd", 106, ({0: "codec", 1: "supply", 2: "exchange", 3: "vault", 5: "worker"},)),
     Floor("network", "#f6f8fa", 80, ({2: "link", 4: "transport", 5: "listener"},)),
     Floor("protocol", "#eef5fd", 80, ({2: "vault_side", 4: "frames", 5: "worker_side"},)),
     Floor("masks", "#f6f8fa", 80, ({1: "masks"},)),
     Floor("shares", "#fff8ec", 148, (
         {1: "manifest", 2: "ledger"}, {0: "splitting", 1: "tensorfile", 2: "sealing", 3: "contents"})),
-    Floor("arithmetic", "#eef5fd", 146, (
+    Floor("arithmetic", "#eef5fd", 164, (
         {0: "equilibration", 1: "rotation", 2: "fixedpoint", 3: "field", 5: "kernels"},)),
 )  # fmt: skip
 """From the roof down, without what is drawn by itself."""
@@ -180,7 +181,8 @@ def draw_floor(floor: Floor, top: float) -> tuple[list[str], dict[str, Room]]:
     out.append(text(LEFT + 10, top + 21, floor.package, size=15, fill=INK, more=' font-weight="700"'))
     others = names(floor.package, [room.path.removesuffix(".py") for room in rooms.values()])
     if not floor.rows:
-        out += [text(COLUMNS[0], top + 20, "  ".join(others))]
+        lines = wrapped(others, LINE_WIDTH)
+        out += [text(COLUMNS[0], top + 20 + 15 * i, line) for i, line in enumerate(lines)]
     for i, line in enumerate(wrapped(others, NAMES_WIDTH) if floor.rows else ()):
         out.append(text(LEFT + 10, top + 38 + 15 * i, line))
     return out, rooms
