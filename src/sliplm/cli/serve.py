@@ -47,6 +47,11 @@ def command(
         typer.Option(help="What clients call the model; by default the folder's name. Adapters go by theirs.",
                      rich_help_panel=_SERVER),
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Send traces to an OpenTelemetry collector, by OTLP over HTTP.",
+                     rich_help_panel=_SERVER),
+    ] = None,
     cache_tokens: Annotated[
         int,
         typer.Option(min=64, help="Tokens of which keys and values are kept, of all requests together.",
@@ -90,6 +95,7 @@ def command(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"the server needs {error.name}: pip install 'sliplm[serve]'") from error
+    told = None if traces is None else _collector(traces)
     vault = vault_of(out)
     if clients is not None and audit is None:
         audit = clients / "audit.jsonl"
@@ -109,12 +115,12 @@ def command(
 
         where = Where(*_host_port(listen), tls_cert, tls_key)
         _serve(out, vault, worker or [], chosen, made, waiting, where, clients, no_tls, name,
-               Room(cache_tokens, batch_tokens, batch_requests), json)  # fmt: skip
+               Room(cache_tokens, batch_tokens, batch_requests), told, json)  # fmt: skip
 
 
 def _serve(
     out: Path, vault: Path, workers: list[str], chosen: dict[str, Any], tokenizer: Any, waiting: Waiting,
-    where: Any, folder: Path | None, plain: bool, name: str | None, room: Any, json: bool,
+    where: Any, folder: Path | None, plain: bool, name: str | None, room: Any, traces: Any, json: bool,
 ) -> None:  # fmt: skip
     from sliplm.engines.transformers.batching import Batch
     from sliplm.serving import run
@@ -135,8 +141,17 @@ def _serve(
         waiting.over()
         run.log_lines()
         address = run.url(where, listening)
-        run.serve(Desk(served, known, limits, Figures(served)), where, listening,
+        run.serve(Desk(served, known, limits, Figures(served), traces), where, listening,
                   lambda: _ready(served.name, address, json=json))  # fmt: skip
+
+
+def _collector(url: str) -> Any:
+    try:
+        from sliplm.serving.tracing import to_collector
+
+        return to_collector(url)
+    except ImportError as error:
+        raise InputError(f"traces need {error.name}: pip install 'sliplm[otel]'") from error
 
 
 def _ready(name: str, address: str, *, json: bool) -> None:

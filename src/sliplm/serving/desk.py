@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from sliplm.parties.audit import AuditLog
 from sliplm.serving.answering import LOOK
@@ -18,6 +18,9 @@ from sliplm.serving.lookout import Lookout
 from sliplm.serving.refusals import Refusal, busy, too_many
 from sliplm.serving.samples import Samples
 from sliplm.serving.served import Served
+
+if TYPE_CHECKING:  # what it needs may not be installed
+    from sliplm.serving.tracing import Traces
 
 WAITING: Final = 256
 """Answers that may be under way or wait; who comes then is told to ask again."""
@@ -32,6 +35,7 @@ class Desk:
 
     Attributes:
         clients: who may ask; None: anybody.
+        traces: where what is done is told, or None.
         under_way: answers that were begun and have not ended, of each client.
     """
 
@@ -39,6 +43,7 @@ class Desk:
     clients: Clients | None
     limits: Limits
     figures: Figures
+    traces: Traces | None = None
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sliplm-scoring"))
     under_way: Counter[str] = field(default_factory=Counter)
     refusals: Counter[tuple[str, str, int]] = field(default_factory=Counter)
@@ -46,6 +51,8 @@ class Desk:
     def __post_init__(self) -> None:
         self.lookout = Lookout(self.served)
         self.samples = Samples(self.lookout)
+        if self.traces is not None:
+            self.lookout.add(self.traces)
 
     def stands(self, client: Client) -> bool:
         """Whether a client may still have answers."""

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from sliplm.serving import replies
 from sliplm.serving.answering import Answers, Piece
-from sliplm.serving.asked import Body
+from sliplm.serving.asked import Body, Chat
 from sliplm.serving.desk import Desk
 from sliplm.serving.door import REQUEST_ID
 from sliplm.serving.limits import Taken
@@ -32,6 +32,11 @@ class Job:
         self.spell = desk.served.piece
         self.told = answers.top is not None
         desk.under_way[self.client.name] += len(answers.choices)
+        self._traced = None
+        if desk.traces is not None:
+            operation = "chat" if isinstance(body, Chat) else "text_completion"
+            asked = [choice.request for choice in answers.choices if choice.request is not None]
+            self._traced = desk.traces.begin(self.id, operation, body.model, asked)
 
     async def pieces(self, first: Piece | None = None) -> AsyncIterator[Piece]:
         """The pieces of all answers, counted.  Raises: Refusal."""
@@ -75,6 +80,8 @@ class Job:
             "workers": {who: n for who, n in workers.items() if n},
         }  # fmt: skip
         how = "answered" if ended else ("given up" if refusal is None else refusal.code or refusal.kind)
+        if self._traced is not None:
+            self._traced.end(how, answers.prompt_tokens, answers.generated)
         desk.audit.write("asked", how, role="client", address=self.client.name, detail=detail)
 
     def _count(self, piece: Piece) -> None:

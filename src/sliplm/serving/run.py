@@ -109,6 +109,8 @@ def serve(desk: Desk, where: Where, listening: socket.socket, ready: Callable[[]
     finally:
         desk.record()
         desk.scorer.shutdown(wait=False, cancel_futures=True)
+        if desk.traces is not None:
+            desk.traces.close()
 
 
 def replay(audit: Path, limits: Limits) -> None:
