@@ -28,7 +28,7 @@ from sliplm.shares.tensorfile import ITEM_BYTES, NUMPY, TensorEntry, read_header
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20  # which a processor's cache holds
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -78,15 +78,15 @@ class Checkpoint:
         out = np.empty(math.prod(shape), dtype=np.float32)
         done = 0
         for chunk in self.chunks(key, number):
-            values = _values(entry.dtype, chunk)
-            out[done : done + len(values)] = values
-            done += len(values)
-        if not np.isfinite(out).all():  # a float64 that float32 cannot hold
+            count = len(chunk) // ITEM_BYTES[entry.dtype]
+            _convert(entry.dtype, chunk, out[done : done + count])
+            done += count
+        if entry.dtype == "F64" and not np.isfinite(out).all():  # one that float32 cannot hold
             raise CheckpointError(f"{key} holds values beyond float32; the checkpoint cannot be split")
         return out.reshape(shape)
 
     def chunks(self, key: str, number: int | None = None) -> Iterator[bytes]:
-        """The bytes of one tensor as stored (or of the `number`-th that it stacks), in pieces of 8 MiB.
+        """The bytes of one tensor as stored (or of the `number`-th that it stacks), in pieces of 1 MiB.
 
         Floating types are checked on the way.
 
@@ -102,7 +102,7 @@ class Checkpoint:
                     chunk = file.read(min(left, CHUNK_BYTES))
                     if not chunk:
                         raise CheckpointError(f"{file_path} was cut off while it was read; copy it again")
-                    if entry.dtype in FLOATS and not np.isfinite(_values(entry.dtype, chunk)).all():
+                    if entry.dtype in FLOATS and not _finite(entry.dtype, chunk):
                         raise CheckpointError(f"{key} in {file_path} holds NaN or infinity; it is damaged")
                     left -= len(chunk)
                     yield chunk
@@ -260,14 +260,22 @@ def _prefixed(name: str, layout: Layout, shapes: Mapping[str, Any]) -> str:
     return name
 
 
-def _values(dtype: str, data: bytes) -> npt.NDArray[Any]:
+def _finite(dtype: str, data: bytes) -> bool:
+    """Whether none of these floating numbers is NaN or infinite."""
+    if dtype == "BF16":  # not all of the exponent's bits are set
+        return int((np.frombuffer(data, dtype="<u2") & 0x7F80).max(initial=0)) != 0x7F80
+    return bool(np.isfinite(np.frombuffer(data, dtype=NUMPY[dtype])).all())
+
+
+def _convert(dtype: str, data: bytes, out: npt.NDArray[np.float32]) -> None:
+    """Floating numbers as they are stored, as float32."""
     if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
-    values = np.frombuffer(data, dtype=NUMPY[dtype])
-    if dtype == "F64":
+        bits = out.view(np.uint32)
+        bits[:] = np.frombuffer(data, dtype="<u2")
+        bits <<= 16
+    else:
         with np.errstate(over="ignore"):
-            return values.astype(np.float32)
-    return values
+            out[:] = np.frombuffer(data, dtype=NUMPY[dtype])
 
 
 def _read_index(path: Path) -> dict[str, str]:
