@@ -46,7 +46,7 @@ POOL: Final = 10_000_019  # places where a tensor of the checkpoint may begin in
 STEPS: Final = (
     (oncard, "_triplets"), (oncard, "_direction_error"), (dense, "subtract"), (dense, "equilibrate"),
     (dense, "localisation"), (dense_rotation, "rotated"), (dense, "in_integers"), (dense, "spectral_bound"),
-    (dense_rotation, "unevenness"), (splitting, "all_challenge_products"),
+    (dense_rotation, "unevenness"), (splitting, "all_challenge_products"), (oncard, "_is_whole"),
 )  # fmt: skip
 """What a split on a device consists of, but for the weights' way there."""
 

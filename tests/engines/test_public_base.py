@@ -42,7 +42,7 @@ from sliplm.shares.manifest import Member
 from sliplm.shares.publicbase import energy_rank, split_base, split_difference
 from sliplm.shares.recipe import Recipe, Rule
 from sliplm.shares.share import check_pair, open_vault, open_worker, read_vault_manifest
-from sliplm.shares.splitting import LowRank
+from sliplm.shares.splitting import LowRank, squared_values
 from sliplm.shares.tensorfile import read_header
 from test_cli import last_json, run_here, slip
 from test_convert import whole_again
@@ -361,11 +361,11 @@ def test_stacked_factors_are_the_merged_matrix(members: list[tuple[int, int]], n
 @given(st.integers(2, 10), st.integers(2, 10), st.floats(0.01, 1.0), st.integers(0, 2**32 - 1))
 def test_the_rank_of_an_energy_is_the_smallest(m: int, n: int, energy: float, seed: int) -> None:
     difference = np.random.default_rng(seed).standard_normal((m, n)).astype(np.float32)
-    rank = energy_rank(difference, energy)
+    rank = energy_rank(squared_values(difference), energy)
     kept = np.cumsum(np.linalg.svd(difference.astype(np.float64), compute_uv=False) ** 2)
     assert kept[rank - 1] >= energy * kept[-1] * (1 - 1e-9)
     assert rank == 1 or kept[rank - 2] < energy * kept[-1] * (1 + 1e-9)
-    assert energy_rank(np.zeros((m, n), np.float32), energy) == 0
+    assert energy_rank(squared_values(np.zeros((m, n), np.float32)), energy) == 0
 
 
 def test_the_difference_is_cut_as_well_as_can_be() -> None:

@@ -224,6 +224,44 @@ def test_bad_weights_are_refused_and_zeros_split(device: str) -> None:
     assert not parts.w.any() and parts.error == 0 and parts.svd_error == 0
 
 
+@pytest.mark.parametrize("step", ["forth", "squared", "triplets"])
+def test_what_a_card_spoils_is_not_written(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weights(60, 90)
+    split(weight)
+    if step == "forth":
+        monkeypatch.setattr(dense_rotation, "forth", lambda x, by: x)
+    elif step == "squared":
+        plain = dense.in_integers
+        monkeypatch.setattr(
+            dense, "in_integers", lambda x, bits: (found := plain(x, bits))._replace(w=np.roll(found.w, 1, 0))
+        )
+    else:
+        monkeypatch.setattr(dense, "subtract", lambda x, a, b: None)
+    with pytest.raises(CardError, match="what it made of g does not give its products"):
+        split(weight)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.data())
+@settings(max_examples=60)
+def test_no_honest_split_is_taken_for_spoilt(m: int, n: int, seed: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    spread = data.draw(st.sampled_from([0, 1, 10, 30]))
+    rows, columns = (np.exp2(rng.uniform(-spread, spread, k)) for k in (m, n))
+    weight = (rng.standard_normal((m, n)) * rows[:, None] * columns).astype(np.float32)
+    weight *= np.float32(2.0 ** data.draw(st.integers(-60, 60)))
+    weight[rng.random((m, n)) < data.draw(st.sampled_from([0, 0.5, 0.97]))] = 0
+    kind = data.draw(st.sampled_from(["fast", "haar", "none"]))
+    split(weight, "cpu", min(m, n, data.draw(st.integers(0, 4))), data.draw(st.integers(4, 12)), kind)
+
+
+@on_devices
+@pytest.mark.parametrize(("m", "n"), [(50, 30), (30, 50), (4, 4)])
+def test_squared_singular_values_are_the_processors(m: int, n: int, device: str) -> None:
+    weight = weights(m, n)
+    found = oncard.squared_values(weight, torch.device(device))
+    assert np.allclose(found, splitting.squared_values(weight), rtol=1e-6, atol=1e-9)
+
+
 # --- who chooses -----------------------------------------------------------------------------------------
 
 

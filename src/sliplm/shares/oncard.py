@@ -1,12 +1,14 @@
 """`splitting.split_group` with its dense algebra on a card (SPEC section 2, steps 1 to 3), by PyTorch.
 
 Step 4 stays on the processor: the challenges' products are those of the very integers that are written,
-whatever a card does.  So does what is drawn: seeds, fillings, starts.
+whatever a card does.  So does what is drawn: seeds, fillings, starts.  And there both parts' product with a
+random vector is compared with the weight's, so that no share is written that a card has spoilt.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +19,14 @@ from sliplm.arithmetic.dense import given, taken
 from sliplm.arithmetic.field import derive_key, new_key
 from sliplm.arithmetic.fixedpoint import Floats, bound_of_squares, scale_limit
 from sliplm.arithmetic.likely import likely_norm_of
+from sliplm.arithmetic.rotation import gaussians
+from sliplm.errors import CardError
 from sliplm.shares import splitting
 from sliplm.shares.splitting import GroupSecrets, GroupSplit
+
+_OFTEN: Final = 8  # times its standard deviation, which a normal number leaves with probability 10^-15
+_FLOAT32: Final = 1e-3  # of the weight's norm: far above what float32 costs, far below what is hidden
+_ROWS: Final = 512  # of the integers at a time
 
 
 class _Levelled(NamedTuple):
@@ -37,7 +45,9 @@ def top_triplets(weight: Floats, rank: int, device: torch.device) -> tuple[Float
 def split_group(
     name: str, weight: Floats, *, rank: int, precision: int, rotation: str, device: torch.device
 ) -> GroupSplit:
-    """As `splitting.split_group`, which says what it takes and raises."""
+    """As `splitting.split_group`, which says what it takes and raises; and CardError where the parts are not
+    the weight's.
+    """
     m, n = weight.shape
     splitting.check_group(name, weight, rank)
     x = taken(weight, device)
@@ -65,7 +75,35 @@ def split_group(
     )
     total = float(np.linalg.norm(found.lengths))
     error = float(np.linalg.norm(found.errors * found.scale)) / total if total else 0.0
-    return GroupSplit(secrets, found.w, error, svd_error, level.localisation)
+    parts = GroupSplit(secrets, found.w, error, svd_error, level.localisation)
+    if not _is_whole(parts, weight):
+        raise CardError(f"what it made of {name} does not give its products")
+    return parts
+
+
+def squared_values(weight: Floats, device: torch.device) -> dense.Vector:
+    """As `splitting.squared_values`."""
+    x = taken(weight, device)
+    return given(torch.linalg.eigvalsh(dense.gram(x) if x.shape[1] <= x.shape[0] else dense.gram_of_rows(x)))
+
+
+def _is_whole(parts: GroupSplit, weight: Floats) -> bool:
+    """Whether A (B x) + D_out Q_out^T (s w (Q_in D_in x)) = W x for a random x, as far as rounding allows."""
+    secrets = parts.secrets
+    near, exponent = splitting.near_one(weight)
+    shift = max(-100, min(100, exponent))  # x makes up for W's size, as far as float32 goes
+    x = gaussians(new_key(), secrets.n).astype(np.float32)
+    small = np.ldexp(x, -shift)
+    hidden = secrets.rotation_in().apply(small[None])[0]
+    rows = (parts.w[first : first + _ROWS] for first in range(0, secrets.m, _ROWS))
+    y = np.concatenate([part.astype(np.float32) @ hidden for part in rows]) * secrets.scale
+    rest = secrets.rotation_out().apply_transpose(y[None])[0].astype(np.float64)
+    kept = secrets.a.astype(np.float64) @ (secrets.b.astype(np.float64) @ small)
+    wrong = float(np.linalg.norm((kept + rest) * 2.0 ** (shift - exponent) - near @ x))
+    # what rounding leaves in W, its norm: E in w's scales between the diagonals
+    level = math.sqrt(12 * float(np.square(secrets.d_in.astype(np.float64)).mean())) * secrets.noise
+    rounding = max(parts.error, _FLOAT32) * level * 2.0**-exponent
+    return wrong <= _OFTEN * rounding + _FLOAT32 * float(np.linalg.norm(near))
 
 
 def _triplets(x: Tensor, rank: int) -> tuple[Floats, Floats]:

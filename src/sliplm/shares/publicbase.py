@@ -7,13 +7,14 @@ The worker's integers are the public base's matrix, rounded, and nothing else; t
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from sliplm.arithmetic.equilibration import Equilibrated, column_factors, divided
 from sliplm.arithmetic.field import new_key
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.errors import CheckpointError
 from sliplm.shares.splitter import Splitter
-from sliplm.shares.splitting import GroupSplit, direction_error, gram, in_integers
+from sliplm.shares.splitting import GroupSplit, direction_error, in_integers
 
 LEAST_COSINE = 0.5  # below, a model is not taken for a fine-tune; unrelated ones have 0
 
@@ -78,14 +79,13 @@ def _published(matrix: Floats, columns: Floats) -> Equilibrated:
     return Equilibrated(divided(matrix, columns), np.ones(len(matrix), np.float32), columns)
 
 
-def energy_rank(difference: Floats, energy: float) -> int:
+def energy_rank(squared_values: npt.NDArray[np.float64], energy: float) -> int:
     """The smallest k for which the best approximation of rank k keeps `energy` of |D|^2; 0 for D = 0.
 
-    From the eigenvalues of the float64 Gram matrix of D's smaller side.
+    Args:
+        squared_values: of D, as `splitting.squared_values`.
     """
-    m, n = difference.shape
-    values = np.linalg.eigvalsh(gram(difference if n <= m else difference.T))[::-1]
-    kept = np.cumsum(np.clip(values, 0, None))
+    kept = np.cumsum(np.clip(squared_values[::-1], 0, None))
     if not kept[-1]:
         return 0
     return int(np.searchsorted(kept, energy * kept[-1] * (1 - 1e-12))) + 1

@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.arithmetic.kernels.placing import cards_named
 from sliplm.errors import CardError, InputError, SlipWarning
@@ -70,6 +73,16 @@ class Splitter:
 
         return self._placed(name, weight, there, lambda: splitting.top_triplets(weight, rank))
 
+    def squared_values(self, name: str, weight: Floats) -> npt.NDArray[np.float64]:
+        """As `splitting.squared_values`; and CardError as above."""
+
+        def there(card: torch.device) -> npt.NDArray[np.float64]:
+            from sliplm.shares import oncard
+
+            return oncard.squared_values(weight, card)
+
+        return self._placed(name, weight, there, lambda: splitting.squared_values(weight))
+
     def _placed(
         self, name: str, weight: Floats, there: Callable[[torch.device], T], here: Callable[[], T]
     ) -> T:
@@ -82,7 +95,7 @@ class Splitter:
             return there(card)
         except torch.OutOfMemoryError:
             said = f"{card} has too little memory free for {name}"
-        except RuntimeError as error:  # whatever PyTorch, its libraries and the driver say
+        except (RuntimeError, CardError) as error:  # whatever PyTorch, its libraries and the driver say
             words = str(error).partition("\n")[0] or type(error).__name__
             said = f"{card} failed on {name} ({words})"
             self._card = card if self._insists else None

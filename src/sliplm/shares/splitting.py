@@ -210,7 +210,7 @@ def top_triplets(weight: Floats, rank: int) -> tuple[Floats, Floats]:
     """
     if rank == 0:
         return no_triplets(weight.shape)
-    weight, exponent = _near_one(weight)
+    weight, exponent = near_one(weight)
     right = _right_vectors(weight, rank)
     right[slight(np.linalg.norm(weight, axis=0))] = 0
     return scaled_triplets(weight @ right, right, exponent)
@@ -243,14 +243,16 @@ def direction_error(weight: Floats, a: Floats, b: Floats) -> float:
 
     About 10^-6 where the decomposition is exact; where it is randomised, how well it went.
     """
-    turned = _near_one(weight)[0].T @ _near_one(a)[0]
+    turned = near_one(weight)[0].T @ near_one(a)[0]
     b = b / max(1.0, float(np.linalg.norm(b, axis=1).max(initial=0.0)))
     total = float(np.linalg.norm(turned))
     return float(np.linalg.norm(turned - b.T @ (b @ turned))) / total if total else 0.0
 
 
-def _near_one(matrix: Floats) -> tuple[Floats, int]:
-    """A matrix whose squares float32 can hold, and the exponent of two that was taken out of it."""
+def near_one(matrix: Floats) -> tuple[Floats, int]:
+    """A matrix whose squares float32 can hold, and the exponent of two that was taken out of it; 0 and the
+    matrix itself where its sizes are usual.
+    """
     exponent = _exponent(matrix)
     return (matrix, 0) if abs(exponent) <= _USUAL else (np.ldexp(matrix, -exponent), exponent)
 
@@ -278,6 +280,12 @@ def _right_vectors(weight: Floats, rank: int) -> Floats:
 def random_start(m: int, n: int, rank: int) -> npt.NDArray[np.float64]:
     """Where the randomised decomposition begins: [n, rank and some more]."""
     return gaussians(new_key(), n * min(rank + _OVERSAMPLING, m, n)).reshape(n, -1)
+
+
+def squared_values(weight: Floats) -> npt.NDArray[np.float64]:
+    """The squared singular values of W [m, n], rising: of the float64 Gram matrix of its smaller side."""
+    m, n = weight.shape
+    return np.linalg.eigvalsh(gram(weight if n <= m else weight.T)).astype(np.float64, copy=False)
 
 
 def gram(x: Floats) -> npt.NDArray[np.float64]:

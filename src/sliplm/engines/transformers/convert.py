@@ -79,7 +79,7 @@ def split(
     out, key = Path(out_dir), checked(key)
     refuse_existing(out)
     splitter = Splitter(device)
-    plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {})
+    plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {}, splitter)
     warn_of_whole(plan, level=2)
     relatives = _relatives(plan, public)
     report = write_split(plan, out, key, progress, i_know=i_know, ledger=ledger, splitter=splitter)
@@ -87,10 +87,14 @@ def split(
 
 
 def _planned(
-    model: Path, recipe: Recipe, base: Path | str | None, adapters: Mapping[str, Path | str]
+    model: Path,
+    recipe: Recipe,
+    base: Path | str | None,
+    adapters: Mapping[str, Path | str],
+    splitter: Splitter,
 ) -> Plan:
     if base is not None:
-        return plan_against(model, recipe, Path(base), adapters)
+        return plan_against(model, recipe, Path(base), adapters, splitter)
     refuse_without_base(recipe, adapters)
     return make_plan(model, recipe)
 

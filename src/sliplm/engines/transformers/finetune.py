@@ -24,10 +24,13 @@ from sliplm.errors import CheckpointError, RecipeError
 from sliplm.shares.manifest import ADAPTER_NAME
 from sliplm.shares.publicbase import check_related, energy_rank
 from sliplm.shares.recipe import Recipe
+from sliplm.shares.splitter import Splitter
 
 
-def plan_against(model_dir: Path, recipe: Recipe, base_dir: Path, adapters: Mapping[str, Path | str]) -> Plan:
-    """As `make_plan`, against a public base; of a full fine-tune, the ranks are decided here.
+def plan_against(
+    model_dir: Path, recipe: Recipe, base_dir: Path, adapters: Mapping[str, Path | str], splitter: Splitter
+) -> Plan:
+    """As `make_plan`, against a public base; of a full fine-tune, the ranks are decided here, by `splitter`.
 
     Raises:
         AdapterError, CheckpointError, UnsplittableError, RecipeError: as `convert.split`.
@@ -42,7 +45,7 @@ def plan_against(model_dir: Path, recipe: Recipe, base_dir: Path, adapters: Mapp
     for adapter in read:
         _check_reached(plan, adapter)
     base = PublicBase(public, read, same, recipe.tail == "worker")
-    return replace(plan, base=base, split=plan.split if same else _with_ranks(plan, base))
+    return replace(plan, base=base, split=plan.split if same else _with_ranks(plan, base, splitter))
 
 
 def refuse_without_base(recipe: Recipe, adapters: Mapping[str, Path | str]) -> None:
@@ -130,7 +133,7 @@ def _check_reached(plan: Plan, adapter: Adapter) -> None:
         )
 
 
-def _with_ranks(plan: Plan, base: PublicBase) -> Split:
+def _with_ranks(plan: Plan, base: PublicBase, splitter: Splitter) -> Split:
     """The groups with the ranks that their differences call for; 0 for a group that was not trained."""
     found = []
     products = np.zeros(3)  # of the model with itself, with the base, and of the base with itself
@@ -140,8 +143,11 @@ def _with_ranks(plan: Plan, base: PublicBase) -> Split:
             one, two = row.astype(np.float64), other.astype(np.float64)
             products += one @ one, one @ two, two @ two
         weight -= public
-        rank = choice.rank if choice.energy is None else energy_rank(weight, choice.energy)
-        found.append((group, replace(choice, rank=rank if weight.any() else 0)))
+        rank = choice.rank
+        if choice.energy is not None:
+            rank = energy_rank(splitter.squared_values(group.name, weight), choice.energy)
+        rank = rank if weight.any() else 0
+        found.append((group, replace(choice, rank=rank)))
     scale = math.sqrt(products[0] * products[2])
     if scale:
         check_related(str(base.stored.checkpoint.path), products[1] / scale)
