@@ -5,9 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from sliplm.shares.recipe import Recipe, RotationKind
@@ -177,10 +185,35 @@ class SourceModel(_Model):
     parameters: int = Field(ge=0)
 
 
+class ShardOf(_Model):
+    """Which shard a worker's folder holds: `number` of `shards`, from 1 on.
+
+    `first`: the index in the split of its first group; the others follow.
+    """
+
+    number: Annotated[int, Field(ge=1, le=MAX_GROUPS)]
+    shards: Annotated[int, Field(ge=2, le=MAX_GROUPS)]
+    first: Annotated[int, Field(ge=0, lt=MAX_GROUPS)]
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Self:
+        if self.number > self.shards or self.first < self.number - 1:
+            raise ValueError("a shard's number and first group do not agree with how many there are")
+        return self
+
+
+class ShardRecord(_Model):
+    """A shard as the vault knows it: how many groups it holds, and the digests of its folder's two files."""
+
+    groups: Size
+    files: dict[FileName, FileRecord]
+
+
 class WorkerManifest(_Model):
     """`worker/manifest.json`: names, shapes and types only.
 
-    `split_id` is random, or `public_split_id` where the share is that of a public base alone.
+    `split_id` is random, or `public_split_id` where the share is that of a public base alone.  `shard`: which
+    part of the share lies here, where several workers hold it together; not written else.
     """
 
     format: Literal["sliplm-worker"] = "sliplm-worker"
@@ -188,13 +221,19 @@ class WorkerManifest(_Model):
     split_id: SplitId
     groups: Several[WorkerGroup]
     files: dict[FileName, FileRecord]
+    shard: ShardOf | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_no_shard(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without("shard", handler(self))
 
 
 class VaultManifest(_Model):
     """`vault/manifest.json`: the whole account of a split.
 
     `kept_bytes`: of `kept_tensors`, sealed.  `base`: the public model that it was split against, if any, and
-    `adapters` to it.
+    `adapters` to it.  `shards`: where several folders hold the worker's share, in the order of their groups;
+    `worker_files` is empty then.
     """
 
     format: Literal["sliplm-vault"] = "sliplm-vault"
@@ -212,6 +251,19 @@ class VaultManifest(_Model):
     attention: Several[Attention]
     files: dict[FilePath, FileRecord]
     worker_files: dict[FileName, FileRecord]
+    shards: Several[ShardRecord] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_no_shards(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without("shards", handler(self))
+
+    @model_validator(mode="after")
+    def _shards_hold_all_groups(self) -> Self:
+        if self.shards and sum(shard.groups for shard in self.shards) != len(self.groups):
+            raise ValueError("the shards do not hold the groups of the split, each once")
+        if len(self.shards) == 1 or (self.shards and self.worker_files):
+            raise ValueError("a split has one worker share, or two shards and more")
+        return self
 
     @model_validator(mode="after")
     def _adapters_are_named(self) -> Self:
@@ -221,16 +273,23 @@ class VaultManifest(_Model):
         return self
 
 
-def public_split_id(groups: Iterable[WorkerGroup], share: FileRecord) -> str:
+def _without(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """A share that is no shard is written as releases without shards read it."""
+    if not fields.get(name):
+        fields.pop(name, None)
+    return fields
+
+
+def public_split_id(groups: Iterable[WorkerGroup], *shares: FileRecord) -> str:
     """The split id of a worker share that is a public base and nothing else (SPEC section 2, M41).
 
     A function of what lies there, so that every owner of a fine-tune of one base has one and the same worker
     share.
 
     Args:
-        groups: in the share's order.
-        share: length and digest of `share.safetensors`.
+        groups: of the split, in order.
+        shares: length and digest of `share.safetensors`, of each shard where there are several.
     """
     text = json.dumps([[g.name, g.rows, g.columns, g.dtype] for g in groups], separators=(",", ":"))
-    data = "\n".join(("sliplm/1/public base", text, share.sha256))
+    data = "\n".join(("sliplm/1/public base", text, *(share.sha256 for share in shares)))
     return hashlib.sha256(data.encode()).hexdigest()[:32]

@@ -205,7 +205,12 @@ def check_pair(vault: VaultShare, worker: WorkerShare) -> None:
             f"{vault.path} and {worker.path} come from different splits "
             f"({vault.split_id[:8]} and {worker.split_id[:8]}); use the two folders that one split wrote"
         )
-    for name, record in vault.manifest.worker_files.items():
+    files = vault.manifest.worker_files | {
+        f"worker-{number}/{name}": record
+        for number, shard in enumerate(vault.manifest.shards, 1)
+        for name, record in shard.files.items()
+    }
+    for name, record in files.items():
         if worker.digests.get(name) != record:
             raise MismatchError(
                 f"{worker.path / name} is not the file that was written with {vault.path}; copy it again"
