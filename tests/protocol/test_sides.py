@@ -17,6 +17,7 @@ from sliplm.protocol.side import FRAME_BYTES, State, Way
 from sliplm.protocol.vault_side import VAULT_TABLE, Accept, Product, VaultSide, Welcome
 from sliplm.protocol.worker_side import WORKER_TABLE, Deal, Evidence, Hello, Multiply, Several, WorkerSide
 from sliplm.shares.manifest import MAX_GROUPS
+from sliplm.shares.shards import whole
 
 SPLIT_ID = "ab" * 16
 OTHER_ID = "cd" * 16
@@ -39,7 +40,7 @@ def greeted(*, wants: bool = False) -> tuple[VaultSide, WorkerSide]:
     vault, worker = VaultSide(SPLIT_ID, SHAPES), WorkerSide(SPLIT_ID, SHAPES)
     assert give(worker, vault.hello(NONCE)) == Hello(SPLIT_ID, NONCE)
     assert give(vault, worker.welcome(NONCE, b"tdx", wants_evidence=wants)) == Welcome(
-        len(SHAPES), FRAME_BYTES, NONCE, wants, b"tdx"
+        whole(SPLIT_ID, len(SHAPES)), FRAME_BYTES, NONCE, wants, b"tdx"
     )
     return vault, worker
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sliplm.parties.audit import AuditLog
     from sliplm.parties.dealer import Dealing
     from sliplm.protocol.vault_side import Welcome
-    from sliplm.shares.share import VaultShare
+    from sliplm.shares.share import VaultShare, WorkerShare
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _DEALER_SECONDS = 60.0  # limit of every wait for a dealer
@@ -63,7 +63,8 @@ def command(
     share: Annotated[
         Path | None,
         typer.Option(
-            help="A worker folder to deal from; by default the one beside VAULT, none with --dealer."
+            help="A worker folder to deal from, or that with all shards in it; by default the one beside "
+            "VAULT, none with --dealer."
         ),
     ] = None,
     dealer: Annotated[
@@ -117,6 +118,7 @@ def command(
         raise InputError("say how many: --tokens 10000, or ask what is there: --status")
     most = None if limit is None else _bytes(limit)
     from sliplm.masks.poolfolder import stock
+    from sliplm.shares.shards import open_all
     from sliplm.shares.share import open_vault
 
     opened = open_vault(vault, key)
@@ -125,9 +127,8 @@ def command(
     if side_of(pool) is not None or any(side_of(pool / side) == side for side in SIDES):
         raise InputError(f"{pool} is a split's folder, where a pool has no place: name another")
     if tokens is not None:
-        if share is None and not dealer:
-            share = vault.parent / "worker"
-        with _dealing(opened, shapes, share, dealer or [], pool, audit) as dealing:
+        here = None if share is None and dealer else open_all(opened, share)
+        with _dealing(opened, shapes, here, dealer or [], pool, audit) as dealing:
             _deal(opened, pool, shapes, uses, tokens, dealing, most, anchor)
     stocks = stock(pool, opened.pool_name, opened.pool_key, shapes)
     served = _tokens(uses, stocks)
@@ -146,7 +147,7 @@ def command(
 
 @contextmanager
 def _dealing(
-    vault: VaultShare, shapes: Sequence[tuple[int, int]], share: Path | None, dealers: list[str],
+    vault: VaultShare, shapes: Sequence[tuple[int, int]], share: WorkerShare | None, dealers: list[str],
     pool: Path, audit: Path | None,
 ) -> Iterator[Dealing]:  # fmt: skip
     """Who makes the products, and checks them: dealers, the worker share, or both; who it was is recorded."""
@@ -155,13 +156,9 @@ def _dealing(
     from sliplm.parties.dealer import Dealing, ShareDealer
     from sliplm.parties.quarantine import Quarantine
     from sliplm.parties.workforce import Workforce
-    from sliplm.shares.share import check_pair, open_worker
+    from sliplm.shares.shards import shards_of
 
-    here = None
-    if share is not None:
-        worker = open_worker(share)
-        check_pair(vault, worker)
-        here = ShareDealer(worker)
+    here = None if share is None else ShareDealer(share)
     codecs = [GroupCodec(secrets) for secrets in vault.groups.values()]
     log, own = AuditLog(audit), Quarantine.own()
     others: Workforce | None = None
@@ -173,7 +170,15 @@ def _dealing(
     with ExitStack() as held:
         if dealers:
             others = Workforce.of(
-                dealers, "dealer", vault.split_id, shapes, _DEALER_SECONDS, log, known, quarantine=own
+                dealers,
+                "dealer",
+                vault.split_id,
+                shapes,
+                _DEALER_SECONDS,
+                log,
+                known,
+                quarantine=own,
+                shards=shards_of(vault.manifest),
             )
             held.callback(others.close)
             others.open_one()

@@ -19,6 +19,7 @@ from sliplm.cli.screen import add_difference, console, number, percent, print_js
 from sliplm.shares.folders import side_of
 from sliplm.shares.manifest import PLAIN_MODULE, WorkerGroup, public_split_id
 from sliplm.shares.sealing import read_seal
+from sliplm.shares.shards import shards_of
 from sliplm.shares.share import SHARE, open_worker, read_vault_manifest
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def command(
     if json:
         print_json(
             {"split_id": manifest.split_id, "source": manifest.source.model_dump(), "sealed": _sealed(seal)}
+            | _shards(manifest)
             | report.model_dump(mode="json")
         )
         return
@@ -68,7 +70,30 @@ def command(
     unit = "call" if manifest.source.config_class == PLAIN_MODULE else "token"
     screen.print(_groups(report, all_groups, unit))
     screen.print(_totals(report, unit))
+    for shard in _shards(manifest).get("shards", []):
+        first, last = escape(shard["groups"][0]), escape(shard["groups"][-1])
+        screen.print(
+            f"[bold]{shard['folder']}[/]  {size(shard['bytes'])}, {len(shard['groups'])} groups: "
+            f"{first} to {last}",
+            soft_wrap=True,
+        )
     warn_of_tail(screen, report)
+
+
+def _shards(manifest: VaultManifest) -> dict[str, Any]:
+    """Which worker's folder holds which groups, where there are several."""
+    if not manifest.shards:
+        return {}
+    names = [group.name for group in manifest.groups]
+    found = [
+        {
+            "folder": shard.folder,
+            "groups": names[shard.first : shard.first + shard.groups],
+            "bytes": record.files[SHARE].bytes,
+        }
+        for shard, record in zip(shards_of(manifest), manifest.shards, strict=True)
+    ]
+    return {"shards": found}
 
 
 def _sealed(seal: Seal) -> str:
@@ -185,14 +210,19 @@ def _totals(report: SplitReport, unit: str) -> Table:
 def _worker(screen: Console, share: WorkerShare, all_groups: bool, json: bool) -> None:
     groups = share.manifest.groups
     total = sum(share.matrices[group.name].nbytes for group in groups)
-    public = share.split_id == public_split_id(groups, share.manifest.files[SHARE])
+    place = share.manifest.shard
+    # of a public base all shards together show that they are one
+    public = place is None and share.split_id == public_split_id(groups, share.manifest.files[SHARE])
     if json:
         document = json_format.loads(share.manifest.model_dump_json())
         fields = {key: document[key] for key in ("split_id", "groups", "files")}
-        print_json(fields | {"worker_bytes": total, "public_base": public})
+        told = {"public_base": public} if place is None else {"shard": place.model_dump()}
+        print_json(fields | {"worker_bytes": total} | told)
         return
     screen.print(
-        f"[bold]What the operator of this worker sees[/], split {share.split_id[:8]}; digests are right\n"
+        f"[bold]What the operator of this worker sees[/], split {share.split_id[:8]}"
+        + ("" if place is None else f", shard {place.number} of {place.shards}")
+        + "; digests are right\n"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("group", overflow="fold")

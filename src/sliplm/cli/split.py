@@ -27,6 +27,8 @@ from sliplm.cli.screen import (
 from sliplm.errors import RecipeError
 from sliplm.shares.keysource import described
 from sliplm.shares.recipe import Recipe
+from sliplm.shares.shards import worker_folders
+from sliplm.shares.share import SHARE
 
 if TYPE_CHECKING:
     from sliplm.planning.counts import SplitReport
@@ -87,6 +89,11 @@ def command(
             help="A public model that this one may come from: says how close it is. May be repeated.",
         ),
     ] = None,
+    shards: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Write OUT/worker-1 to OUT/worker-N, for workers that each "
+        "hold a part of the matrices: all of them may be too many for one."),
+    ] = 1,
     i_know: Annotated[
         bool,
         typer.Option(
@@ -114,6 +121,8 @@ def command(
     Example: slip split base out --base base --adapter fr=adapters/french
 
     Example: slip split my-finetune out --base base --energy 0.99
+
+    Example: slip split ~/models/Llama-2-7b-hf out --shards 2
     """
     if rank is not None and energy is not None:
         raise RecipeError("--rank and --energy both decide how much is kept: give one of them")
@@ -125,7 +134,7 @@ def command(
     warned: list[str] = []
     report = split_with_progress(
         model, out, chosen, key, warned=warned, public=public or (), i_know=i_know,
-        base=base, adapters=_adapters(adapter or []), device=device,
+        base=base, adapters=_adapters(adapter or []), device=device, shards=shards,
     )  # fmt: skip
     _show(console(json=json), out, report, key)
     if json:
@@ -174,7 +183,10 @@ def _show(screen: Console, out: Path, report: SplitReport, key: str | None) -> N
     table.add_column()
     kept = f"secret, sealed: {size(report.kept_bytes)} kept whole, the rest shares of the split matrices"
     table.add_row(Text(str(out / "vault")), size(report.vault_bytes), kept)
-    table.add_row(Text(str(out / "worker")), size(report.worker_bytes), _seen(report))
+    workers = [folder.name for folder in worker_folders(out)]
+    for name in workers:
+        held = report.worker_bytes if len(workers) == 1 else (out / name / SHARE).stat().st_size
+        table.add_row(Text(str(out / name)), size(held), _seen(report))
     share = f"of the {number(report.plain_macs)} multiply-adds that a token takes in linear layers"
     table.add_row("vault's work", percent(report.vault_macs_share), share)
     out_bytes, back = report.bytes_to_worker, report.bytes_from_worker
@@ -203,8 +215,10 @@ def _show(screen: Console, out: Path, report: SplitReport, key: str | None) -> N
         if not has_tokenizer(out / "vault"):
             hint += " --tokenizer FOLDER (the checkpoint has no tokenizer)"
     screen.print(f"\nTry it: {hint}", markup=False, soft_wrap=True)
+    go = f"{out / workers[0]} goes to the worker."
+    if len(workers) > 1:
+        go = f"{out / workers[0]} to {workers[-1]} go to one worker each, or to several that stand in for it."
     screen.print(
-        f"On another machine than this one the vault needs {out / 'vault'} and {described(key)}; "
-        f"{out / 'worker'} goes to the worker.",
+        f"On another machine than this one the vault needs {out / 'vault'} and {described(key)}; {go}",
         style="dim", markup=False,
     )  # fmt: skip

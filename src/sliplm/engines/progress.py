@@ -102,7 +102,8 @@ class SplitBar(contextlib.AbstractContextManager["SplitBar"]):
     def _first(self) -> dict[str, int]:
         """Bytes of each group in the worker's share."""
         try:
-            header = read_header(self._partial / "worker" / "share.safetensors")
+            files = sorted(self._partial.glob("worker*/share.safetensors"))
+            header = {name: entry for file in files for name, entry in read_header(file).items()}
             with open_regular(self._partial / "journal") as file:
                 journal = file.read().split(b"\n")[1:-1]
         except (OSError, ValueError):  # a bar without sizes is better than no split

@@ -12,6 +12,7 @@ from pathlib import Path
 from sliplm import durable
 from sliplm.engines.journal import PARTIAL, Journal
 from sliplm.engines.progress import Update, shown
+from sliplm.engines.public import Layout, PublicFiles, is_worker_folder
 from sliplm.engines.source import Source, stack
 from sliplm.errors import (
     CheckpointError,
@@ -31,7 +32,6 @@ from sliplm.shares.manifest import (
     KeptTensor,
     VaultManifest,
     WorkerGroup,
-    WorkerManifest,
     public_split_id,
 )
 from sliplm.shares.sealing import SEAL, make_seal, open_seal, seal_blob, seal_manifest
@@ -67,30 +67,33 @@ def write_split(
     i_know: bool = False,
     ledger: Path | str | None = None,
     splitter: Splitter,
+    shards: int = 1,
 ) -> SplitReport:
     """Write both shares of a model.
 
     Args:
         splitter: splits each group.
-        key, progress, i_know, ledger: as `sliplm.split` takes them.
+        key, progress, i_know, ledger, shards: as `sliplm.split` takes them.
 
     Raises:
-        CheckpointError, CredentialError, LedgerError, SealError, ShareError: as `sliplm.split`.
+        CheckpointError, CredentialError, LedgerError, RecipeError, SealError, ShareError: as `sliplm.split`.
     """
     key = checked(key)
-    with Journal(out, plan.key, secrets.token_hex(16)) as journal:
+    layout = Layout(plan.groups({}), shards)
+    depends = plan.key if shards == 1 else [plan.key, {"shards": shards}]
+    with Journal(out, depends, secrets.token_hex(16)) as journal:
         if not journal.done:
             _refuse(out)
-            _check_count(plan)
+            _check_count(plan, shards)
             owner = find(key, new=not _sealed(journal))
             if owner.made:
                 warnings.warn(new_key_file(), SlipWarning, stacklevel=3)
-            data_key = _data_key(plan, journal, owner)
+            data_key = _data_key(plan, journal, owner, layout)
             # two shares of a public base show nothing together
             hides = bool(plan.split) and not plan.public
             entry = _registered(plan, journal, owner, ledger, i_know) if hides else None
             with shown(progress, out) as update:
-                _write_shares(plan.shuffled(data_key), journal, data_key, entry, splitter, update)
+                _write_shares(plan.shuffled(data_key), journal, data_key, layout, entry, splitter, update)
             if entry is not None:
                 entry.record()  # before anything is published: a crash in between costs nothing
             journal.finish()
@@ -102,16 +105,21 @@ def write_split(
 
 
 def _refuse(out: Path) -> None:
-    for name in ("vault", "worker"):
-        if (out / name).exists():
-            raise ShareError(f"{out / name} exists; remove it or choose another folder")
+    for name in _finished(out):
+        raise ShareError(f"{out / name} exists; remove it or choose another folder")
 
 
-def _check_count(plan: Source) -> None:
+def _finished(folder: Path) -> list[str]:
+    """The shares that lie in a folder, the vault's last."""
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in found if is_worker_folder(name)] + [name for name in found if name == "vault"]
+
+
+def _check_count(plan: Source, shards: int) -> None:
     """Refuse, before the work, what could not be opened after it.  Raises: RecipeError."""
     groups = plan.groups({})
     length = sum(len(entry.model_dump_json()) for entry in (*groups, *plan.kept_groups()))
-    length += sum(len(spec.name) + 80 for spec in plan.kept_specs())
+    length += sum(len(spec.name) + 80 for spec in plan.kept_specs()) + 512 * shards
     if len(groups) > MAX_GROUPS or length + 128 * len(groups) > MAX_MANIFEST_BYTES:
         raise RecipeError(
             f"this recipe makes {len(groups)} groups with {length} bytes of names and numbers; a split has "
@@ -151,9 +159,9 @@ def _sealed(journal: Journal) -> bool:
     return journal.resumed and (journal.folder / "vault" / SEAL).exists()
 
 
-def _data_key(plan: Source, journal: Journal, key: Key) -> bytes:
+def _data_key(plan: Source, journal: Journal, key: Key, layout: Layout) -> bytes:
     """What seals the vault share: an earlier run's, if there is something to continue, else a fresh one."""
-    vault, worker = journal.folder / "vault", journal.folder / "worker"
+    vault = journal.folder / "vault"
     if _sealed(journal):
         return _continued(journal, key)
     journal.errors.clear()  # what was sealed with a key that is gone cannot be continued
@@ -161,7 +169,8 @@ def _data_key(plan: Source, journal: Journal, key: Key) -> bytes:
         _check_room(journal.folder, [*_secret_specs(plan), *_public_specs(plan), *_sealed_kept(plan)])
     try:
         vault.mkdir(mode=0o700, exist_ok=True)
-        worker.mkdir(mode=0o755, exist_ok=True)
+        for name in layout.folders:
+            (journal.folder / name).mkdir(mode=0o755, exist_ok=True)
         (vault / SHARE).unlink(missing_ok=True)
     except OSError as error:
         raise write_error(vault, 0, error) from error
@@ -181,15 +190,16 @@ def _write_shares(
     plan: Source,
     journal: Journal,
     data_key: bytes,
+    layout: Layout,
     entry: Registration | None,
     splitter: Splitter,
     progress: Update,
 ) -> None:
-    vault, worker = journal.folder / "vault", journal.folder / "worker"
+    vault = journal.folder / "vault"
     resume = journal.resumed
     with (
         _sealed_writer(vault / SHARE, _secret_specs(plan), resume=resume) as secret_file,
-        SafetensorsWriter(worker / SHARE, _public_specs(plan), mode=0o644, resume=resume) as public_file,
+        PublicFiles(journal.folder, layout, plan.groups({}), resume=resume) as public_file,
         _sealed_writer(vault / MODEL, _sealed_kept(plan), resume=False) as kept_file,
     ):
         if not (secret_file.resumed and public_file.resumed):
@@ -204,7 +214,7 @@ def _write_shares(
         _write_file(vault / name, data, 0o600)
     if entry is not None:
         _write_file(vault / VAULT_FILE, entry.entry.sealed(data_key, VAULT_FILE), 0o600)
-    _write_manifests(plan, journal, data_key, vault, worker)
+    _write_manifests(plan, journal, data_key, layout)
 
 
 def _public_specs(plan: Source) -> list[TensorSpec]:
@@ -237,7 +247,7 @@ def _split_groups(
     journal: Journal,
     data_key: bytes,
     secret: SafetensorsWriter,
-    public: SafetensorsWriter,
+    public: PublicFiles,
     splitter: Splitter,
     progress: Update,
 ) -> None:
@@ -259,24 +269,21 @@ def _split_groups(
         arrays = {**secret_tensors(part.secrets), **plan.adapter_arrays(group, found[group.name])}
         for name, array in arrays.items():
             _write_sealed(secret, data_key, name, [array.tobytes()])
-        public.sync()
         secret.sync()
         journal.finish_group(group.name, (part.error, part.svd_error, part.localisation, *norms))
     progress(total, total, "")
 
 
-def _write_manifests(plan: Source, journal: Journal, data_key: bytes, vault: Path, worker: Path) -> None:
+def _write_manifests(plan: Source, journal: Journal, data_key: bytes, layout: Layout) -> None:
     groups = plan.groups(journal.errors)
     seen = tuple(WorkerGroup(name=g.name, rows=g.rows, columns=g.columns, dtype=g.dtype) for g in groups)
-    files = _records(worker)
-    public = WorkerManifest(
-        split_id=public_split_id(seen, files[SHARE]) if plan.public else journal.split_id,
-        groups=seen,
-        files=files,
-    )
-    _write_file(worker / MANIFEST, public.model_dump_json().encode(), 0o644)
+    vault, workers = journal.folder / "vault", [journal.folder / name for name in layout.folders]
+    files = [_records(worker) for worker in workers]
+    split_id = public_split_id(seen, *(f[SHARE] for f in files)) if plan.public else journal.split_id
+    for worker, public in zip(workers, layout.manifests(seen, split_id, files), strict=True):
+        _write_file(worker / MANIFEST, public.model_dump_json().encode(), 0o644)
     manifest = VaultManifest(
-        split_id=public.split_id,
+        split_id=split_id,
         sliplm=sliplm_version(),
         source=plan.model,
         base=plan.base_model,
@@ -288,7 +295,7 @@ def _write_manifests(plan: Source, journal: Journal, data_key: bytes, vault: Pat
         kept_bytes=sum(spec.nbytes for spec in _sealed_kept(plan)),
         attention=plan.attention,
         files=_records(vault),
-        worker_files=_records(worker) | {MANIFEST: record(worker / MANIFEST)},
+        **layout.known([_records(worker) | {MANIFEST: record(worker / MANIFEST)} for worker in workers]),
     )
     text = manifest.model_dump_json().encode()
     _write_file(vault / MANIFEST, text, 0o600)
@@ -296,13 +303,12 @@ def _write_manifests(plan: Source, journal: Journal, data_key: bytes, vault: Pat
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Move both complete folders into place; a crash in between is made good by the next call."""
+    """Move the complete folders into place; a crash in between is made good by the next call."""
     try:
-        for name in ("worker", "vault"):
-            if (partial / name).exists():
-                for folder in (*filter(Path.is_dir, (partial / name).iterdir()), partial / name):
-                    durable.sync_folder(folder, lasting=False)
-                (partial / name).rename(out / name)
+        for name in _finished(partial):
+            for folder in (*filter(Path.is_dir, (partial / name).iterdir()), partial / name):
+                durable.sync_folder(folder, lasting=False)
+            (partial / name).rename(out / name)
         durable.sync_folder(out, lasting=False)
     except OSError as error:
         raise write_error(out, 0, error) from error

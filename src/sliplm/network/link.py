@@ -22,6 +22,7 @@ from sliplm.network.transport import Connection
 from sliplm.protocol.frames import NONCE_BYTES, Party
 from sliplm.protocol.side import Rows, Shape
 from sliplm.protocol.vault_side import Product, VaultSide, Welcome
+from sliplm.shares.shards import Shard, whole
 
 Bar = tuple[type[WorkerError], str]
 Marks = tuple[bytes, ...]
@@ -29,6 +30,10 @@ Greet = Callable[["Link", Connection, Welcome], None]
 
 _CLOSE_LIMIT = 5.0  # seconds for an exchange to notice that its connection is gone
 _BREAKS, _BREAKS_WITHIN = 5, 60.0  # so many lost connections in so many seconds are no accident
+
+
+class AnotherShard(WorkerUnavailable):
+    """Whoever answers at the address holds other groups: no fault, it is asked for those."""
 
 
 class AnotherParty(WorkerUnavailable):
@@ -46,6 +51,10 @@ class Link:
         greet: called with each new connection and its WELCOME before anything is asked; may raise.
         attester: makes our evidence, where the peer wants it.  verifier: judges the peer's.
         role: what the peer must be, by its certificate and by its own word.
+        shards: the parts of the split of which the peer may hold any one; none where it must hold all.
+
+    Attributes:
+        shard: what the peer showed that it holds; None before it has.
     """
 
     def __init__(
@@ -58,8 +67,11 @@ class Link:
         attester: Attester,
         verifier: Verifier,
         role: Serving = "worker",
+        shards: Sequence[Shard] = (),
     ) -> None:
         self.address = address
+        self.shard = None if shards else whole(split_id, len(shapes))
+        self._shards = tuple(shards)
         self._where = anchored(address)  # this process may change its folder
         self.barred: Bar | None = None  # why it is not asked now
         self.connection: Connection | None = None
@@ -86,6 +98,10 @@ class Link:
     def in_flight(self) -> int:
         """Exchanges under way or waiting for their turn."""
         return len(self._waiting)
+
+    def may_hold(self, group: int) -> bool:
+        """Whether it has this group, as far as is known."""
+        return self.shard is None or self.shard.holds(group)
 
     def max_rows(self, group: int) -> int:
         """How many rows of a group one exchange carries."""
@@ -225,8 +241,7 @@ class Link:
         fresh = self.connection is None
         while True:
             connection = self._connected()
-            if not self._side.carries(parts):
-                raise WorkerFault(f"{self.address} takes smaller frames than the others", self.address)
+            self._check_carries(parts)
             try:
                 start = time.monotonic()
                 deadline = start + self._timeout
@@ -261,6 +276,13 @@ class Link:
             self.unanswered = 0
             return answer
 
+    def _check_carries(self, parts: Rows) -> None:
+        """Whoever is there holds these groups, and one frame takes these rows."""
+        if not self.may_hold(parts[0][0]):
+            raise AnotherShard(f"{self.address} holds other groups", self.address)
+        if not self._side.carries(parts):
+            raise WorkerFault(f"{self.address} takes smaller frames than the others", self.address)
+
     def _connected(self) -> Connection:
         self._check()
         connection = self.connection
@@ -270,7 +292,7 @@ class Link:
             if (shown := connection.identity) is not None:  # also of one that is refused: M17
                 self.spki = shown.spki
                 self._peer = f"{shown.name}, serial {shown.serial:x}, sha256 {shown.fingerprint.hex()}"
-            side = VaultSide(self._split_id, self._shapes, self._party)
+            side = VaultSide(self._split_id, self._shapes, self._party, self._shards)
             try:
                 welcome = self._hello(connection, side, deadline)
                 self._greet(self, connection, welcome)
@@ -279,6 +301,7 @@ class Link:
                 raise
             self.marks.update(connection.marks)
             self.connection, self._side, self.greeted = connection, side, True
+            self.shard = welcome.shard
             self._check()  # another thread may have barred it, and seen no connection to end
         return connection
 

@@ -110,7 +110,7 @@ class Dealing(Secret):
         if self._dealers is not None:
             tried: set[Link] = set()
             changed: set[Link] = set()
-            while (link := self._dealers.pick(tried)) is not None:
+            while (link := self._dealers.pick(tried, group)) is not None:
                 tried.add(link)
                 start = time.monotonic()
                 try:
@@ -128,7 +128,7 @@ class Dealing(Secret):
                 self._dealers.served(link, time.monotonic() - start, work([(codec.m, codec.n, len(dealt.u))]))
                 self.tally[link.address, link.peer] += len(dealt.u)
                 return dealt
-            failure = failure or self._dealers.nobody()
+            failure = failure or self._dealers.nobody(group)
         if self._here is None:
             address = getattr(failure, "address", None)
             raise DealerError(

@@ -222,7 +222,7 @@ class Exchange(Secret):
         """The products of one message.
 
         Args:
-            parts: by ascending group, each group once; what one frame carries.
+            parts: by ascending group, each group once, all of one shard; what one frame carries.
 
         Raises: InputError for NaN or infinity; MaskError; ExhaustedError when no answer could be
             checked; the last worker's error when none is left.
@@ -249,7 +249,7 @@ class Exchange(Secret):
         failure: SlipError | None = None
         tried: set[Link] = set()
         asked = since = perf_counter()
-        while (link := self._workers.pick(tried)) is not None:
+        while (link := self._workers.pick(tried, group)) is not None:
             tried.add(link)
             try:
                 with link:  # its turn: until that ends, nobody else uses the buffer of the answer
@@ -328,10 +328,10 @@ class Exchange(Secret):
         Raises: the last worker's error where he did not; KernelError for a damaged share.
         """
         if self._here is None:
-            raise self._workers.refusal(failure)
+            raise self._workers.refusal(failure, part.group)
         codec = self._codecs[part.group]
         hidden = codec.unmasked(part.x, part.out, self._inputs).hidden
         if self._counters.computed_here(len(hidden)):
-            why = failure or self._workers.nobody()
+            why = failure or self._workers.nobody(part.group)
             self._audit.write("computed here", f"slowly, for want of a worker: {why}", group=codec.name)
         return self._here.compute(part.group, hidden)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 from sliplm.errors import InputError
 from sliplm.network.link import Link
 from sliplm.parties.exchange import Part
 from sliplm.protocol.frames import ELEMENT, PART_BYTES
+from sliplm.shares.shards import Shard
+
+
+def by_shard(parts: Sequence[Part], shard_of: Callable[[int], Shard | None]) -> list[Sequence[Part]]:
+    """Those together that one worker can be asked together.
+
+    Args:
+        shard_of: what holds a group; None where every worker holds all.
+    """
+    if len(parts) == 1 or shard_of(parts[0].group) is None:
+        return [parts]
+    return [list(some) for _, some in groupby(sorted(parts, key=_group), lambda part: shard_of(part.group))]
+
+
+def _group(part: Part) -> int:
+    return part.group
 
 
 def cut(parts: Sequence[Part], links: Sequence[Link], inputs: int = 1) -> Iterator[list[Part]]:

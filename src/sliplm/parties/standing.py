@@ -20,7 +20,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from sliplm.errors import (
     PassingCredentialError,
@@ -50,6 +50,27 @@ _ANEW: Final = (60.0, 20.0)  # a slow one is tried again after so many seconds, 
 
 class KnownLiar(VerificationError):
     """Its key is on record."""
+
+
+class Status(NamedTuple):
+    """One worker or dealer, for people.
+
+    Attributes:
+        served: exchanges, or batches of masks.
+        verified: `time.time()` of the last answer that was checked and good, or None.
+        wrong: answers that failed the check.
+        quarantines: how often it was quarantined.
+        shard: the folder of what it holds, where that is a part of the split and known; else empty.
+    """
+
+    address: str
+    state: State
+    reason: str
+    served: int
+    verified: float | None = None
+    wrong: int = 0
+    quarantines: int = 0
+    shard: str = ""
 
 
 @dataclass
@@ -116,6 +137,27 @@ def next_of(up: Sequence[Member], now: float) -> Member:
         return (m.link.in_flight + 1) * lag, -m.last
 
     return min(up, key=done)
+
+
+def nobody(role: str, states: Sequence[Status], shard: str) -> SlipError:
+    """The error when nobody is left to ask.
+
+    Args:
+        shard: the folder of what is asked for, where that is a part of the split; else empty.
+    """
+    what = f" for shard {shard}" if shard else ""
+    states = [status for status in states if not shard or status.shard in ("", shard)]
+    reasons = "; ".join(f"{status.address}: {status.reason or status.state}" for status in states)
+    if any(status.state == "quarantined" for status in states):
+        return VerificationError(
+            f"no {role} is left{what} ({reasons}); name another one and load the model again"
+        )
+    if not states:
+        return WorkerUnavailable(
+            f"none of the {role}s that were named serves shard {shard}: start one with `slip worker {shard}`, "
+            "name its address too, and load the model again"
+        )
+    return WorkerUnavailable(f"no {role} serves{what} now ({reasons}); see that one runs, then ask again")
 
 
 def verdict(error: SlipError) -> tuple[Event, State, tuple[float, float], type[WorkerError] | None]:

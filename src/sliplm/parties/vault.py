@@ -27,13 +27,15 @@ from sliplm.parties.codec import GroupCodec
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
 from sliplm.parties.exchange import Exchange, Part, Watcher
-from sliplm.parties.framing import cut
+from sliplm.parties.framing import by_shard, cut
 from sliplm.parties.quarantine import Quarantine
+from sliplm.parties.standing import Status
 from sliplm.parties.supply import Supply
 from sliplm.parties.terms import Terms
-from sliplm.parties.workforce import Role, Status, Workforce
+from sliplm.parties.workforce import Role, Workforce
 from sliplm.protocol.vault_side import Welcome
 from sliplm.secrecy import Secret
+from sliplm.shares.shards import shards_of
 from sliplm.shares.share import VaultShare, check_pair
 
 T = TypeVar("T")
@@ -79,6 +81,7 @@ class Vault(Secret, Closing):
             return Workforce.of(
                 addresses, role, share.split_id, shapes, terms.timeout, self.audit,
                 _greeting(weakref.ref(self), role), terms.attester, terms.verifier, terms.quarantine,
+                shards_of(share.manifest),
             )  # fmt: skip
 
         self._seen: dict[Role, set[bytes]] = {"worker": set(), "dealer": set()}
@@ -143,6 +146,11 @@ class Vault(Secret, Closing):
     def watchers(self) -> list[Watcher]:
         """Who is told of each exchange; for others to add themselves to, and to take themselves out."""
         return self._exchange.watchers
+
+    @property
+    def serves(self) -> bool:
+        """Whether for every group a worker is up."""
+        return self._workers.serves()
 
     @property
     def computes_here(self) -> bool:
@@ -240,10 +248,12 @@ class Vault(Secret, Closing):
 
     def _ask(self, parts: Sequence[Part], exchange: Exchange | None = None) -> None:
         exchange, adapter = exchange or self._exchange, self.adapter.current
-        links = [link for link in self._workers.links if link.barred is None]  # the others slow nobody down
         inputs = self._inputs if exchange is self._exchange else 1
-        for message in cut(parts, links, inputs):
-            exchange.run(message, adapter)
+        for some in by_shard(parts, self._workers.shard_of):
+            first = some[0].group
+            links = [link for link in self._workers.links if link.barred is None and link.may_hold(first)]
+            for message in cut(some, links, inputs):  # those that are barred slow nobody down
+                exchange.run(message, adapter)
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:
         """Deal more masks now, in memory, for `rows` inputs of each of the groups named, or, where none is,

@@ -57,6 +57,7 @@ from sliplm.parties import signing
 from sliplm.parties.seats import Seats, Visit
 from sliplm.protocol.frames import NONCE_BYTES, FaultCode, Party
 from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, Several, WorkerSide
+from sliplm.shares.shards import own_shard
 from sliplm.shares.share import WorkerShare, open_worker
 
 GREETING_LIMIT: Final = 10.0  # seconds for TLS's handshake, and again for the greeting
@@ -95,10 +96,10 @@ class Worker:
         device: str = "auto",
     ) -> None:
         self._wanted, self.role = role, role or "worker"
-        self._split_id = share.split_id
+        self._split_id, self._shard = share.split_id, own_shard(share)
         self._matrices = lay_out([share.matrices[name] for name in share.names], device, threads)
         self._shapes = [matrix.shape for matrix in self._matrices]
-        WorkerSide(self._split_id, self._shapes)  # refuses here what it would refuse every vault
+        self._side()  # refuses here what it would refuse every vault
         self._attester = attester or NullAttester()
         self._verifier = verifier or NullVerifier()
         self._compute = threading.Lock()  # one product at a time: each takes all cores anyway
@@ -111,6 +112,9 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"Worker(split {self._split_id[:8]}, {len(self._matrices)} groups)"
+
+    def _side(self) -> WorkerSide:
+        return WorkerSide(self._split_id, self._shapes, self._shard)
 
     def serve(
         self,
@@ -159,7 +163,7 @@ class Worker:
 
     def attend(self, connection: Connection, visit: Visit | None = None) -> None:
         """Serve one connection until it ends, and close it; its errors are logged, not raised."""
-        side = WorkerSide(self._split_id, self._shapes)
+        side = self._side()
         try:
             self._converse(connection, side, visit)
         except MismatchError as error:
@@ -227,7 +231,8 @@ class Worker:
 
     def _answer(self, connection: Connection, side: WorkerSide, asked: Multiply | Deal) -> None:
         """Step 3: y~ = w x~ mod p; or step O2: u = w r mod p for r made of the batch's key."""
-        n = self._shapes[asked.group][1]
+        matrix = self._matrices[asked.group - self._shard.first]
+        n = matrix.shape[1]
         if isinstance(asked, Deal):
             r = uniform_rows(asked.key, asked.group, asked.first_row, asked.rows, n)
             x = np.ascontiguousarray(r)
@@ -235,20 +240,23 @@ class Worker:
             x = np.frombuffer(asked.payload, _ELEMENTS).reshape(asked.rows, n)  # no copy
         with self._compute:
             started = time.perf_counter_ns()
-            y = self._matrices[asked.group].product(x)
+            y = matrix.product(x)
             micros = (time.perf_counter_ns() - started) // 1000
         connection.send(side.product(micros), y.data, deadline=time.monotonic() + FRAME_LIMIT)
 
     def _answer_several(self, connection: Connection, side: WorkerSide, asked: Several) -> None:
         """Step 3 for each of several groups, answered in one frame; all lengths were checked before."""
         elements = np.frombuffer(asked.payload, _ELEMENTS)  # no copy
-        answer = np.empty(sum(rows * self._shapes[group][0] for group, rows in asked.parts), np.uint32)
+        first = self._shard.first
+        answer = np.empty(
+            sum(rows * self._shapes[group - first][0] for group, rows in asked.parts), np.uint32
+        )
         read = written = 0
         with self._compute:
             started = time.perf_counter_ns()
             for group, rows in asked.parts:
-                m, n = self._shapes[group]
-                y = self._matrices[group].product(elements[read : read + rows * n].reshape(rows, n))
+                m, n = self._shapes[group - first]
+                y = self._matrices[group - first].product(elements[read : read + rows * n].reshape(rows, n))
                 answer[written : written + rows * m] = y.reshape(-1)
                 read, written = read + rows * n, written + rows * m
             micros = (time.perf_counter_ns() - started) // 1000

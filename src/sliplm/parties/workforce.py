@@ -9,7 +9,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Final, Literal, NamedTuple, Self, get_args
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Literal, Self, get_args
 
 from sliplm import forks
 from sliplm.errors import (
@@ -25,13 +26,14 @@ from sliplm.errors import (
 from sliplm.network import keys
 from sliplm.network.addresses import parse_address
 from sliplm.network.attestation import Attester, NullAttester, NullVerifier, Verifier
-from sliplm.network.link import Greet, Link
+from sliplm.network.link import AnotherShard, Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.audit import AuditLog, Event
 from sliplm.parties.quarantine import Quarantine
-from sliplm.parties.standing import KnownLiar, Member, State, lied, next_of, verdict
+from sliplm.parties.standing import KnownLiar, Member, State, Status, lied, next_of, nobody, verdict
 from sliplm.protocol.side import Shape
 from sliplm.protocol.vault_side import Welcome
+from sliplm.shares.shards import Shard, shard_with
 
 Role = Literal["worker", "dealer"]
 
@@ -40,29 +42,11 @@ FAILURES: Final = (WorkerError, WireError, CredentialError, MismatchError)
 
 _ROUND: Final = 0.25  # seconds between two looks at revocations and probes
 _STOP_LIMIT: Final = 5.0
+_AT_ONCE: Final = 16  # connections that are made at a time
 
 
 def _greeted(link: Link, connection: Connection, welcome: Welcome) -> None:
     """Nothing more is asked of a new connection."""
-
-
-class Status(NamedTuple):
-    """One worker or dealer, for people.
-
-    Attributes:
-        served: exchanges, or batches of masks.
-        verified: `time.time()` of the last answer that was checked and good, or None.
-        wrong: answers that failed the check.
-        quarantines: how often it was quarantined.
-    """
-
-    address: str
-    state: State
-    reason: str
-    served: int
-    verified: float | None = None
-    wrong: int = 0
-    quarantines: int = 0
 
 
 def work(products: Iterable[tuple[int, int, int]]) -> int:
@@ -79,12 +63,22 @@ def work(products: Iterable[tuple[int, int, int]]) -> int:
 
 
 class Workforce:
-    """The links of one role, with a thread that probes the lost and watches for revoked certificates."""
+    """The links of one role, with a thread that probes the lost and watches for revoked certificates.
+
+    Args:
+        shards: the parts of the split, where each member holds one of them: whoever holds the group of a
+            message is asked.
+    """
 
     def __init__(
-        self, links: Sequence[Link], role: Role, audit: AuditLog, quarantine: Quarantine | None = None
+        self,
+        links: Sequence[Link],
+        role: Role,
+        audit: AuditLog,
+        quarantine: Quarantine | None = None,
+        shards: Sequence[Shard] = (),
     ) -> None:
-        self._role, self._audit = role, audit
+        self._role, self._audit, self._shards = role, audit, tuple(shards)
         self._quarantine = quarantine or Quarantine()
         self._process = forks.Process()
         self._lock = threading.Lock()
@@ -114,11 +108,16 @@ class Workforce:
         attester: Attester | None = None,
         verifier: Verifier | None = None,
         quarantine: Quarantine | None = None,
+        shards: Sequence[Shard] = (),
     ) -> Self:
-        """With a `Link` to each address, whose arguments these are."""
+        """With a `Link` to each address, whose arguments these are; one shard is as good as none."""
         shown, judge = attester or NullAttester(), verifier or NullVerifier()
-        links = [Link(address, split_id, shapes, timeout, greet, shown, judge, role) for address in addresses]
-        return cls(links, role, audit, quarantine)
+        several = tuple(shards) if len(shards) > 1 else ()
+        links = [
+            Link(address, split_id, shapes, timeout, greet, shown, judge, role, several)
+            for address in addresses
+        ]
+        return cls(links, role, audit, quarantine, several)
 
     def __repr__(self) -> str:
         return f"Workforce({', '.join(f'{m.link.address}: {m.state}' for m in self._members)})"
@@ -136,12 +135,36 @@ class Workforce:
         self._process.check()
         with self._lock:
             return tuple(
-                Status(m.link.address, m.state, m.reason, m.served, m.verified, m.wrong, m.quarantines)
+                Status(
+                    m.link.address,
+                    m.state,
+                    m.reason,
+                    m.served,
+                    m.verified,
+                    m.wrong,
+                    m.quarantines,
+                    self._folder(m),
+                )
                 for m in self._members
             )
 
+    def serves(self) -> bool:
+        """Whether for every group somebody is up."""
+        up = [member.link for member in self._members if member.state == "up"]
+        return all(any(link.may_hold(shard.first) for link in up) for shard in self._shards) and bool(up)
+
+    def shard_of(self, group: int) -> Shard | None:
+        """The part of the split that holds a group; None where there are no parts."""
+        return shard_with(self._shards, group) if self._shards else None
+
     def open_one(self) -> None:
-        """Connect to the first that can serve.  Raises the first one's error when none can."""
+        """Connect to the first that can serve; of a split in shards to everybody, to see who holds what.
+
+        Raises the first one's error when none can, or when nobody can for some shard.
+        """
+        if self._shards:
+            self._open_everybody()
+            return
         first: SlipError | None = None
         tried: set[Link] = set()
         while (link := self.pick(tried)) is not None:
@@ -155,10 +178,32 @@ class Workforce:
                 return
         raise self.refusal(first)
 
-    def pick(self, tried: Collection[Link]) -> Link | None:
+    def _open_everybody(self) -> None:
+        """All at once: one that is away would keep the others waiting."""
+
+        def attempt(link: Link) -> SlipError | None:
+            try:
+                link.open()
+            except FAILURES as error:
+                self.failed(link, error)
+                return error
+            return None
+
+        links = [m.link for m in self._members if m.state in ("up", "lost") and m.link.barred is None]
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            errors = list(threads.map(attempt, links))
+        for shard in self._shards:
+            held = [error for link, error in zip(links, errors, strict=True) if link.may_hold(shard.first)]
+            if None not in held:
+                raise self.refusal(next(iter(held), None), shard.first)
+
+    def pick(self, tried: Collection[Link], group: int = 0) -> Link | None:
         """Who is asked next: of those that are up the one that will be done first, as measured, of these the
         one that served last; now and then a slow one, to see whether it still is; then the lost ones; None
         when nobody is left but `tried`.
+
+        Args:
+            group: who is known not to hold it is not asked.
         """
         if len(self._members) == 1:  # as mostly, and on the way of every token
             only = self._members[0]
@@ -166,6 +211,8 @@ class Workforce:
             return only.link if asked else None
         with self._lock:
             left = [m for m in self._members if m.link not in tried and m.link.barred is None]
+            if self._shards:
+                left = [m for m in left if m.link.may_hold(group)]
             up = [m for m in left if m.state == "up"]
             lost = [m for m in left if m.state == "lost"]
             if up:
@@ -196,6 +243,8 @@ class Workforce:
 
     def failed(self, link: Link, error: SlipError, group: str | None = None, *, probe: bool = False) -> None:
         """An exchange, or a probe, went wrong: decide what becomes of the worker, and record it."""
+        if isinstance(error, AnotherShard):
+            return  # it serves, and is asked for what it holds
         member = self._by_address[link.address]
         event, state, pauses, kind = verdict(error)
         with self._lock:
@@ -245,19 +294,14 @@ class Workforce:
             raise
         self._back(member, *get_args(State))
 
-    def nobody(self) -> SlipError:
-        """The error when nobody is left to ask."""
-        states = self.states()
-        reasons = "; ".join(f"{status.address}: {status.reason or status.state}" for status in states)
-        if any(status.state == "quarantined" for status in states):
-            return VerificationError(
-                f"no {self._role} is left ({reasons}); name another one and load the model again"
-            )
-        return WorkerUnavailable(f"no {self._role} serves now ({reasons}); see that one runs, then ask again")
+    def nobody(self, group: int = 0) -> SlipError:
+        """The error when nobody is left to ask for a group."""
+        shard = self.shard_of(group)
+        return nobody(self._role, self.states(), "" if shard is None else shard.folder)
 
-    def refusal(self, failure: SlipError | None) -> SlipError:
+    def refusal(self, failure: SlipError | None, group: int = 0) -> SlipError:
         """The error of a request that nobody could serve: of the last failure's kind, naming all."""
-        everybody = self.nobody()
+        everybody = self.nobody(group)
         if failure is None:
             return everybody
         failure.args = (str(everybody), *failure.args[1:])
@@ -297,6 +341,10 @@ class Workforce:
                     VerificationError, f"{self._role} {member.link.address} is quarantined: {known.why()}"
                 )
                 self._record(member, "quarantined", known.why(), None)
+
+    def _folder(self, member: Member) -> str:
+        shard = member.link.shard
+        return shard.folder if self._shards and shard is not None else ""
 
     def _member(self, address: str) -> Member:
         self._process.check()

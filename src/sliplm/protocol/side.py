@@ -71,20 +71,20 @@ class Side(ABC):
         split_id: 32 hexadecimal digits.
         shapes: (m, n) of every group, in the manifest's order.
         table: which kind may go which way in which state, and the state after it.
+        first: the index of the first of them in the split.
 
     Raises InputError for no split's id, no groups, or rows that no frame can carry.
     """
 
-    def __init__(self, split_id: str, shapes: Sequence[Shape], table: Table) -> None:
+    def __init__(self, split_id: str, shapes: Sequence[Shape], table: Table, first: int = 0) -> None:
         if not 0 < len(shapes) <= MAX_GROUPS:
             raise InputError(f"a split has 1 to {MAX_GROUPS} groups, not {len(shapes)}")
         if min(min(shape) for shape in shapes) < 1:
             raise InputError("every group has at least one row and one column")
         self._split_id = split_id
         wire.pack_split_id(split_id)  # refuses what is none
-        self._shapes = tuple(shapes)
         self._table = table
-        self._longest = wire.ELEMENT * max(max(shape) for shape in shapes)  # one row of the widest group
+        self._hold(shapes, first)
         if self._longest > wire.MAX_PAYLOAD:
             raise InputError(f"one row takes {self._longest} bytes, a frame at most {wire.MAX_PAYLOAD}")
         self._fit(max(FRAME_BYTES, self._longest))
@@ -106,19 +106,27 @@ class Side(ABC):
         self._state = self._following = State.CLOSED
         self._incoming = None
 
+    def _hold(self, shapes: Sequence[Shape], first: int) -> None:
+        """These groups, from index `first` on, are what is asked and answered here."""
+        self._shapes = dict(enumerate(shapes, first))
+        self._longest = wire.ELEMENT * max(max(shape) for shape in shapes)  # one row of the widest group
+
     def _fit(self, max_payload: int) -> None:
         """Frames carry so many bytes."""
         self._max_payload = max_payload
-        self._most = [max(1, max_payload // (wire.ELEMENT * max(shape))) for shape in self._shapes]
+        self._most = {
+            group: max(1, max_payload // (wire.ELEMENT * max(shape))) for group, shape in self._shapes.items()
+        }
 
     def max_rows(self, group: int) -> int:
         """How many rows of the group one frame, and its answer, can carry; at least 1.
 
         Raises InputError if there is no such group.
         """
-        if not 0 <= group < len(self._most):
-            raise InputError(f"there is no group {group}: this split has {len(self._shapes)}")
-        return self._most[group]
+        most = self._most.get(group)
+        if most is None:
+            raise InputError(f"there is no group {group} here: this share has {len(self._shapes)}")
+        return most
 
     @property
     def max_payload(self) -> int:
@@ -134,9 +142,9 @@ class Side(ABC):
     def _lengths(self, parts: Rows) -> tuple[int, int] | None:
         """Payload bytes of a SEVERAL with these parts and of its answer; None unless it may be asked."""
         groups = [group for group, _ in parts]
-        if len(parts) < 2 or groups != sorted(set(groups)) or groups[-1] >= len(self._shapes):
+        if len(parts) < 2 or groups != sorted(set(groups)) or min(rows for _, rows in parts) < 1:
             return None
-        if min(groups) < 0 or min(rows for _, rows in parts) < 1:
+        if any(group not in self._shapes for group in groups):
             return None
         asked = sum(rows * self._shapes[group][1] for group, rows in parts)
         answered = sum(rows * self._shapes[group][0] for group, rows in parts)

@@ -17,6 +17,7 @@ from sliplm.errors import (
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind
 from sliplm.protocol.side import Bytes, Rows, Shape, Side, State, Table, Way
+from sliplm.shares.shards import Shard, whole
 
 VAULT_TABLE: Final[Table] = {
     (State.NEW, Way.SEND, Kind.HELLO): State.GREETED,
@@ -39,9 +40,9 @@ _REFUSALS: Final[dict[wire.FaultCode, type[SlipError]]] = {
 
 
 class Welcome(NamedTuple):
-    """The worker serves this split.  Its evidence, for the nonce of our HELLO, is unverified."""
+    """The worker serves this part of the split.  Its evidence, for the nonce of our HELLO, is unverified."""
 
-    groups: int
+    shard: Shard
     max_payload: int
     nonce: bytes
     wants_evidence: bool
@@ -71,10 +72,18 @@ class VaultSide(Side):
         split_id: 32 hexadecimal digits.
         shapes: (m, n) of every group, in the manifest's order.
         party: whom it means to speak to.
+        shards: the parts of the split that workers may hold; none where each holds all of it.
     """
 
-    def __init__(self, split_id: str, shapes: Sequence[Shape], party: wire.Party = wire.Party.WORKER) -> None:
+    def __init__(
+        self,
+        split_id: str,
+        shapes: Sequence[Shape],
+        party: wire.Party = wire.Party.WORKER,
+        shards: Sequence[Shard] = (),
+    ) -> None:
         super().__init__(split_id, shapes, VAULT_TABLE)
+        self._shards = {shard.share_id: shard for shard in shards or [whole(split_id, len(shapes))]}
         self._asked = (0, 0, 0)  # group, rows and bytes of the PRODUCT that it waits for
         self._party = party
 
@@ -169,15 +178,28 @@ class VaultSide(Side):
                 raise WireError(f"the worker's {kind.name} is malformed")
 
     def _welcome(self, data: Bytes) -> Welcome:
-        split_id, groups, max_payload, wants_evidence, nonce, evidence = wire.parse_welcome(data)
-        if split_id != self._split_id or groups != len(self._shapes):
-            raise MismatchError(
-                f"the worker holds split {split_id} with {groups} groups, the vault split {self._split_id} "
-                f"with {len(self._shapes)}: start the worker with the share made together with this vault"
-            )
+        share_id, groups, max_payload, wants_evidence, nonce, evidence = wire.parse_welcome(data)
+        shard = self._shards.get(share_id)
+        if shard is None or groups != shard.groups:
+            raise self._stranger(share_id, groups)
+        if len(self._shards) > 1:
+            held = [self._shapes[group] for group in range(shard.first, shard.first + groups)]
+            self._hold(held, shard.first)
         if max_payload < self._longest:
             raise WireError(f"the worker takes {max_payload} bytes a frame, one row needs {self._longest}")
         self._fit(min(self._max_payload, max_payload))
         if wants_evidence:
             self._state = State.PROVING
-        return Welcome(groups, max_payload, nonce, wants_evidence, evidence)
+        return Welcome(shard, max_payload, nonce, wants_evidence, evidence)
+
+    def _stranger(self, share_id: str, groups: int) -> MismatchError:
+        if len(self._shards) > 1:
+            return MismatchError(
+                f"the worker holds the share {share_id} with {groups} groups, which is none of the "
+                f"{len(self._shards)} shards that the vault's manifest names: its manifest.json is not what "
+                "the split wrote; copy the shard's folder again"
+            )
+        return MismatchError(
+            f"the worker holds split {share_id} with {groups} groups, the vault split {self._split_id} "
+            f"with {len(self._shapes)}: start the worker with the share made together with this vault"
+        )

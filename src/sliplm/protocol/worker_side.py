@@ -9,6 +9,7 @@ from sliplm.errors import MismatchError, SlipError, WireError
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import Header, Kind
 from sliplm.protocol.side import Bytes, Rows, Shape, Side, State, Table, Way
+from sliplm.shares.shards import Shard
 
 WORKER_TABLE: Final[Table] = {
     (State.NEW, Way.RECEIVE, Kind.HELLO): State.GREETED,
@@ -69,10 +70,12 @@ class WorkerSide(Side):
     Args:
         split_id: 32 hexadecimal digits.
         shapes: (m, n) of every group, in the manifest's order.
+        shard: which part of the split that is; None for all of it.
     """
 
-    def __init__(self, split_id: str, shapes: Sequence[Shape]) -> None:
-        super().__init__(split_id, shapes, WORKER_TABLE)
+    def __init__(self, split_id: str, shapes: Sequence[Shape], shard: Shard | None = None) -> None:
+        super().__init__(split_id, shapes, WORKER_TABLE, 0 if shard is None else shard.first)
+        self._share_id = split_id if shard is None else shard.share_id
         self._asked = Header(Kind.HELLO, 0, 0, 0, 0, 0)
         self._answer = 0  # bytes of the PRODUCT that is due
 
@@ -87,7 +90,7 @@ class WorkerSide(Side):
         Raises InputError, which changes nothing.
         """
         fields = wire.WelcomeFields(
-            self._split_id, len(self._shapes), self._max_payload, wants_evidence, nonce, evidence
+            self._share_id, len(self._shapes), self._max_payload, wants_evidence, nonce, evidence
         )
         payload = wire.pack_welcome(fields)
         self._move(Way.SEND, Kind.WELCOME)
@@ -152,8 +155,8 @@ class WorkerSide(Side):
         if kind is Kind.SEVERAL:
             self._check_several(group, rows, length)
             return
-        if group >= len(self._shapes):
-            raise WireError(f"there is no group {group}: this share has {len(self._shapes)}")
+        if group not in self._shapes:
+            raise WireError(f"there is no group {group} here: this share has {len(self._shapes)}")
         if not 0 < rows <= self.max_rows(group):
             raise WireError(f"a frame of group {group} carries 1 to {self.max_rows(group)} rows, not {rows}")
         if length != (wire.DEAL_BYTES if kind is Kind.DEAL else wire.ELEMENT * rows * self._shapes[group][1]):

@@ -89,7 +89,7 @@ class Desk:
         vault = self.served.model.slip
         if self.under_way.total() >= WAITING:
             return "busy"
-        if not any(status.state == "up" for status in vault.workers) and not vault.computes_here:
+        if not vault.serves and not vault.computes_here:
             return "no worker serves"
         return None
 

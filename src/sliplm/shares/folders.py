@@ -14,6 +14,7 @@ Side = Literal["vault", "worker"]
 
 SIDES: Final[tuple[Side, ...]] = ("vault", "worker")
 _MANIFEST: Final = "manifest.json"
+_FIRST_SHARD: Final = "worker-1"
 _HEAD: Final = 256  # bytes of a manifest, in which its format stands
 
 
@@ -42,8 +43,10 @@ def wrong_folder(folder: Path, wanted: Side | None) -> str | None:
         return f"{folder} is the secret vault: it stays with you. Give the worker's folder, {_other(folder)}"
     if found == "worker":
         return f"{folder} is the worker's folder: give the vault's, {_other(folder)}"
-    if side_of(folder / wanted) == wanted:
-        return f"{folder} is what a split wrote, the vault and the worker: give {folder / wanted}"
+    if side_of(_share(folder, wanted)) == wanted:
+        some = "one of its shards, such as " if _share(folder, wanted).name == _FIRST_SHARD else ""
+        there = _share(folder, wanted)
+        return f"{folder} is what a split wrote, the vault and the worker: give {some}{there}"
     return f"{folder} {_instead(folder)}: give the folder `{wanted}` that a split wrote"
 
 
@@ -54,7 +57,7 @@ def check_folder(folder: Path, wanted: Side | None) -> None:
 
 
 def _not_both(folder: Path, found: Side | None) -> str | None:
-    there = [side for side in SIDES if side_of(folder / side) == side]
+    there = [side for side in SIDES if side_of(_share(folder, side)) == side]
     if len(there) == len(SIDES):
         return None
     if there:
@@ -70,8 +73,14 @@ def _other(folder: Path) -> str:
     wanted: Side = "worker" if side_of(folder) == "vault" else "vault"
     if folder.name in ("", ".."):
         folder = folder.resolve()
-    beside = folder.parent / wanted
+    beside = _share(folder.parent, wanted)
     return str(beside) if side_of(beside) == wanted else f"`{wanted}` of the same split"
+
+
+def _share(out: Path, side: Side) -> Path:
+    """Where a split wrote a side's share, or the first shard of it."""
+    first = out / _FIRST_SHARD
+    return first if side == "worker" and not (out / side).exists() and first.exists() else out / side
 
 
 def _instead(folder: Path) -> str:

@@ -45,6 +45,11 @@ class Shard(NamedTuple):
         return self.first <= group < self.first + self.groups
 
 
+def whole(split_id: str, groups: int) -> Shard:
+    """A worker share in one piece."""
+    return Shard(WHOLE, split_id, 0, groups)
+
+
 def folder_of(number: int, shards: int) -> str:
     """The name of a shard's folder, numbers from 1 on."""
     return WHOLE if shards == 1 else f"{WHOLE}-{number}"
@@ -53,7 +58,7 @@ def folder_of(number: int, shards: int) -> str:
 def shards_of(manifest: VaultManifest) -> tuple[Shard, ...]:
     """All shards of a split, in the order of their groups; a split without shards is one."""
     if not manifest.shards:
-        return (Shard(WHOLE, manifest.split_id, 0, len(manifest.groups)),)
+        return (whole(manifest.split_id, len(manifest.groups)),)
     found: list[Shard] = []
     first = 0
     for number, shard in enumerate(manifest.shards, 1):
@@ -75,7 +80,7 @@ def own_shard(share: WorkerShare) -> Shard:
     """What an opened worker folder holds."""
     place, groups = share.manifest.shard, len(share.manifest.groups)
     if place is None:
-        return Shard(WHOLE, share.split_id, 0, groups)
+        return whole(share.split_id, groups)
     folder = folder_of(place.number, place.shards)
     return Shard(folder, share_id(share.digests[MANIFEST].sha256), place.first, groups)
 
@@ -86,7 +91,7 @@ def shard_with(shards: Sequence[Shard], group: int) -> Shard:
 
 
 def balanced(sizes: Sequence[int], shards: int) -> list[int]:
-    """How many groups each shard gets, at least one: neighbours together, the largest shard as small as can be.
+    """How many groups each shard gets: neighbours together, the largest shard as small as can be.
 
     Args:
         sizes: bytes of each group, in order.
@@ -129,6 +134,16 @@ def worker_folders(out: Path) -> list[Path]:
         ShareError: there is no vault, or its manifest is not valid.
     """
     return [out / shard.folder for shard in shards_of(read_vault_manifest(out / "vault"))]
+
+
+def open_beside(out: Path) -> WorkerShare:
+    """Open the worker share, all of it, that a split wrote into a folder; not compared with the vault.
+
+    Raises:
+        ShareError: a folder is missing or damaged.
+    """
+    shards = shards_of(read_vault_manifest(out / "vault"))
+    return open_worker(out / WHOLE) if len(shards) == 1 else joined(out, shards)
 
 
 def open_all(vault: VaultShare, share: Path | None = None) -> WorkerShare:

@@ -36,6 +36,7 @@ def split(
     base: Path | str | None = None,
     adapters: Mapping[str, Path | str] | None = None,
     device: str = "auto",
+    shards: int = 1,
 ) -> SplitReport:
     """Split a checkpoint into `out_dir/vault` (secret, sealed) and `out_dir/worker` (assume it is public).
 
@@ -60,6 +61,8 @@ def split(
         device: where matrices are decomposed: "auto" (the first NVIDIA card, if PyTorch sees one; the
             processor for what it cannot), "cpu", or a card that must do it, "cuda" or "cuda:1".  The card
             holds secrets, and is trusted like the processor.
+        shards: how many workers hold the share together, each whole groups of about as many bytes: folders
+            `worker-1`, `worker-2` and so on instead of `worker`.
 
     Raises:
         CardError: the named card is missing, fails, or has too little memory.
@@ -68,8 +71,8 @@ def split(
         CheckpointError: the checkpoint is incomplete, damaged or of no kind that can be split.
         UnsplittableError: modules hold matrices that cannot be split, and the recipe does not place them in
             the vault.
-        RecipeError: a rank above a group's, a rule that matches nothing, or what has no meaning with a base,
-            or without one.
+        RecipeError: a rank above a group's, a rule that matches nothing, what has no meaning with a base, or
+            without one, or more shards than groups.
         CredentialError: the key cannot be had.
         LedgerError: the same weights or a close relative were split before under this key; or the ledger
             cannot be read or written.
@@ -82,7 +85,9 @@ def split(
     plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {}, splitter)
     warn_of_whole(plan, level=2)
     relatives = _relatives(plan, public)
-    report = write_split(plan, out, key, progress, i_know=i_know, ledger=ledger, splitter=splitter)
+    report = write_split(
+        plan, out, key, progress, i_know=i_know, ledger=ledger, splitter=splitter, shards=shards
+    )
     return report.model_copy(update={"public": relatives})
 
 

@@ -32,6 +32,7 @@ from sliplm.reading import read_bounded
 from sliplm.shares.folders import check_folder
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.manifest import PLAIN_MODULE
+from sliplm.shares.shards import worker_folders
 from sliplm.shares.share import CONFIG, MODEL, read_vault_manifest
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -105,6 +106,8 @@ def load(
 def open(out_dir: Folder, **options: Any) -> PreTrainedModel:
     """Run a split on this machine: `out_dir/worker` in a worker process, `out_dir/vault` here.
 
+    Of a split in shards each has a process of its own.
+
     The worker process ends with `model.close()`, at the end of a block `with open(...) as model`,
     when nothing refers to the model any more, or with this process.
 
@@ -120,9 +123,10 @@ def open(out_dir: Folder, **options: Any) -> PreTrainedModel:
     out_dir = Path(out_dir)
     check_folder(out_dir, None)
     with ExitStack() as stack:
-        worker = stack.enter_context(LocalWorker(out_dir / "worker"))
-        model = load(out_dir / "vault", [worker.address], **options)
-        cast(Any, model).slip.close_with_it(worker)
+        workers = [stack.enter_context(LocalWorker(folder)) for folder in worker_folders(out_dir)]
+        model = load(out_dir / "vault", [worker.address for worker in workers], **options)
+        for worker in workers:
+            cast(Any, model).slip.close_with_it(worker)
         stack.pop_all()
     return model
 

@@ -41,7 +41,8 @@ from sliplm.parties.quarantine import Quarantine
 from sliplm.parties.terms import Fallback, Terms
 from sliplm.parties.vault import Vault
 from sliplm.shares.keysource import KeySpec, checked
-from sliplm.shares.share import MODEL, VaultShare, WorkerShare, check_pair, open_vault, open_worker
+from sliplm.shares.shards import open_all
+from sliplm.shares.share import MODEL, VaultShare, WorkerShare, open_vault
 
 Folder = str | os.PathLike[str]
 
@@ -59,8 +60,8 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         workers: addresses, as `LocalWorker.address` gives them; None takes the environment's
             SLIPLM_WORKERS (separated by commas).
         key: what the vault share is sealed with, see `keysource`; None takes the user's key file.
-        share: the worker folder, from which masks are dealt; None takes `worker` beside the vault folder, or
-            no folder where dealers or a pool are named.
+        share: the worker folder, from which masks are dealt, or the folder with all shards in it; None takes
+            what lies beside the vault folder, or no folder where dealers or a pool are named.
         dealers: addresses of workers that deal masks, and do not collude with `workers`.
         pool: a folder with masks dealt by `slip deal`.
         anchor: the command with which that pool was dealt, if any, see `anchor.CommandAnchor`.
@@ -261,14 +262,7 @@ def open_shares(folder: Path, config: SlipConfig) -> tuple[VaultShare, WorkerSha
     config.key = None  # it has served
     worker = None
     if config.share is not None or not (config.dealers or config.pool):
-        share = Path(config.share or folder.parent / "worker")
-        if not share.exists():
-            raise ShareError(
-                f"there is no {share} to make masks from: copy the split's worker folder there, or name its "
-                "place (share), a dealer, or a pool of masks"
-            )
-        worker = open_worker(share)
-        check_pair(vault, worker)
+        worker = open_all(vault, None if config.share is None else Path(config.share))
     return vault, worker
 
 

@@ -26,7 +26,8 @@ from sliplm.engines.transformers.layout import architecture, read_config
 from sliplm.errors import ShareError
 from sliplm.filesystem import utf8_name
 from sliplm.shares.manifest import ExpertOf
-from sliplm.shares.share import open_worker, read_vault_manifest
+from sliplm.shares.shards import open_beside
+from sliplm.shares.share import read_vault_manifest
 
 
 def thief(model_dir: Path | str, out_dir: Path | str, *, model_class: Any = None) -> PreTrainedModel:
@@ -42,7 +43,7 @@ def thief(model_dir: Path | str, out_dir: Path | str, *, model_class: Any = None
         ShareError: a folder is missing, damaged, or of another model.
     """
     worker, groups = (
-        open_worker(Path(out_dir) / "worker"),
+        open_beside(Path(out_dir)),
         read_vault_manifest(Path(out_dir) / "vault").groups,
     )
     model_class = model_class or architecture(read_config(Path(model_dir))) or AutoModelForCausalLM
