@@ -154,8 +154,8 @@ def nobody(role: str, states: Sequence[Status], shard: str) -> SlipError:
         )
     if not states:
         return WorkerUnavailable(
-            f"none of the {role}s that were named serves shard {shard}: start one with `slip worker {shard}`, "
-            "name its address too, and load the model again"
+            f"none of the {role}s that were named serves shard {shard}: start one with `slip worker "
+            f"{shard}`, name its address too, and load the model again"
         )
     return WorkerUnavailable(f"no {role} serves{what} now ({reasons}); see that one runs, then ask again")
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sliplm.parties.workforce import Status
+from sliplm.parties.standing import Status
 from sliplm.serving.served import Served
 
 _SECONDS: Final = (
