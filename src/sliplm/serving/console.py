@@ -14,7 +14,7 @@ from typing import Any, Final
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from sliplm.parties.workforce import Status
+from sliplm.parties.standing import Status
 from sliplm.serving.clients import Client
 from sliplm.serving.desk import Desk
 from sliplm.serving.door import CLIENT, PAGE, STATE
