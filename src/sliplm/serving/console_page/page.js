@@ -356,6 +356,7 @@
     const into = reply.querySelector(".text");
     at("talk").setAttribute("aria-busy", "true");
     const body = { model: at("model").value, messages: here, stream: true };
+    if (at("heat").value) body.temperature = Number(at("heat").value);
     if (at("most").value) body.max_tokens = Number(at("most").value);
     try {
       await answer(into, body);
