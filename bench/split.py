@@ -74,6 +74,11 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[Shape, int]]:
     }  # fmt: skip
 
 
+def entries(found: dict[str, tuple[Shape, int]]) -> int:
+    """Of all groups."""
+    return sum(m * n * count for (m, n), count in found.values())
+
+
 def weights(shape: Shape, number: int) -> np.ndarray:
     """Random ones, as large as a model's."""
     generator = torch.Generator().manual_seed(number)
@@ -236,6 +241,8 @@ def show(
     found: dict[str, tuple[Shape, int]], fast: dict[str, list[float]], slow: dict[str, list[float]]
 ) -> None:
     """A table of 80 columns at most."""
+    if not fast and not slow:
+        return
     print(f"{'seconds a group':24} {'groups':>7} {'device':>9} {'processor':>10} {'times':>7}")
     for name, ((m, n), count) in found.items():
         one = statistics.median(fast[name]) if fast else float("nan")
@@ -283,6 +290,10 @@ def main() -> None:
         )
         print(f"    {measured['before_the_first_group']:.0f} s before the first group (plan, ledger),")
         print(f"    {measured['groups']:.0f} s groups, {measured['after_the_last_group']:.0f} s digests")
+        if args.layers != LAYERS:
+            every = entries(shapes(configuration(args.divide, LAYERS))) / entries(found)
+            measured["all_layers_estimate"] = round(measured["seconds"] * every, 1)
+            print(f"    {LAYERS} layers: {measured['all_layers_estimate']:.0f} s, estimated by their weights")
     memory = f"{document['card_peak_gb']:.1f} GB" if on_card else "not used"
     print(f"highest memory: host {document['host_peak_gb']:.1f} GB, card {memory}")
     for label, each in (("device", fast), ("processor", slow)):
