@@ -4,13 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help install demo test test-security test-gpu fuzz check bench families wheels sbom clean
+.PHONY: help install demo test test-security test-gpu test-vllm fuzz check bench families wheels sbom clean
 
 help:
 	@echo "make demo      split a real model and run it with a worker in a second process"
 	@echo "make test      all tests, real processes and sockets"
 	@echo "make test-security   attacks and faults only, with their table; SLIP_SECURITY=long for the long sizes"
 	@echo "make test-gpu  what needs an NVIDIA card, on a machine with one"
+	@echo "make test-vllm vLLM as the vault's engine, in an environment of its own, .venv-vllm"
 	@echo "make fuzz SECONDS=600   each fuzz target under atheris for so long"
 	@echo "make check     ruff, mypy --strict, import layers"
 	@echo "make bench     what it costs on this machine"
@@ -40,6 +41,16 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m cuda tests/arithmetic/test_cuda.py tests/arithmetic/test_cuda_vault.py \
 		tests/parties/test_worker.py tests/parties/test_card_codec.py tests/engines/test_oncard.py \
 		tests/shares/test_splitter.py
+
+VLLM := .venv-vllm
+
+$(VLLM)/.installed: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt -e .
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/engines/test_vllm.py
 
 SECONDS ?= 600
 

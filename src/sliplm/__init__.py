@@ -12,6 +12,7 @@ without.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,8 @@ places.settle()  # before a library looks for its cache
 
 
 def _register(_: Any) -> None:
-    import_module("sliplm.engines.transformers.quantizer")
+    if "vllm" not in sys.modules:  # it loads vaults itself, and does not start where numba is loaded
+        import_module("sliplm.engines.transformers.quantizer")
 
 
 # from_pretrained knows `quant_method: slip` from here on, at no cost to those who never load transformers
