@@ -63,7 +63,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-BENCHES := $(filter-out bench/_% bench/families.py,$(sort $(wildcard bench/*.py)))
+BENCHES := $(filter-out bench/_% bench/families.py bench/on_vllm.py,$(sort $(wildcard bench/*.py)))
 
 bench: $(READY)
 	@set -e; for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file; done

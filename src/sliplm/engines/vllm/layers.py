@@ -150,8 +150,10 @@ class SlipMethod(LinearMethodBase):  # type: ignore[misc]
         """
         if isinstance(layer, ParallelLMHead):
             fits = self._rows == layer.org_vocab_size  # vLLM pads the head, and cuts its logits
-        else:
+        elif len(self._order) > 1:
             fits = [part.stop - part.start for part in self._order] == output_partition_sizes
+        else:  # a checkpoint's own stack, as GPT-2's
+            fits = self._rows == sum(output_partition_sizes)
         if not fits:
             raise ShareError(f"group {self._group} has other sizes than vLLM's layer: it is of another model")
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), False))
