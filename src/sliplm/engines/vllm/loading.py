@@ -87,8 +87,8 @@ class SlipLoader(BaseModelLoader):  # type: ignore[misc]
         missing = {name for name, value in model.named_parameters() if value.numel()} - set(loaded or ())
         if missing:
             raise ShareError(
-                f"vLLM did not load {', '.join(sorted(missing)[:3])}, or does not say so: this model is served "
-                "by slip serve"
+                f"vLLM did not load {', '.join(sorted(missing)[:3])}, or does not say so: this model is "
+                "served by slip serve"
             )
 
 
