@@ -39,7 +39,7 @@ test-security: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton
 	$(BIN)/python -m pytest -m cuda tests/arithmetic/test_cuda.py tests/arithmetic/test_cuda_vault.py \
-		tests/parties/test_worker.py tests/parties/test_card_codec.py tests/engines/test_oncard.py \
+		tests/parties/test_worker.py tests/parties/test_card_codec.py tests/parties/test_lending.py tests/engines/test_oncard.py \
 		tests/shares/test_splitter.py
 
 VLLM := .venv-vllm

@@ -469,3 +469,52 @@ class TestOnACard:
             check=False,
         )
         assert done.stdout.split()[-1:] == ["2048"], done.stderr
+
+
+def lands(card: object, matrix: CudaMatrix, x: np.ndarray) -> np.ndarray:
+    """`across`, from the card's memory to the card's memory."""
+    m, rows = matrix.shape[0], len(x)
+    there, out = driver.Memory(x.nbytes), driver.Memory(4 * rows * m)
+    there.write(0, x)
+    matrix.across(there.address, out.address, rows)
+    got = driver.Pinned(4 * rows * m)
+    driver.call("cuMemcpyDtoHAsync_v2", got.address, out.address, 4 * rows * m, None)
+    matrix.card.lanes[0].stream.wait()
+    return got.elements(rows, m).copy()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+@pytest.mark.parametrize("rows", [1, 5, 130, 200])
+def test_from_memory_of_the_card_to_memory_of_the_card(
+    monkeypatch: pytest.MonkeyPatch, dtype: type, rows: int
+) -> None:
+    """Also where it takes several chunks, of rows alike."""
+    generator = np.random.default_rng(rows)
+    w = generator.integers(-LARGEST[dtype], LARGEST[dtype], (40, 90), dtype, endpoint=True)
+    x = generator.integers(0, P, (rows, 90), np.uint32)
+    card = FakeCard(monkeypatch, stage=1 << 13)
+    monkeypatch.setattr(card.lanes[0], "limbs", driver.Memory(1 << 16))
+    matrix = CudaMatrix(
+        card, w, lambda matrix, band: candidates(band, packed=dtype is np.int16, capability=90)[0]
+    )
+    assert np.array_equal(lands(card, matrix, x), kernels.prepare(w).product(x))
+
+
+def test_pinned_memory_is_used_again_and_never_twice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCard(monkeypatch)
+    rooms: driver.Rooms = {}
+    first, second = (driver.pinned_elements(3, 4, rooms) for _ in range(2))
+    first[:], second[:] = 1, 2
+    part = first[1:]
+    address = driver.pinned_address(first)
+    assert driver.pinned_address(part) == address + 16 and not np.shares_memory(first, second)
+    assert (
+        driver.pinned_address(first[:, :2]) is None
+        and driver.pinned_address(np.zeros((2, 2), np.uint32)) is None
+    )
+    del first
+    third = driver.pinned_elements(3, 4, rooms)
+    assert driver.pinned_address(third) != address and (part == 1).all()  # rows of it are still used
+    del part
+    fourth = driver.pinned_elements(3, 4, rooms)
+    assert driver.pinned_address(fourth) == address and (second == 2).all()

@@ -59,6 +59,11 @@ class Scene:
         self.laid._held.append(memory)
         return CardRows(self.card, 0, memory.address, *array.shape, kind)
 
+    def check(self, laid: Laid) -> None:
+        claims, pads = self.desk.claims(self.y, self.y.nbytes), self.desk.pads([self.u[:1], self.u[1:]])
+        self.desk.brought()
+        self.desk.check(laid, len(self.y), claims, pads, laid.put(self.e))
+
     def fetched(self, address: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         return fetched(self.card, address, shape, dtype)
 
@@ -76,8 +81,9 @@ def test_masks_are_those_of_the_processor(card: Any) -> None:
     desk, key = Desk(card), bytes(range(100, 132))
     desk.begin(0)
     for n, first, rows in ((1, 0, 1), (13, 5, 3), (1000, 2**30, 2)):
-        words = desk.made(key, 70000, first, rows, n)
+        words = desk.made([(key, 70000, first, rows), (key[::-1], 70000, 9, 2)], n)
         want = field.uniform_words(key, 70000, first, rows, n)
+        want = np.concatenate([want, field.uniform_words(key[::-1], 70000, 9, 2, n)])
         assert np.array_equal(fetched(card, words.address, want.shape, np.uint32), want)
 
 
@@ -103,8 +109,8 @@ def test_a_mask_with_a_word_that_is_no_element_is_told(card: Any) -> None:
     for place, found in ((47, Asked.REJECTED), (48, Asked.READY)):
         words = scene.words.copy()
         words[1, place] = P
-        scene.desk.ask(scene.laid, scene.on_card(scene.x), scene.desk.given(words))
-        assert scene.desk.asked(2, 48, np.empty((2, 48), np.uint32)) is found
+        scene.desk.ask(scene.laid, scene.on_card(scene.x), scene.desk.given(words), send=True)
+        assert scene.desk.asked(2) is found
 
 
 @pytest.mark.parametrize("kind", ["fast", "none"])
@@ -113,10 +119,11 @@ def test_a_message_is_that_of_the_processor_but_for_rounding(card: Any, kind: st
     for m, n in shapes(card):
         scene = scene_of(card, m, n, kind=kind)
         x = scene.on_card(scene.x)
-        scene.desk.ask(scene.laid, x, scene.desk.given(scene.words))
+        scene.desk.ask(scene.laid, x, scene.desk.given(scene.words), send=True)
         scene.desk.wait()
         hidden = np.empty((2, n), np.uint32)
-        assert scene.desk.asked(2, n, hidden) is Asked.READY
+        assert scene.desk.asked(2) is Asked.READY
+        scene.desk.sent(hidden)
         expected, alpha = np.empty((2, n), np.uint32), np.empty(2)
         assert steps.ask(*scene.steps, LIMIT, scene.x, scene.words, expected, alpha, 0, 2)
         difference = field.centre(((hidden.astype(np.int64) - expected) % P).astype(np.uint32))
@@ -130,15 +137,16 @@ def test_a_message_is_that_of_the_processor_but_for_rounding(card: Any, kind: st
 def test_a_row_of_zeros_shows_its_mask_and_what_is_not_finite_is_told(card: Any) -> None:
     scene = scene_of(card, 8, 48)
     scene.x[0], hidden = 0, np.empty((2, 48), np.uint32)
-    scene.desk.ask(scene.laid, scene.on_card(scene.x), scene.desk.given(scene.words))
+    scene.desk.ask(scene.laid, scene.on_card(scene.x), scene.desk.given(scene.words), send=True)
     scene.desk.wait()
-    assert scene.desk.asked(2, 48, hidden) is Asked.READY
+    assert scene.desk.asked(2) is Asked.READY
+    scene.desk.sent(hidden)
     assert np.array_equal(hidden[0], scene.words[0, :48])
     for bad in (np.nan, np.inf, -np.inf):
         scene.x[1, 7] = bad
-        scene.desk.ask(scene.laid, scene.on_card(scene.x), scene.desk.given(scene.words))
+        scene.desk.ask(scene.laid, scene.on_card(scene.x), scene.desk.given(scene.words), send=True)
         scene.desk.wait()
-        assert scene.desk.asked(2, 48, hidden) is Asked.NOT_FINITE
+        assert scene.desk.asked(2) is Asked.NOT_FINITE
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17])
@@ -149,9 +157,9 @@ def test_the_check_is_exact(card: Any, rows: int) -> None:
         scene.e[0], scene.c[1], scene.y[-1], scene.words[0] = P - 1, P - 1, P - 1, P - 1
         scene.there = scene.laid.put(scene.c)
         x = scene.on_card(scene.x)
-        scene.desk.ask(scene.laid, x, scene.desk.given(scene.words))
+        scene.desk.ask(scene.laid, x, scene.desk.given(scene.words), send=True)
         scene.desk.expect(scene.laid, x, scene.there)
-        scene.desk.check(scene.laid, scene.y, scene.u, scene.laid.put(scene.e))
+        scene.check(scene.laid)
         scene.desk.wait()
         hidden = scene.fetched(scene.desk.memory("hidden", 0), (rows, n), np.uint32)
         sums = np.empty((rows, 2), np.uint64)
@@ -198,10 +206,10 @@ def test_an_answer_is_that_of_the_processor_but_for_rounding(card: Any, kind: st
         scene = scene_of(card, m, n, kind=kind, rows=rows)
         x, desk, laid = scene.on_card(scene.x), scene.desk, scene.laid
         out = scene.on_card(np.full((rows, m), np.nan, np.float32))
-        desk.ask(laid, x, scene.desk.given(scene.words))
+        desk.ask(laid, x, scene.desk.given(scene.words), send=True)
         desk.low_rank(laid, x, laid.a, laid.b, laid.rank, 0, m, add=False)
         desk.expect(laid, x, scene.there)
-        desk.check(laid, scene.y, scene.u, laid.put(scene.e))
+        scene.check(laid)
         desk.opened(laid, out)
         desk.wait()
         got = scene.fetched(out.address, (rows, m), np.float32)
@@ -228,10 +236,10 @@ def test_half_precision_is_that_of_float32_rounded(card: Any) -> None:
             scene = scene_of(card, m, n)
             rows, size = scene.on_card(x, name), np.int16 if name == kind else np.float32
             out = scene.on_card(np.zeros((2, m), size), name)
-            scene.desk.ask(scene.laid, rows, scene.desk.given(scene.words))
+            scene.desk.ask(scene.laid, rows, scene.desk.given(scene.words), send=True)
             scene.desk.low_rank(scene.laid, rows, scene.laid.a, scene.laid.b, 3, 0, m, add=False)
             scene.desk.expect(scene.laid, rows, scene.there)
-            scene.desk.check(scene.laid, scene.y, scene.u, scene.laid.put(scene.e))
+            scene.check(scene.laid)
             scene.desk.opened(scene.laid, out)
             scene.desk.wait()
             outs.append(torch.from_numpy(scene.fetched(out.address, (2, m), size)))
@@ -266,10 +274,10 @@ def test_a_row_of_which_nothing_is_left_is_nothing(card: Any) -> None:
     scene.y[0, 0] = (int(scene.u[0, 0]) + 2**30) % P
     scene.y[1, 0] = (int(scene.u[1, 0]) + 1) % P
     x, out = scene.on_card(scene.x), scene.on_card(np.zeros((2, 32), np.float32))
-    scene.desk.ask(laid, x, scene.desk.given(scene.words))
+    scene.desk.ask(laid, x, scene.desk.given(scene.words), send=True)
     scene.desk.low_rank(laid, x, laid.a, laid.b, 3, 0, 32, add=False)
     scene.desk.expect(laid, x, scene.there)
-    scene.desk.check(laid, scene.y, scene.u, laid.put(scene.e))
+    scene.check(laid)
     scene.desk.opened(laid, out)
     scene.desk.wait()
     got = scene.fetched(out.address, (2, 32), np.float32)
@@ -302,7 +310,7 @@ def test_a_thread_keeps_no_secrets_of_a_group_that_is_gone(monkeypatch: pytest.M
     monkeypatch.setattr(driver, "call", lambda *_: None)
     scene = scene_of(card, 8, 48)
     desk, gone = scene.desk, weakref.ref(scene.laid)
-    desk.ask(scene.laid, scene.on_card(scene.x), desk.given(scene.words))
+    desk.ask(scene.laid, scene.on_card(scene.x), desk.given(scene.words), send=True)
     del scene
     gc.collect()
     assert gone() is None

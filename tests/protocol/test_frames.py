@@ -13,7 +13,10 @@ from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import FaultCode, Header, Kind
 
 U32 = st.integers(0, 2**32 - 1)
-HEADERS = st.builds(Header, st.sampled_from(Kind), U32, U32, U32, U32, st.integers(0, wire.MAX_PAYLOAD))
+LENGTHS = st.integers(0, wire.MAX_PAYLOAD)
+HEADERS = st.builds(Header, st.sampled_from(Kind), U32, U32, U32, U32, LENGTHS, st.just(False)) | st.builds(
+    Header, st.sampled_from([Kind.MULTIPLY, Kind.PRODUCT]), U32, U32, U32, U32, LENGTHS, st.just(True)
+)
 SPLIT_ID = "0123456789abcdef" * 2
 
 
@@ -34,7 +37,7 @@ def test_any_header_bytes(data: bytes) -> None:
         header = wire.parse_header(data)
     except WireError:
         return
-    assert header.length <= wire.MAX_PAYLOAD
+    assert header.length <= (wire.MAX_LENT if header.lent else wire.MAX_PAYLOAD)
     assert wire.pack_header(header) == data
 
 
@@ -54,8 +57,9 @@ def test_one_changed_byte(header: Header, place: int, value: int) -> None:
     [
         (0, b"HTTP", "does not speak"),
         (4, b"\x01", "version 1"),
-        (5, b"\x0a", "kind 10"),
-        (6, b"\x01", "reserved"),
+        (5, b"\x0b", "kind 11"),
+        (6, b"\x01", "place 1"),
+        (7, b"\x01", "place 256"),
     ],
 )
 def test_header_refusals(place: int, value: bytes, said: str) -> None:
@@ -65,14 +69,15 @@ def test_header_refusals(place: int, value: bytes, said: str) -> None:
         wire.parse_header(data)
 
 
-def test_too_long_is_refused_by_both_sides() -> None:
-    header = Header(Kind.PRODUCT, 1, 0, 1, 0, wire.MAX_PAYLOAD)
+@pytest.mark.parametrize(("lent", "most"), [(False, wire.MAX_PAYLOAD), (True, wire.MAX_LENT)])
+def test_too_long_is_refused_by_both_sides(lent: bool, most: int) -> None:
+    header = Header(Kind.PRODUCT, 1, 0, 1, 0, most, lent)
     data = bytearray(wire.pack_header(header))
-    struct.pack_into("<I", data, 24, wire.MAX_PAYLOAD + 1)
+    struct.pack_into("<I", data, 24, most + 1)
     with pytest.raises(WireError, match="the limit is"):
         wire.parse_header(data)
     with pytest.raises(InputError, match="fewer rows"):
-        wire.pack_header(header._replace(length=wire.MAX_PAYLOAD + 1))
+        wire.pack_header(header._replace(length=most + 1))
     with pytest.raises(InputError):
         wire.pack_header(header._replace(rows=2**32))
 

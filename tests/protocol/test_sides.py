@@ -14,8 +14,17 @@ from sliplm.errors import AttestationError, InputError, MismatchError, SlipError
 from sliplm.protocol import frames as wire
 from sliplm.protocol.frames import HEADER_BYTES, FaultCode, Header, Kind
 from sliplm.protocol.side import FRAME_BYTES, State, Way
-from sliplm.protocol.vault_side import VAULT_TABLE, Accept, Product, VaultSide, Welcome
-from sliplm.protocol.worker_side import WORKER_TABLE, Deal, Evidence, Hello, Multiply, Several, WorkerSide
+from sliplm.protocol.vault_side import VAULT_TABLE, Accept, Borrowed, Product, VaultSide, Welcome
+from sliplm.protocol.worker_side import (
+    WORKER_TABLE,
+    Deal,
+    Evidence,
+    Hello,
+    Lend,
+    Multiply,
+    Several,
+    WorkerSide,
+)
 from sliplm.shares.manifest import MAX_GROUPS
 from sliplm.shares.shards import whole
 
@@ -57,6 +66,8 @@ def vault_in(state: State) -> VaultSide:
             vault.evidence(b"tdx")
         if state is State.ASKED:
             vault.multiply(1, 2)
+        if state is State.LENDING:
+            vault.lend(64)
     if state is State.CLOSED:
         vault.close()
     assert vault.state is state
@@ -69,12 +80,14 @@ def worker_in(state: State) -> WorkerSide:
     worker = WorkerSide(SPLIT_ID, SHAPES)
     if state is not State.NEW:
         give(worker, vault.hello(NONCE))
-    if state in (State.READY, State.ASKED, State.PROVING, State.PROVED):
+    if state in (State.READY, State.ASKED, State.PROVING, State.PROVED, State.LENDING):
         give(vault, worker.welcome(NONCE, wants_evidence=state in (State.PROVING, State.PROVED)))
     if state is State.PROVED:
         give(worker, vault.evidence(b"tdx"))
     if state is State.ASKED:
         give(worker, vault.multiply(1, 2) + bytes(4 * 2 * 5))
+    if state is State.LENDING:
+        give(worker, vault.lend(64))
     if state is State.CLOSED:
         worker.close()
     assert worker.state is state
@@ -102,6 +115,71 @@ def test_dealing() -> None:
         vault.deal(1, 2, KEY[1:], 0)
     with pytest.raises(WireError, match="has not 31 bytes"):
         worker.header(wire.pack_header(Header(Kind.DEAL, 2, 1, 2, 0, 31)))
+
+
+def lending(size: int = 48) -> tuple[VaultSide, WorkerSide]:
+    vault, worker = greeted()
+    assert give(worker, vault.lend(size)) == Lend(size)
+    assert give(vault, worker.lend(borrowed=True)) == Borrowed(True)
+    assert vault.state is worker.state is State.READY
+    return vault, worker
+
+
+def test_what_lies_in_lent_memory_does_not_follow() -> None:
+    vault, worker = lending()
+    assert (vault.max_lent(0), vault.max_lent(1), vault.max_lent(2), vault.max_lent(3)) == (2, 2, 0, 0)
+    for _ in range(2):
+        header = vault.multiply(1, 2, lent=True)
+        assert worker.header(header) == 0
+        assert worker.payload(b"") == Multiply(1, 2, b"", lent=True)
+        assert give(vault, worker.product(7)) == Product(1, 2, 7, b"")
+    assert give(worker, vault.multiply(1, 1) + bytes(20)) == Multiply(1, 1, bytes(20))
+    assert give(vault, worker.product(7) + bytes(12)) == Product(1, 1, 7, bytes(12))
+
+
+def test_lent_memory_that_cannot_be_used() -> None:
+    vault, worker = greeted()
+    give(worker, vault.lend(64))
+    assert give(vault, worker.lend(borrowed=False)) == Borrowed(False)
+    with pytest.raises(InputError, match="1 to 0 rows"):
+        vault.multiply(1, 1, lent=True)
+    assert give(worker, vault.lend(64)) == Lend(64)  # another try
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (Header(Kind.MULTIPLY, 1, 1, 3, 0, 60, True), "1 to 2 rows"),
+        (Header(Kind.MULTIPLY, 1, 1, 2, 0, 44, True), "has not 44 bytes"),
+        (Header(Kind.MULTIPLY, 1, 2, 1, 0, 8, True), "1 to 0 rows"),
+        (Header(Kind.LEND, 0, 0, 0, 0, 8), "twice"),
+    ],
+)
+def test_what_a_worker_refuses_of_lent_memory(frame: Header, words: str) -> None:
+    _, worker = lending()
+    with pytest.raises(WireError, match=words):
+        worker.header(wire.pack_header(frame))
+
+
+def test_what_a_vault_refuses_of_lent_memory() -> None:
+    for lent in (True, False):  # an answer that lies elsewhere than its question
+        vault, _ = lending()
+        vault.multiply(1, 2, lent=lent)
+        with pytest.raises(WireError, match="does not answer"):
+            vault.header(wire.pack_header(Header(Kind.PRODUCT, 1, 1, 2, 0, 24, not lent)))
+    with pytest.raises(WireError, match="LEND is malformed"):
+        vault_in(State.LENDING).header(wire.pack_header(Header(Kind.LEND, 0, 0, 2, 0, 0)))
+    for size in (0, wire.MAX_LENT + 1):
+        with pytest.raises(InputError, match="each way"):
+            vault_in(State.READY).lend(size)
+        with pytest.raises(WireError, match="each way"):
+            wire.parse_lend(struct.pack("<Q", size))
+
+
+def test_lent_memory_before_any_was_lent() -> None:
+    _, worker = greeted()
+    with pytest.raises(WireError, match="1 to 0 rows"):
+        worker.header(wire.pack_header(Header(Kind.MULTIPLY, 1, 1, 2, 0, 40, True)))
 
 
 def test_evidence_both_ways() -> None:
@@ -187,11 +265,13 @@ VAULT_SENDS: dict[Kind, Callable[[VaultSide], object]] = {
     Kind.SEVERAL: lambda side: side.several([(0, 1), (1, 2)]),
     Kind.DEAL: lambda side: side.deal(0, 1, KEY, 0),
     Kind.EVIDENCE: lambda side: side.evidence(b"tdx"),
+    Kind.LEND: lambda side: side.lend(64),
 }
 WORKER_SENDS: dict[Kind, Callable[[WorkerSide], object]] = {
     Kind.WELCOME: lambda side: side.welcome(NONCE),
     Kind.PRODUCT: lambda side: side.product(0),
     Kind.ACCEPT: lambda side: side.accept(),
+    Kind.LEND: lambda side: side.lend(borrowed=True),
 }
 
 
@@ -407,7 +487,7 @@ def test_any_bytes(
             payload = data.draw(st.binary(min_size=size, max_size=size))
             assert isinstance(
                 side.payload(payload),
-                Hello | Welcome | Accept | Evidence | Multiply | Several | Deal | Product,
+                Hello | Welcome | Accept | Evidence | Lend | Borrowed | Multiply | Several | Deal | Product,
             )
     except SlipError:
         assert side.state is State.CLOSED

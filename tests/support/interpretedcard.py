@@ -87,11 +87,11 @@ def _call(name: str, *arguments: Any) -> None:
     if name == "cuMemsetD8Async":
         to, value, size, _ = arguments
         FakeMemory.fill(to, value, size)
-    elif name == "cuMemcpyHtoDAsync_v2":
+    elif name in {"cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoDAsync_v2"}:
         to, source, size, _ = arguments
         ctypes.memmove(to, source, size)
     else:
-        assert name == "cuStreamSynchronize"
+        assert name in {"cuStreamSynchronize", "cuStreamCreate"}
 
 
 def _pointer(address: int, kind: str) -> Any:

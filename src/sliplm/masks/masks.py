@@ -47,19 +47,42 @@ class Masks(Secret):
     """Masks for one message, burnt already.
 
     Attributes:
-        u: w r, uint32 [rows, m].
         origin: what their r is made of, where nobody has made it yet; None where it is there.
     """
 
-    __slots__ = ("_n", "_words", "origin", "u")
+    __slots__ = ("_n", "_parts", "_u", "_words", "origin")
 
-    def __init__(self, words: Elements | None, u: Elements, n: int, origin: Origin | None = None) -> None:
-        self._words, self.u, self._n, self.origin = words, u, n, origin
+    def __init__(
+        self, words: Elements | None, u: Elements | None, n: int, origin: Origin | None = None,
+        parts: Sequence[Masks] = (),
+    ) -> None:  # fmt: skip
+        self._words, self._u, self._n, self.origin = words, u, n, origin
+        self._parts = parts
+
+    @property
+    def parts(self) -> Sequence[Masks]:
+        """They, or what was put one after the other without a copy."""
+        return self._parts or (self,)
+
+    @property
+    def u(self) -> Elements:
+        """w r, uint32 [rows, m]."""
+        u = self._u
+        if u is None:
+            u = self._u = np.concatenate([part.u for part in self.parts])
+        return u
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return sum(len(part.u) for part in self.parts)
 
     @property
     def words(self) -> Elements:
         """uint32 [rows, n or more], contiguous; the first n of each row are r."""
         words = self._words
+        if words is None and len(self.parts) > 1:
+            words = self._words = np.concatenate([part.words for part in self.parts])
         if words is None:
             if self.origin is None:
                 raise MaskError("masks without a key; load the model again")
@@ -67,7 +90,7 @@ class Masks(Secret):
         return words
 
     def __repr__(self) -> str:
-        return f"Masks(rows={len(self.u)}, secrets hidden)"
+        return f"Masks(rows={self.rows}, secrets hidden)"
 
     @property
     def r(self) -> Elements:
@@ -128,6 +151,8 @@ def joined(parts: Sequence[Masks]) -> Masks:
     """Masks one after the other."""
     if len(parts) == 1:
         return parts[0]
+    if all(part.origin is not None for part in parts):
+        return Masks(None, None, parts[0]._n, parts=parts)
     words, u = np.concatenate([p.words for p in parts]), np.concatenate([p.u for p in parts])
     return Masks(words, u, parts[0].r.shape[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -13,15 +14,17 @@ import numpy as np
 
 from sliplm import forks
 from sliplm.arithmetic.field import Elements
+from sliplm.arithmetic.kernels.cuda.lent import Lent
 from sliplm.errors import WireError, WorkerError, WorkerFault, WorkerTimeout, WorkerUnavailable
-from sliplm.network.addresses import anchored
+from sliplm.network.addresses import UnixAddress, anchored, parse_address
 from sliplm.network.attestation import NO_SPKI, Attester, Verifier, binding, judge, own_evidence
 from sliplm.network.dialling import connect
 from sliplm.network.keys import Serving
+from sliplm.network.memory import MemoryConnection
 from sliplm.network.transport import Connection
 from sliplm.protocol.frames import NONCE_BYTES, Party
 from sliplm.protocol.side import Rows, Shape
-from sliplm.protocol.vault_side import Product, VaultSide, Welcome
+from sliplm.protocol.vault_side import Borrowed, Product, VaultSide, Welcome
 from sliplm.shares.shards import Shard, whole
 
 Bar = tuple[type[WorkerError], str]
@@ -90,6 +93,7 @@ class Link:
         self._waiting: deque[None] = deque()  # one for each exchange under way or waiting for its turn
         self._process = forks.Process()
         self._side = VaultSide(split_id, shapes)
+        self._lent: Lent | None = None
 
     def __repr__(self) -> str:
         return f"Link({self.address!r}, barred={self.barred is not None})"
@@ -106,6 +110,20 @@ class Link:
     def max_rows(self, group: int) -> int:
         """How many rows of a group one exchange carries."""
         return self._side.max_rows(group)
+
+    def max_lent(self, group: int) -> int:
+        """The same by way of lent memory; 0 without it."""
+        return self._side.max_lent(group)
+
+    def borrowed(self) -> Lent | None:
+        """The memory that the worker has borrowed; connects.  For who has the turn.
+
+        Raises: as `open`.
+        """
+        if self._lent is None:
+            return None
+        self._connected()
+        return self._lent if self._side.lends else None
 
     @property
     def max_payload(self) -> int:
@@ -147,6 +165,34 @@ class Link:
             claims.append(elements[first:last].reshape(rows, -1))
             first = last
         return claims, product.micros
+
+    def lend(self, make: Callable[[], Lent]) -> None:
+        """Make memory of a card and offer it, now and with each connection made anew, to a worker that shares
+        memory with us.  One that cannot use it is asked as before.
+
+        Raises: as `open`, and what `make` raises.
+        """
+        target = parse_address(self._where)
+        if not isinstance(target, UnixAddress) or not target.memory:
+            return
+        with self:
+            self._lent = make()
+            if self.connection is not None:
+                try:
+                    self._offer(self.connection, self._side, time.monotonic() + self._timeout)
+                except BaseException:
+                    self._drop()
+                    raise
+
+    def exchange_lent(self, group: int, rows: int, meanwhile: Callable[[], None]) -> int:
+        """As `exchange`, for x~ that lies in the lent memory, where the claims will lie: only how many
+        microseconds the worker computed.
+
+        Raises: as `exchange`.
+        """
+        return self._answer(
+            lambda side: side.multiply(group, rows, lent=True), [(group, rows)], meanwhile, lent=True
+        ).micros
 
     def deal(
         self, group: int, key: bytes, first_row: int, rows: int, out: Elements, shown: Marks | None
@@ -235,13 +281,18 @@ class Link:
         self._waiting.pop()
 
     def _answer(
-        self, asked: memoryview | Callable[[VaultSide], bytes], parts: Rows, meanwhile: Callable[[], None]
+        self,
+        asked: memoryview | Callable[[VaultSide], bytes],
+        parts: Rows,
+        meanwhile: Callable[[], None],
+        *,
+        lent: bool = False,
     ) -> Product:
         """The answer to x~ of these groups, or to a frame that is made once it is known who answers."""
         fresh = self.connection is None
         while True:
             connection = self._connected()
-            self._check_carries(parts)
+            self._check_carries(parts, lent=lent)
             try:
                 start = time.monotonic()
                 deadline = start + self._timeout
@@ -276,11 +327,11 @@ class Link:
             self.unanswered = 0
             return answer
 
-    def _check_carries(self, parts: Rows) -> None:
-        """Whoever is there holds these groups, and one frame takes these rows."""
+    def _check_carries(self, parts: Rows, *, lent: bool) -> None:
+        """Whoever is there holds these groups, and one frame, or the lent memory, takes these rows."""
         if not self.may_hold(parts[0][0]):
             raise AnotherShard(f"{self.address} holds other groups", self.address)
-        if not self._side.carries(parts):
+        if not (self._side.max_lent(parts[0][0]) >= parts[0][1] if lent else self._side.carries(parts)):
             raise WorkerFault(f"{self.address} takes smaller frames than the others", self.address)
 
     def _connected(self) -> Connection:
@@ -296,6 +347,7 @@ class Link:
             try:
                 welcome = self._hello(connection, side, deadline)
                 self._greet(self, connection, welcome)
+                self._offer(connection, side, deadline)
             except BaseException:
                 connection.close()
                 raise
@@ -320,6 +372,20 @@ class Link:
             connection.send(side.evidence(evidence), deadline=deadline)
             connection.receive(side, deadline=deadline)  # ACCEPT: the side lets nothing else through
         return welcome
+
+    def _offer(self, connection: Connection, side: VaultSide, deadline: float) -> None:
+        """Lend what there is to lend, where both share memory already."""
+        memory = self._lent
+        if memory is None or not isinstance(connection, MemoryConnection):
+            return
+        handle = memory.descriptor()
+        try:
+            connection.hand_over(handle)
+        finally:
+            os.close(handle)
+        connection.send(side.lend(memory.size), deadline=deadline)
+        if not isinstance(connection.receive(side, deadline=deadline), Borrowed):
+            raise WireError(f"{self.address} did not answer an offer of memory")
 
     def _count_break(self, error: WorkerUnavailable) -> None:
         """A peer that drops each connection costs us new masks each time."""

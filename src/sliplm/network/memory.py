@@ -53,6 +53,7 @@ class MemoryConnection(Connection):
         self._bell = self._words.data[ring.BELL :]
         self._room = Patience()
         self._over = False
+        self._vault, self._handed = vault, -1
         self._looked = time.monotonic()
         self._hinge = select.poll()
         self._hinge.register(sock, select.POLLIN)
@@ -78,6 +79,41 @@ class MemoryConnection(Connection):
     def abort(self) -> None:
         self._over = True
         super().abort()
+
+    def hand_over(self, handle: int) -> None:
+        """The vault: pass a descriptor through the door; it stays the caller's.  Raises WorkerUnavailable."""
+        try:
+            socket.send_fds(self._sock, [b"\0"], [handle])
+        except OSError as error:
+            raise translate(error, self._peer) from error
+
+    def handed_over(self, deadline: float) -> int:
+        """The worker: the descriptor that came through the door last, to be closed by the caller.
+
+        Raises WorkerTimeout, WorkerUnavailable.
+        """
+        while self._handed < 0:
+            if self._over:
+                raise self._closed()
+            left = deadline - time.monotonic()
+            if left <= 0 or not (ready := self._hinge.poll(left * 1000)):
+                raise self._late()
+            self._answer_door(ready)
+        handle, self._handed = self._handed, -1
+        return handle
+
+    def close(self) -> None:
+        super().close()
+        self._drop_handed()
+
+    def left_behind(self) -> None:
+        super().left_behind()
+        self._drop_handed()
+
+    def _drop_handed(self) -> None:
+        handle, self._handed = self._handed, -1
+        if handle >= 0:
+            os.close(handle)
 
     def _send_frame(self, header: bytes, body: memoryview, deadline: float) -> None:
         first, rest = np.frombuffer(header, np.uint8), np.frombuffer(body, np.uint8)
@@ -141,7 +177,7 @@ class MemoryConnection(Connection):
         if not ready:
             return
         try:
-            gone = not self._sock.recv(_BELLS)
+            gone = not self._hear()
         except BlockingIOError:
             return
         except OSError:
@@ -149,6 +185,16 @@ class MemoryConnection(Connection):
         if gone:
             ring.finish(self._words)
             self._over = True
+
+    def _hear(self) -> bytes:
+        """What rang.  A worker keeps the last descriptor that comes with it, a vault none."""
+        if self._vault:
+            return self._sock.recv(_BELLS)
+        rang, handles, _, _ = socket.recv_fds(self._sock, _BELLS, 1, socket.MSG_CMSG_CLOEXEC)
+        if handles:
+            self._drop_handed()
+            self._handed = handles[0]
+        return rang
 
     def _ring(self) -> None:
         """Wake the peer.  Where the door takes no more, enough bytes lie there to do so."""

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from sliplm.arithmetic.field import Elements
 from sliplm.arithmetic.kernels.cuda.card import Card
+from sliplm.arithmetic.kernels.cuda.lent import Lent
 from sliplm.arithmetic.kernels.cuda.vault_layout import Laid
-from sliplm.arithmetic.kernels.cuda.vault_steps import Asked, CardRows, Desk, desk
+from sliplm.arithmetic.kernels.cuda.vault_steps import Asked, CardRows, Desk, Words, desk
 from sliplm.errors import InputError
 from sliplm.masks.masks import Masks
+from sliplm.network.link import Link
 from sliplm.parties.codec import Challenges, GroupCodec, Judged
+from sliplm.parties.message import Message
 from sliplm.secrecy import Secret
 
 FEW: Final = 4
-"""Rows up to which the processor checks an answer: to bring it to the card and wait takes longer."""
+"""Rows up to which x~ goes by the host, and the processor checks the answer: the card's way takes longer."""
 
 
 class _Open(NamedTuple):
@@ -39,17 +42,20 @@ class CardAsked(Secret):
     """As `codec.Asked`, of rows on a card.
 
     Attributes:
-        x, out: the input, and where the answer will be.  hidden: x~, uint32 [rows, n], in the message.
-        expected: <c, x~> for `challenges`, empty where the card has it.
+        x, out: the input, and where the answer will be.  hidden: room for x~ in the message, uint32
+            [rows, n]; fetched: whether it is there, and not on the card alone.
+        expected: <c, x~> for `challenges`, empty where the card has it.  pads: where u lies on the card.
         checked: `holds` has passed it.  believed: no product is too large (M64).
     """
 
     __slots__ = (
-        "believed", "challenges", "checked", "desk", "expected", "hidden", "out", "u", "x",
+        "believed", "challenges", "checked", "desk", "expected", "fetched", "hidden", "masks", "out", "pads",
+        "x",
     )  # fmt: skip
 
-    def __init__(self, at: Desk, x: CardRows, hidden: Elements, out: CardRows, u: Elements) -> None:
-        self.desk, self.x, self.hidden, self.out, self.u = at, x, hidden, out, u
+    def __init__(self, at: Desk, x: CardRows, hidden: Elements, out: CardRows, masks: Masks) -> None:
+        self.desk, self.x, self.hidden, self.out, self.masks = at, x, hidden, out, masks
+        self.fetched, self.pads = len(x) <= FEW, 0
         self.expected = np.empty((0, 0), np.uint64)
         self.challenges: Challenges | None = None
         self.checked = self.believed = False
@@ -91,25 +97,44 @@ class CardCodec(Secret):
         """
         at, laid = desk(x.card), self._laid
         at.begin(x.stream)
-        rows, origin = len(x), masks.origin
-        words = at.given(masks.words) if origin is None else at.made(*origin, rows, self.n)
-        at.ask(laid, x, words)
-        found = at.asked(rows, self.n, hidden)
+        asked = CardAsked(at, x, hidden, out, masks)
+        if not asked.fetched:
+            asked.pads = at.pads([part.u for part in masks.parts])
+        at.ask(laid, x, self._words(at, masks), send=asked.fetched)
+        found = at.asked(len(x))
         if found is Asked.REJECTED:  # once in 10^5 rows; the host makes these masks
-            at.ask(laid, x, at.given(masks.words))
-            found = at.asked(rows, self.n, hidden)
+            at.ask(laid, x, at.given(masks.words), send=asked.fetched)
+            found = at.asked(len(x))
         _settle(at)  # first: what a lost row made of the layers after it is its fault
         if found is not Asked.READY:
             raise InputError(
                 f"{self.name}: the input holds NaN or infinity; look for the cause in the layers before it"
             )
-        return CardAsked(at, x, hidden, out, masks.u)
+        if asked.fetched:
+            at.sent(hidden)
+        return asked
+
+    def _words(self, at: Desk, masks: Masks) -> Words:
+        batches = [(*part.origin, part.rows) for part in masks.parts if part.origin is not None]
+        return at.made(batches, self.n) if len(batches) == len(masks.parts) else at.given(masks.words)
+
+    def fetch(self, asked: CardAsked) -> None:
+        """Have x~ in the message."""
+        if not asked.fetched:
+            asked.desk.fetch(asked.hidden)
+            asked.fetched = True
+
+    def lay(self, asked: CardAsked, lent: Lent) -> None:
+        """x~ to memory of the same card that a worker has borrowed."""
+        asked.desk.lay(lent.questions, asked.x.nbytes)
 
     def unmasked(self, x: CardRows, out: CardRows, inputs: int) -> CardAsked:
         """As `GroupCodec.unmasked`; inputs of two rows never come here."""
         del inputs
         nothing = Masks(np.zeros(x.shape, np.uint32), np.zeros(out.shape, np.uint32), self.n)
-        return self.ask(x, nothing, np.empty(x.shape, np.uint32), out)
+        asked = self.ask(x, nothing, np.empty(x.shape, np.uint32), out)
+        self.fetch(asked)
+        return asked
 
     def bring_near(self) -> None:
         """A card has nothing nearer."""
@@ -126,17 +151,24 @@ class CardCodec(Secret):
         if len(x) <= FEW:
             self._expect(asked, challenges)
 
-    def holds(self, asked: CardAsked, y: Elements) -> bool:
-        """Step 4, as `GroupCodec.holds`: of few rows on the processor, of many on the card."""
-        challenges, rows = self._codec.left(), len(asked.x)
-        if asked.challenges is not challenges:  # renewed meanwhile
-            self._expect(asked, challenges)
-        if rows > FEW and not len(asked.expected):
-            asked.desk.check(self._laid, y, asked.u, self._addresses(challenges)[0])
-            right, largest = asked.desk.verdict(rows, self.m)
+    def holds(self, asked: CardAsked, y: Elements | Lent) -> bool:
+        """Step 4, as `GroupCodec.holds`: of few rows on the processor, of many on the card, where claims in
+        lent memory are copied to our own first (M68).
+        """
+        challenges, rows, at = self._codec.left(), len(asked.x), asked.desk
+        if isinstance(y, Lent) or rows > FEW:
+            if asked.challenges is not challenges:  # renewed meanwhile
+                at.expect(self._laid, asked.x, self._addresses(challenges)[1])
+                asked.challenges = challenges
+            at.brought()
+            claims = at.claims(y.answers if isinstance(y, Lent) else y, asked.out.nbytes)
+            at.check(self._laid, rows, claims, asked.pads, self._addresses(challenges)[0])
+            right, largest = at.verdict(rows, self.m)
         else:
+            if asked.challenges is not challenges:
+                self._expect(asked, challenges)
             right = self._codec.holds_for(challenges, asked.expected, y)
-            largest = asked.desk.unmasked(y, asked.u) if right else 0
+            largest = at.unmasked(y, asked.masks.u) if right else 0
         if not right:
             self._codec.renew_challenges(challenges)
             return False
@@ -144,10 +176,10 @@ class CardCodec(Secret):
         asked.checked = True
         return True
 
-    def opened(self, asked: CardAsked, y: Elements, u: Elements) -> None:
+    def opened(self, asked: CardAsked, y: Elements | Lent, u: Elements | None) -> None:
         """Step 5, asked for and not waited for, of what `holds` has passed, or what was computed here."""
         at = asked.desk
-        if not asked.checked:  # computed here, and checked there
+        if not asked.checked and u is not None and not isinstance(y, Lent):  # computed here, checked there
             asked.believed = at.unmasked(y, u) <= self._codec.edge
         if asked.believed:
             at.opened(self._laid, asked.out)
@@ -173,6 +205,31 @@ class CardCodec(Secret):
                     found = self._laid.put(challenges.e), self._laid.put(challenges.c)
                     self._challenges[challenges.number] = found
         return found
+
+
+class CardMessage(Message):
+    """A message whose x~ lies on a card: where the worker has borrowed memory there, it goes that way."""
+
+    __slots__ = ()
+
+    def exchanged(self, link: Link, meanwhile: Callable[[], None]) -> tuple[Sequence[Any], int]:
+        asked: CardAsked = self.asked[0]
+        codec: Any = self.codecs[0]
+        group, rows = self.questions[0]
+        lent = link.borrowed() if rows > FEW else None
+        if lent is not None and lent.card is asked.x.card and rows <= link.max_lent(group):
+            codec.lay(asked, lent)
+            return [lent], link.exchange_lent(group, rows, meanwhile)
+        codec.fetch(asked)
+        return super().exchanged(link, meanwhile)
+
+    def seen(self) -> Elements:
+        codec: Any = self.codecs[0]
+        codec.fetch(self.asked[0])
+        return self.elements
+
+    def open(self, claims: Sequence[Any]) -> None:
+        self.codecs[0].opened(self.asked[0], claims[0], None)
 
 
 class CardCodecs:

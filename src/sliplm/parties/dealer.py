@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from sliplm.arithmetic.field import Elements
+from sliplm.arithmetic.kernels.cuda.matrix import CudaMatrix
 from sliplm.arithmetic.kernels.placing import lay_out
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
 from sliplm.errors import (
@@ -48,8 +49,8 @@ class ShareDealer:
     def product(self, group: int, x: Elements, *, threads: int | None = None) -> Elements:
         """w x for rows x: uint32 [rows, n] -> uint32 [rows, m]; None: all cores where it pays."""
         matrix = self._matrices[group]
-        if matrix.kernel == "cuda":
-            threads = 1  # it is for one at a time
+        if isinstance(matrix, CudaMatrix):
+            return matrix.product(x, matrix.room(len(x)))
         if threads is None:
             threads = default_threads() if len(x) >= _ROWS_A_THREAD else 1
         y = np.empty((len(x), matrix.shape[0]), np.uint32)

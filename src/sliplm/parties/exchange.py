@@ -14,32 +14,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Final, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any, Final, NamedTuple
 
 from sliplm.arithmetic.field import Elements
 from sliplm.errors import ExhaustedError, SlipError, VerificationError
-from sliplm.masks.masks import Masks
 from sliplm.network.link import Link
 from sliplm.parties.audit import AuditLog
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
+from sliplm.parties.message import Codec, Codecs, Message, Part
 from sliplm.parties.supply import Supply
-from sliplm.parties.workforce import FAILURES, Workforce, work
+from sliplm.parties.workforce import FAILURES, Workforce
 from sliplm.secrecy import Secret
 
 _FEW: Final = 16  # rows of an exchange for which the next one is prepared: of more it would take too long
-
-
-class Part(NamedTuple):
-    """The inputs of one group in an exchange: W x of x float32 [rows, n] goes into out, float32 [rows, m]; or
-    both on a card, in a type of their own.
-    """
-
-    group: int
-    x: Any
-    out: Any
 
 
 class Timed(NamedTuple):
@@ -73,99 +61,6 @@ Watcher = Callable[[Timed, Any, Elements], None]
 (an array, or on a card), and the message, uint32, which begins with x~ of the first row.  It must not wait,
 raise, or keep either.
 """
-
-
-class Codec(Protocol):
-    """A group's arithmetic: `codec.GroupCodec`, or `card_codec.CardCodec`, where everything is explained."""
-
-    name: str
-    m: int
-    n: int
-
-    def check_left(self) -> None: ...
-
-    def ask(self, x: Any, masks: Masks, hidden: Elements, out: Any) -> Any: ...
-
-    def unmasked(self, x: Any, out: Any, inputs: int) -> Any: ...
-
-    def ahead(self, asked: Any, adapter: str | None) -> None: ...
-
-    def holds(self, asked: Any, y: Elements) -> bool: ...
-
-    def opened(self, asked: Any, y: Elements, u: Elements) -> None: ...
-
-    def judge(self, asked: Any) -> int: ...
-
-    def bring_near(self) -> None: ...
-
-
-class Codecs(Protocol):
-    """That of each group."""
-
-    def __getitem__(self, group: int, /) -> Codec: ...
-
-
-class _Message(Secret):
-    """One message on its way, made with masks that are burnt: of each group its rows and what is known of
-    them.
-
-    Attributes:
-        elements: x~ of all groups behind each other, uint32.
-        questions: each group with its rows, as they are asked.
-        rows, answer: of all groups: rows, bytes of the answer.
-    """
-
-    __slots__ = ("_adapter", "_asked", "_masks", "answer", "codecs", "elements", "questions", "rows")
-
-    def __init__(
-        self, codecs: Sequence[Codec], parts: Sequence[Part], masks: Sequence[Masks], adapter: str | None
-    ) -> None:
-        self.codecs, self._masks, self._adapter = codecs, masks, adapter
-        self.questions = [(part.group, len(mask.u)) for part, mask in zip(parts, masks, strict=True)]
-        sizes = [rows * codec.n for codec, (_, rows) in zip(codecs, self.questions, strict=True)]
-        self.elements = np.empty(sum(sizes), np.uint32)
-        self._asked: list[Any] = []
-        self.rows = self.answer = first = 0
-        for k, (_, x, out) in enumerate(parts):
-            rows, last = self.questions[k][1], first + sizes[k]
-            hidden = self.elements[first:last].reshape(rows, codecs[k].n)
-            self._asked.append(codecs[k].ask(x, masks[k], hidden, out))  # steps 1 and 2
-            self.rows, self.answer, first = self.rows + rows, self.answer + masks[k].u.nbytes, last
-
-    @property
-    def work(self) -> int:
-        """What `workforce.work` says."""
-        codecs = enumerate(self.codecs)
-        return work([(codec.m, codec.n, self.questions[k][1]) for k, codec in codecs])
-
-    def ahead(self) -> None:
-        """What does not depend on the answer, once: a worker that fails is followed by another."""
-        for k, asked in enumerate(self._asked):
-            if asked.challenges is None:
-                self.codecs[k].ahead(asked, self._adapter)
-
-    def wrong(self, claims: Sequence[Elements]) -> Codec | None:
-        """Step 4, of every group: the first whose product is wrong.  Other challenges are in force for it
-        then (M15).
-        """
-        for k, asked in enumerate(self._asked):
-            if not self.codecs[k].holds(asked, claims[k]):
-                return self.codecs[k]
-        return None
-
-    def open(self, claims: Sequence[Elements]) -> None:
-        """Step 5, of every group."""
-        for k, asked in enumerate(self._asked):
-            self.codecs[k].opened(asked, claims[k], self._masks[k].u)
-
-    def open_plain(self, products: Sequence[Elements]) -> None:
-        """The same for products of what no mask hides."""
-        for k, asked in enumerate(self._asked):
-            self.codecs[k].opened(asked, products[k], np.zeros_like(products[k]))
-
-    def lossy(self) -> int:
-        """How many rows rounding has cost much.  Raises: PrecisionError."""
-        return sum([codec.judge(asked) for codec, asked in zip(self.codecs, self._asked, strict=True)])
 
 
 class _Last(threading.local):
@@ -206,16 +101,17 @@ class Exchange(Secret):
         self._thread = _Last()
         self.watchers: list[Watcher] = []
         self._masks_made = True  # by the processor; a card makes its own of their keys
+        self._kind: type[Message] = Message
 
     @property
     def computes_here(self) -> bool:
         """Whether a request is served for want of a worker."""
         return self._here is not None
 
-    def on(self, codecs: Codecs) -> Exchange:
+    def on(self, codecs: Codecs, kind: type[Message]) -> Exchange:
         """The same exchanges for activations on a card."""
         other = Exchange(codecs, self._supply, self._workers, self._here, self._counters, self._audit, 1)
-        other._masks_made, other.watchers = False, self.watchers
+        other._masks_made, other._kind, other.watchers = False, kind, self.watchers
         return other
 
     def run(self, parts: Sequence[Part], adapter: str | None) -> None:
@@ -239,7 +135,7 @@ class Exchange(Secret):
         ]  # burnt: M7
         start = perf_counter()
         late = self._counters.seconds_dealing_late - late  # other threads' may be in it
-        message = _Message(codecs, parts, masks, adapter)  # steps 1 and 2
+        message = self._kind(codecs, parts, masks, adapter)  # steps 1 and 2
 
         def meanwhile() -> None:
             message.ahead()
@@ -253,7 +149,7 @@ class Exchange(Secret):
             tried.add(link)
             try:
                 with link:  # its turn: until that ends, nobody else uses the buffer of the answer
-                    claims, micros = link.exchange(message.questions, message.elements, meanwhile)  # M8
+                    claims, micros = message.exchanged(link, meanwhile)  # M8
                     answered, took = perf_counter(), link.took
                     if (wrong := message.wrong(claims)) is not None:  # step 4, before all use: M13
                         raise self._lie(link, wrong)
@@ -282,7 +178,7 @@ class Exchange(Secret):
         if lossy := message.lossy():
             self._counters.lossy(lossy)
 
-    def _failed(self, link: Link, error: SlipError, message: _Message, x: Any, since: float) -> float:
+    def _failed(self, link: Link, error: SlipError, message: Message, x: Any, since: float) -> float:
         """Decide what becomes of a worker after a try that failed; when that was."""
         self._workers.failed(link, error, message.codecs[0].name)
         now = perf_counter()
@@ -290,12 +186,12 @@ class Exchange(Secret):
         return now
 
     def _tell(
-        self, message: _Message, x: Any, link: Link, times: Sequence[float], failed: str | None = None
+        self, message: Message, x: Any, link: Link, times: Sequence[float], failed: str | None = None
     ) -> None:
         if self.watchers:
             timed = Timed(message.codecs[0].name, message.rows, link.address, failed, *times)
             for watcher in tuple(self.watchers):
-                watcher(timed, x, message.elements)
+                watcher(timed, x, message.seen())
 
     def _prepare(self, group: int, rows: int) -> None:
         """While a worker computes: what the exchange needs that followed this group's the last time, for as

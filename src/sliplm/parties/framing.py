@@ -7,7 +7,7 @@ from itertools import groupby
 
 from sliplm.errors import InputError
 from sliplm.network.link import Link
-from sliplm.parties.exchange import Part
+from sliplm.parties.message import Part
 from sliplm.protocol.frames import ELEMENT, PART_BYTES
 from sliplm.shares.shards import Shard
 
@@ -27,7 +27,9 @@ def _group(part: Part) -> int:
     return part.group
 
 
-def cut(parts: Sequence[Part], links: Sequence[Link], inputs: int = 1) -> Iterator[list[Part]]:
+def cut(
+    parts: Sequence[Part], links: Sequence[Link], inputs: int = 1, *, lent: bool = False
+) -> Iterator[list[Part]]:
     """The parts of a request by ascending group, in as few messages as frames and answers allow.
 
     How they are cut depends on groups and rows alone, never on what the rows hold.
@@ -35,19 +37,22 @@ def cut(parts: Sequence[Part], links: Sequence[Link], inputs: int = 1) -> Iterat
     Args:
         links: who may be asked; the one with the smallest frames decides.
         inputs: rows of the message for each row of a part.
+        lent: whether they may go by way of lent memory; only one part then.
 
     Raises: InputError for a group whose frames are too small for one input.
     """
     if len(parts) == 1:
         group, count = parts[0].group, inputs * len(parts[0].x)
-        if count and all(count <= link.max_rows(group) for link in links):
+        if count and all(count <= _most(link, group, lent=lent) for link in links):
             yield list(parts)  # on the way of every token of several sequences
             return
-    limit = min((link.max_payload for link in links), default=1 << 62)
+    limit = min((link.max_payload for link in links if not lent), default=1 << 62)
     message: list[Part] = []
     asked = answered = 0
     for part in sorted(parts, key=lambda part: part.group):
-        rows = min((link.max_rows(part.group) for link in links), default=inputs * max(1, len(part.x)))
+        rows = min(
+            (_most(link, part.group, lent=lent) for link in links), default=inputs * max(1, len(part.x))
+        )
         step = rows // inputs
         if not step:
             raise InputError(
@@ -66,3 +71,8 @@ def cut(parts: Sequence[Part], links: Sequence[Link], inputs: int = 1) -> Iterat
             asked, answered = asked + there, answered + back
     if message:
         yield message
+
+
+def _most(link: Link, group: int, *, lent: bool) -> int:
+    """Rows of a group that one message to this worker carries."""
+    return max(link.max_rows(group), link.max_lent(group)) if lent else link.max_rows(group)

@@ -22,12 +22,14 @@ from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.adapters import Adapters
 from sliplm.parties.audit import AuditLog
-from sliplm.parties.card_codec import CardCodecs, settle
+from sliplm.parties.card_codec import CardCodecs, CardMessage, settle
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
-from sliplm.parties.exchange import Exchange, Part, Watcher
+from sliplm.parties.exchange import Exchange, Watcher
 from sliplm.parties.framing import by_shard, cut
+from sliplm.parties.lending import lend
+from sliplm.parties.message import Part
 from sliplm.parties.quarantine import Quarantine
 from sliplm.parties.standing import Status
 from sliplm.parties.supply import Supply
@@ -227,8 +229,12 @@ class Vault(Secret, Closing):
         return self._pad_to
 
     def _exchange_on(self, card: Card) -> Exchange:
-        made = self._exchange.on(CardCodecs(self._codecs, card))
-        return self._on_cards.setdefault(card, made)
+        made = self._exchange.on(CardCodecs(self._codecs, card), CardMessage)
+        with self._apart:
+            found = self._on_cards.setdefault(card, made)
+        if found is made:
+            lend(self._workers.links, card)
+        return found
 
     @property
     def hides_routing(self) -> bool:
@@ -247,12 +253,12 @@ class Vault(Secret, Closing):
         return [part.out[: len(x)] for part, (_, x) in zip(parts, asked, strict=True)]
 
     def _ask(self, parts: Sequence[Part], exchange: Exchange | None = None) -> None:
-        exchange, adapter = exchange or self._exchange, self.adapter.current
+        exchange, adapter, lent = exchange or self._exchange, self.adapter.current, exchange is not None
         inputs = self._inputs if exchange is self._exchange else 1
         for some in by_shard(parts, self._workers.shard_of):
             first = some[0].group
             links = [link for link in self._workers.links if link.barred is None and link.may_hold(first)]
-            for message in cut(some, links, inputs):  # those that are barred slow nobody down
+            for message in cut(some, links, inputs, lent=lent):  # those that are barred slow nobody down
                 exchange.run(message, adapter)
 
     def deal(self, rows: int, groups: Sequence[str] | None = None) -> None:

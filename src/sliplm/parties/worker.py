@@ -29,6 +29,7 @@ from typing import Final
 import numpy as np
 
 from sliplm.arithmetic.field import uniform_rows
+from sliplm.arithmetic.kernels.cuda.lent import Borrowed
 from sliplm.arithmetic.kernels.placing import lay_out
 from sliplm.errors import (
     AttestationError,
@@ -53,10 +54,10 @@ from sliplm.network.attestation import (
 from sliplm.network.keys import Identity, Revocations, Serving, serving_role
 from sliplm.network.listener import Listener, listen
 from sliplm.network.transport import Connection
-from sliplm.parties import signing
+from sliplm.parties import lending, signing
 from sliplm.parties.seats import Seats, Visit
 from sliplm.protocol.frames import NONCE_BYTES, FaultCode, Party
-from sliplm.protocol.worker_side import Deal, Evidence, Hello, Multiply, Several, WorkerSide
+from sliplm.protocol.worker_side import Deal, Evidence, Hello, Lend, Multiply, Several, WorkerSide
 from sliplm.shares.shards import own_shard
 from sliplm.shares.share import WorkerShare, open_worker
 
@@ -184,14 +185,21 @@ class Worker:
 
     def _converse(self, connection: Connection, side: WorkerSide, visit: Visit | None) -> None:
         self._greet(connection, side, visit)
+        borrowed: Borrowed | None = None
         while connection.wait(IDLE_LIMIT, self._wake):
             event = connection.receive(side, deadline=time.monotonic() + FRAME_LIMIT)
-            if isinstance(event, (Multiply, Several, Deal)):  # the protocol lets nothing else through
+            if isinstance(event, Lend):
+                borrowed = lending.borrow(connection, event.size, self._matrices)
+                answer = side.lend(borrowed=borrowed is not None)
+                connection.send(answer, deadline=time.monotonic() + FRAME_LIMIT)
+            elif isinstance(event, (Multiply, Several, Deal)):  # the protocol lets nothing else through
                 self._check_asked(event)
                 if visit is not None:
                     visit.busy = True
                 if isinstance(event, Several):
                     self._answer_several(connection, side, event)
+                elif isinstance(event, Multiply) and event.lent:
+                    self._answer_lent(connection, side, event, borrowed)
                 else:
                     self._answer(connection, side, event)
                 if visit is not None:
@@ -243,6 +251,16 @@ class Worker:
             y = matrix.product(x)
             micros = (time.perf_counter_ns() - started) // 1000
         connection.send(side.product(micros), y.data, deadline=time.monotonic() + FRAME_LIMIT)
+
+    def _answer_lent(
+        self, connection: Connection, side: WorkerSide, asked: Multiply, borrowed: Borrowed | None
+    ) -> None:
+        """Step 3, where x~ lies in the lent memory."""
+        with self._compute:
+            started = time.perf_counter_ns()
+            lending.answer(self._matrices[asked.group - self._shard.first], borrowed, asked.rows)
+            micros = (time.perf_counter_ns() - started) // 1000
+        connection.send(side.product(micros), deadline=time.monotonic() + FRAME_LIMIT)
 
     def _answer_several(self, connection: Connection, side: WorkerSide, asked: Several) -> None:
         """Step 3 for each of several groups, answered in one frame; all lengths were checked before."""

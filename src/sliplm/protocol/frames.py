@@ -3,14 +3,14 @@
     offset  bytes  field
          0      4  magic      b"SLIP"
          4      1  version    3
-         5      1  kind       HELLO, WELCOME, MULTIPLY, SEVERAL, PRODUCT, FAULT, EVIDENCE, DEAL or
-                            ACCEPT
-         6      2  reserved   0
+         5      1  kind       HELLO, WELCOME, MULTIPLY, SEVERAL, PRODUCT, FAULT, EVIDENCE, DEAL,
+                            ACCEPT or LEND
+         6      2  place      0: the payload follows; 1: it lies in the lent memory (MULTIPLY, PRODUCT)
          8      4  sequence   number of the exchange; the answer repeats it
         12      4  group      index of the group in the manifest; how many of SEVERAL; the code of a FAULT
         16      4  rows       rows of the payload
         20      4  micros     the worker's own compute time in microseconds: statistics, never trusted
-        24      4  length     payload bytes, at most MAX_PAYLOAD
+        24      4  length     payload bytes, at most MAX_PAYLOAD, or MAX_LENT where they do not follow
 
     HELLO     vault -> worker   split id (16 bytes), nonce (32 bytes), whom the vault means to speak to
                                 (u32): 1 a worker, 2 a dealer
@@ -25,6 +25,8 @@
     DEAL      vault -> dealer   the key of a batch (32 bytes) and its first row (u32): rows * n elements are
                                 made of them by the dealer
     PRODUCT   worker -> vault   rows * m field elements (u32), group after group as they were asked
+    LEND      vault -> worker   the bytes that lent memory has for each way (u64), see SPEC
+    LEND      worker -> vault   nothing; rows: 1 if it can use the memory, 0 if it cannot
     FAULT     worker -> vault   UTF-8 text, at most MAX_FAULT bytes
 
 Everything here is pure: which frame may come when is decided in `protocol`.
@@ -43,6 +45,7 @@ from sliplm.errors import InputError, WireError
 
 VERSION = 3
 MAX_PAYLOAD = 64 * 2**20
+MAX_LENT = 2**30
 MAX_FAULT = 1024
 MAX_EVIDENCE = 64 * 2**10
 ELEMENT = 4  # bytes of a field element
@@ -51,12 +54,14 @@ _MAGIC = b"SLIP"
 _HEADER = struct.Struct("<4sBBHIIIII")
 _HELLO = struct.Struct("<16s32sI")
 _DEAL = struct.Struct("<32sI")
+_LEND = struct.Struct("<Q")
 _WELCOME = struct.Struct("<16sIII32s")
 
 HEADER_BYTES = _HEADER.size
 SPLIT_ID_BYTES = 16
 NONCE_BYTES = 32
 DEAL_BYTES = _DEAL.size
+LEND_BYTES = _LEND.size
 PART_BYTES = 8  # a group of SEVERAL, before its elements
 HELLO_BYTES = _HELLO.size
 WELCOME_BYTES = _WELCOME.size  # before the evidence
@@ -74,6 +79,7 @@ class Kind(IntEnum):
     DEAL = 7
     ACCEPT = 8
     SEVERAL = 9
+    LEND = 10
 
 
 class Party(IntEnum):
@@ -93,6 +99,7 @@ class FaultCode(IntEnum):
 
 
 _KINDS = {int(kind): kind for kind in Kind}
+_LENT = frozenset((Kind.MULTIPLY, Kind.PRODUCT))  # whose payload may lie in lent memory
 
 
 class Header(NamedTuple):
@@ -104,15 +111,16 @@ class Header(NamedTuple):
     rows: int
     micros: int
     length: int
+    lent: bool = False
 
 
 def pack_header(header: Header) -> bytes:
     """The 28 bytes of a header.  Raises InputError if a field does not fit."""
-    kind, sequence, group, rows, micros, length = header
-    if length > MAX_PAYLOAD:
-        raise InputError(f"a frame carries at most {MAX_PAYLOAD} bytes, not {length}: send fewer rows")
+    kind, sequence, group, rows, micros, length, lent = header
+    if length > (most := MAX_LENT if lent else MAX_PAYLOAD):
+        raise InputError(f"a frame carries at most {most} bytes, not {length}: send fewer rows")
     try:
-        return _HEADER.pack(_MAGIC, VERSION, kind, 0, sequence, group, rows, micros, length)
+        return _HEADER.pack(_MAGIC, VERSION, kind, int(lent), sequence, group, rows, micros, length)
     except struct.error as error:
         raise InputError(f"a header's fields are unsigned 32-bit numbers: {error}") from error
 
@@ -120,7 +128,7 @@ def pack_header(header: Header) -> bytes:
 def parse_header(data: bytes | bytearray | memoryview) -> Header:
     """The header in exactly HEADER_BYTES bytes.  Raises WireError on anything else."""
     try:
-        magic, version, kind, reserved, sequence, group, rows, micros, length = _HEADER.unpack(data)
+        magic, version, kind, place, sequence, group, rows, micros, length = _HEADER.unpack(data)
     except struct.error as error:
         raise WireError(f"a header has {HEADER_BYTES} bytes, not {len(data)}") from error
     if magic != _MAGIC:
@@ -129,11 +137,11 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         raise WireError(
             f"the peer speaks version {version}, this side {VERSION}: install the same release on both"
         )
-    if reserved or kind not in _KINDS:
-        raise WireError(f"a frame of unknown kind {kind} (reserved field {reserved})")
-    if length > MAX_PAYLOAD:
-        raise WireError(f"a frame announces {length} bytes; the limit is {MAX_PAYLOAD}")
-    return Header(_KINDS[kind], sequence, group, rows, micros, length)
+    if kind not in _KINDS or place > int(kind in _LENT):
+        raise WireError(f"a frame of unknown kind {kind} (place {place})")
+    if length > (most := MAX_LENT if place else MAX_PAYLOAD):
+        raise WireError(f"a frame announces {length} bytes; the limit is {most}")
+    return Header(_KINDS[kind], sequence, group, rows, micros, length, place == 1)
 
 
 def pack_split_id(split_id: str) -> bytes:
@@ -194,6 +202,24 @@ def parse_deal(payload: bytes | bytearray | memoryview) -> tuple[bytes, int]:
     except struct.error as error:
         raise WireError(f"a deal has {DEAL_BYTES} bytes, not {len(payload)}") from error
     return key, first_row
+
+
+def pack_lend(size: int) -> bytes:
+    """The payload of a vault's LEND.  Raises InputError."""
+    if not 0 < size <= MAX_LENT:
+        raise InputError(f"lent memory has 1 to {MAX_LENT} bytes each way, not {size}")
+    return _LEND.pack(size)
+
+
+def parse_lend(payload: bytes | bytearray | memoryview) -> int:
+    """Bytes each way of a vault's LEND.  Raises WireError."""
+    try:
+        (size,) = _LEND.unpack(payload)
+    except struct.error as error:
+        raise WireError(f"a lend has {LEND_BYTES} bytes, not {len(payload)}") from error
+    if not 0 < size <= MAX_LENT:
+        raise WireError(f"lent memory has 1 to {MAX_LENT} bytes each way, not {size}")
+    return int(size)
 
 
 class WelcomeFields(NamedTuple):

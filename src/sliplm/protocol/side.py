@@ -5,7 +5,9 @@
     GREETED    waits for WELCOME or FAULT         must send WELCOME
     PROVING    must send EVIDENCE                 waits for EVIDENCE
     PROVED     waits for ACCEPT or FAULT          must send ACCEPT, once the evidence is judged
-    READY      may send MULTIPLY, SEVERAL or DEAL waits for one of them (step 2)
+    READY      may send MULTIPLY, SEVERAL, DEAL   waits for one of them (step 2)
+               or LEND
+    LENDING    waits for LEND or FAULT            must send LEND
     ASKED      waits for PRODUCT or FAULT         must send PRODUCT (step 3)
     CLOSED     refuses everything                 refuses everything
 
@@ -15,7 +17,7 @@ A worker may send FAULT in every state but CLOSED; it closes both sides.  So doe
 
 Whoever reads from a peer does so in two steps: 28 bytes to `header`, which decides on kind, sequence,
 group, rows and length *before* any memory is taken and returns how many payload bytes follow; then
-these bytes to `payload`, which returns the event.
+these bytes to `payload`, which returns the event.  Of a payload in lent memory none follow.
 
 A `Product` is what the worker claims, and nothing more: it is unverified until the vault has checked it
 against the challenges (step 4), and nothing may use it before.
@@ -52,6 +54,7 @@ class State(IntEnum):  # integers because they are looked up four times an excha
     CLOSED = 4
     PROVING = 5
     PROVED = 6
+    LENDING = 7
 
 
 class Way(IntEnum):
@@ -84,6 +87,7 @@ class Side(ABC):
         self._split_id = split_id
         wire.pack_split_id(split_id)  # refuses what is none
         self._table = table
+        self._lent = 0  # bytes that the lent memory has each way
         self._hold(shapes, first)
         if self._longest > wire.MAX_PAYLOAD:
             raise InputError(f"one row takes {self._longest} bytes, a frame at most {wire.MAX_PAYLOAD}")
@@ -129,6 +133,16 @@ class Side(ABC):
         return most
 
     @property
+    def lends(self) -> bool:
+        """Whether the worker has borrowed memory."""
+        return self._lent > 0
+
+    def max_lent(self, group: int) -> int:
+        """The same of the lent memory; 0 where there is none, or it is too small."""
+        shape = self._shapes.get(group)
+        return 0 if shape is None else self._lent // (wire.ELEMENT * max(shape))
+
+    @property
     def max_payload(self) -> int:
         """The longest payload of a frame, and of its answer, in bytes."""
         return self._max_payload
@@ -160,7 +174,7 @@ class Side(ABC):
             self.close()
             raise
         self._incoming, self._following = header, following
-        return header.length
+        return 0 if header.lent else header.length
 
     @abstractmethod
     def _check(self, header: Header) -> None:
@@ -193,7 +207,7 @@ class Side(ABC):
         header = self._incoming
         if header is None:
             raise WireError("a payload without a header")
-        if len(data) != header.length:
-            raise WireError(f"a payload of {len(data)} bytes where {header.length} were announced")
+        if len(data) != (following := 0 if header.lent else header.length):
+            raise WireError(f"a payload of {len(data)} bytes where {following} were announced")
         self._incoming, self._state = None, self._following
         return header

@@ -29,6 +29,9 @@ VAULT_TABLE: Final[Table] = {
     (State.READY, Way.SEND, Kind.MULTIPLY): State.ASKED,
     (State.READY, Way.SEND, Kind.SEVERAL): State.ASKED,
     (State.READY, Way.SEND, Kind.DEAL): State.ASKED,
+    (State.READY, Way.SEND, Kind.LEND): State.LENDING,
+    (State.LENDING, Way.RECEIVE, Kind.LEND): State.READY,
+    (State.LENDING, Way.RECEIVE, Kind.FAULT): State.CLOSED,
     (State.ASKED, Way.RECEIVE, Kind.PRODUCT): State.READY,
     (State.ASKED, Way.RECEIVE, Kind.FAULT): State.CLOSED,
 }
@@ -65,6 +68,12 @@ class Accept(NamedTuple):
     """The worker has judged the vault's evidence, and serves it."""
 
 
+class Borrowed(NamedTuple):
+    """Whether the worker can use the memory that it was lent."""
+
+    usable: bool
+
+
 class VaultSide(Side):
     """The trusted side of one connection.
 
@@ -84,7 +93,8 @@ class VaultSide(Side):
     ) -> None:
         super().__init__(split_id, shapes, VAULT_TABLE)
         self._shards = {shard.share_id: shard for shard in shards or [whole(split_id, len(shapes))]}
-        self._asked = (0, 0, 0)  # group, rows and bytes of the PRODUCT that it waits for
+        self._asked = (0, 0, 0, False)  # group, rows and bytes of the PRODUCT due, and whether it is lent
+        self._offered = 0  # bytes each way of the memory that it has lent last
         self._party = party
 
     def hello(self, nonce: bytes) -> bytes:
@@ -100,15 +110,28 @@ class VaultSide(Side):
         self._move(Way.SEND, Kind.EVIDENCE)
         return wire.pack_header(Header(Kind.EVIDENCE, 0, 0, 0, 0, len(evidence))) + evidence
 
+    def lend(self, size: int) -> bytes:
+        """Lend memory with so many bytes each way, which has its own way to the worker; the frame, whole.
+
+        Raises InputError, which changes nothing.
+        """
+        payload = wire.pack_lend(size)
+        self._move(Way.SEND, Kind.LEND)
+        self._offered = size
+        return wire.pack_header(Header(Kind.LEND, 0, 0, 0, 0, len(payload))) + payload
+
     def question(self, parts: Rows) -> bytes:
         """Step 2: what comes before the elements of one group or several.  Raises as these do."""
         return self.multiply(*parts[0]) if len(parts) == 1 else self.several(parts)
 
-    def multiply(self, group: int, rows: int) -> bytes:
-        """Step 2: the header before u32 [rows, n].  Raises InputError, which changes nothing."""
-        self._ask(Kind.MULTIPLY, group, rows)
+    def multiply(self, group: int, rows: int, *, lent: bool = False) -> bytes:
+        """Step 2: the header before u32 [rows, n], or of those in the lent memory.
+
+        Raises InputError, which changes nothing.
+        """
+        self._ask(Kind.MULTIPLY, group, rows, lent=lent)
         length = wire.ELEMENT * rows * self._shapes[group][1]
-        return wire.pack_header(Header(Kind.MULTIPLY, self._sequence, group, rows, 0, length))
+        return wire.pack_header(Header(Kind.MULTIPLY, self._sequence, group, rows, 0, length, lent))
 
     def several(self, parts: Rows) -> bytes:
         """Step 2 for several groups: what comes before u32 [rows, n] of each, in their order.
@@ -130,17 +153,18 @@ class VaultSide(Side):
         self._ask(Kind.DEAL, group, rows)
         return wire.pack_header(Header(Kind.DEAL, self._sequence, group, rows, 0, len(payload))) + payload
 
-    def _ask(self, kind: Kind, group: int, rows: int) -> None:
-        if not 0 < rows <= self.max_rows(group):
-            raise InputError(f"a frame of group {group} carries 1 to {self.max_rows(group)} rows, not {rows}")
-        self._expect(kind, group, rows, wire.ELEMENT * rows * self._shapes[group][0])
+    def _ask(self, kind: Kind, group: int, rows: int, *, lent: bool = False) -> None:
+        most = self.max_lent(group) if lent else self.max_rows(group)
+        if not 0 < rows <= most:
+            raise InputError(f"a frame of group {group} carries 1 to {most} rows, not {rows}")
+        self._expect(kind, group, rows, wire.ELEMENT * rows * self._shapes[group][0], lent=lent)
 
-    def _expect(self, kind: Kind, group: int, rows: int, answer: int) -> None:
+    def _expect(self, kind: Kind, group: int, rows: int, answer: int, *, lent: bool = False) -> None:
         self._move(Way.SEND, kind)
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self._asked = (group, rows, answer)
+        self._asked = (group, rows, answer, lent)
 
-    def payload(self, data: Bytes) -> Welcome | Accept | Product:
+    def payload(self, data: Bytes) -> Welcome | Accept | Borrowed | Product:
         """The event that these bytes complete.
 
         Raises WireError, MismatchError (a worker of another split), OwnEvidenceError (it refuses our
@@ -159,19 +183,25 @@ class VaultSide(Side):
                 return self._welcome(data)
             if header.kind is Kind.ACCEPT:
                 return Accept()
+            if header.kind is Kind.LEND:
+                self._lent = self._offered if header.rows else 0
+                return Borrowed(self._lent > 0)
         except SlipError:
             self.close()
             raise
         return Product(header.group, header.rows, header.micros, data)
 
     def _check(self, header: Header) -> None:
-        kind, sequence, group, rows, micros, length = header
+        kind, sequence, group, rows, micros, length, lent = header
         if kind is Kind.PRODUCT:
-            if (sequence, group, rows, length) != (self._sequence, *self._asked):
+            if (sequence, group, rows, length, lent) != (self._sequence, *self._asked):
                 raise WireError("the worker's product does not answer the question that was asked")
         elif kind is Kind.FAULT:  # its sequence is the worker's guess: it closes the connection anyway
             if rows or micros or length > wire.MAX_FAULT:
                 raise WireError(f"a fault carries nothing but a text of at most {wire.MAX_FAULT} bytes")
+        elif kind is Kind.LEND:
+            if rows > 1 or (sequence, group, micros, length) != (0, 0, 0, 0):
+                raise WireError("the worker's LEND is malformed")
         else:
             least, most = (0, 0) if kind is Kind.ACCEPT else (wire.WELCOME_BYTES, wire.MAX_EVIDENCE)
             if (sequence, group, rows, micros) != (0, 0, 0, 0) or not 0 <= length - least <= most:

@@ -19,6 +19,8 @@ WORKER_TABLE: Final[Table] = {
     (State.READY, Way.RECEIVE, Kind.MULTIPLY): State.ASKED,
     (State.READY, Way.RECEIVE, Kind.SEVERAL): State.ASKED,
     (State.READY, Way.RECEIVE, Kind.DEAL): State.ASKED,
+    (State.READY, Way.RECEIVE, Kind.LEND): State.LENDING,
+    (State.LENDING, Way.SEND, Kind.LEND): State.READY,
     (State.ASKED, Way.SEND, Kind.PRODUCT): State.READY,
 }
 
@@ -49,12 +51,19 @@ class Deal(NamedTuple):
         return f"Deal(group={self.group}, rows={self.rows}, key hidden)"
 
 
+class Lend(NamedTuple):
+    """The vault has memory of a card for us, with so many bytes each way."""
+
+    size: int
+
+
 class Multiply(NamedTuple):
-    """Masked vectors x~: `payload` is u32 [rows, n]."""
+    """Masked vectors x~: `payload` is u32 [rows, n], or empty where they lie in the lent memory."""
 
     group: int
     rows: int
     payload: Bytes
+    lent: bool = False
 
 
 class Several(NamedTuple):
@@ -78,6 +87,7 @@ class WorkerSide(Side):
         self._share_id = split_id if shard is None else shard.share_id
         self._asked = Header(Kind.HELLO, 0, 0, 0, 0, 0)
         self._answer = 0  # bytes of the PRODUCT that is due
+        self._offered = 0  # bytes each way of the memory that was lent last
 
     def welcome(self, nonce: bytes, evidence: bytes = b"", *, wants_evidence: bool = False) -> bytes:
         """The answer to HELLO, whole.
@@ -103,12 +113,20 @@ class WorkerSide(Side):
         self._move(Way.SEND, Kind.ACCEPT)
         return wire.pack_header(Header(Kind.ACCEPT, 0, 0, 0, 0, 0))
 
+    def lend(self, *, borrowed: bool) -> bytes:
+        """The answer to LEND, whole: questions and answers may lie there from now on, or not."""
+        self._move(Way.SEND, Kind.LEND)
+        self._lent = self._offered if borrowed else 0
+        return wire.pack_header(Header(Kind.LEND, 0, 0, int(borrowed), 0, 0))
+
     def product(self, micros: int) -> bytes:
-        """Step 3: the header before u32 [rows, m], the answer to the question that came last."""
+        """Step 3: the header before u32 [rows, m], the answer to the question that came last; it lies where
+        that did.
+        """
         self._move(Way.SEND, Kind.PRODUCT)
-        _, sequence, group, rows, _, _ = self._asked
+        _, sequence, group, rows, _, _, lent = self._asked
         micros = min(max(micros, 0), 0xFFFFFFFF)
-        return wire.pack_header(Header(Kind.PRODUCT, sequence, group, rows, micros, self._answer))
+        return wire.pack_header(Header(Kind.PRODUCT, sequence, group, rows, micros, self._answer, lent))
 
     def fault(self, code: wire.FaultCode, text: str) -> bytes:
         """A refusal, whole; allowed in every state, also after an error.  The side is then closed."""
@@ -116,7 +134,7 @@ class WorkerSide(Side):
         payload = wire.pack_fault(text)
         return wire.pack_header(Header(Kind.FAULT, self._sequence, int(code), 0, 0, len(payload))) + payload
 
-    def payload(self, data: Bytes) -> Hello | Evidence | Multiply | Several | Deal:
+    def payload(self, data: Bytes) -> Hello | Evidence | Lend | Multiply | Several | Deal:
         """The event that these bytes complete.
 
         Raises WireError, MismatchError (a vault of another split); the side is then closed.
@@ -125,6 +143,9 @@ class WorkerSide(Side):
             header = self._end(data)
             if header.kind is Kind.HELLO:
                 return self._hello(data)
+            if header.kind is Kind.LEND:
+                self._offered = wire.parse_lend(data)
+                return Lend(self._offered)
             parts = self._parts(header, data) if header.kind is Kind.SEVERAL else []
         except SlipError:
             self.close()
@@ -138,17 +159,12 @@ class WorkerSide(Side):
         self._answer = wire.ELEMENT * header.rows * self._shapes[header.group][0]
         if header.kind is Kind.DEAL:
             return Deal(header.group, header.rows, *wire.parse_deal(data))
-        return Multiply(header.group, header.rows, data)
+        return Multiply(header.group, header.rows, data, header.lent)
 
     def _check(self, header: Header) -> None:
-        kind, sequence, group, rows, micros, length = header
-        if kind is Kind.HELLO:
-            if (sequence, group, rows, micros, length) != (0, 0, 0, 0, wire.HELLO_BYTES):
-                raise WireError("the vault's hello is malformed")
-            return
-        if kind is Kind.EVIDENCE:
-            if (sequence, group, rows, micros) != (0, 0, 0, 0) or length > wire.MAX_EVIDENCE:
-                raise WireError("the vault's evidence is malformed")
+        kind, sequence, group, rows, micros, length, lent = header
+        if kind in (Kind.HELLO, Kind.EVIDENCE, Kind.LEND):
+            self._check_alone(header)
             return
         if micros or sequence != (self._sequence + 1) & 0xFFFFFFFF:
             raise WireError("the vault's frame is out of sequence")
@@ -157,10 +173,21 @@ class WorkerSide(Side):
             return
         if group not in self._shapes:
             raise WireError(f"there is no group {group} here: this share has {len(self._shapes)}")
-        if not 0 < rows <= self.max_rows(group):
-            raise WireError(f"a frame of group {group} carries 1 to {self.max_rows(group)} rows, not {rows}")
+        most = self.max_lent(group) if lent else self.max_rows(group)
+        if not 0 < rows <= most:
+            raise WireError(f"a frame of group {group} carries 1 to {most} rows, not {rows}")
         if length != (wire.DEAL_BYTES if kind is Kind.DEAL else wire.ELEMENT * rows * self._shapes[group][1]):
             raise WireError(f"a {kind.name} of {rows} rows of group {group} has not {length} bytes")
+
+    def _check_alone(self, header: Header) -> None:
+        """A frame that asks for no product."""
+        kind, *numbers, length, _ = header
+        if kind is Kind.HELLO and (any(numbers) or length != wire.HELLO_BYTES):
+            raise WireError("the vault's hello is malformed")
+        if kind is Kind.EVIDENCE and (any(numbers) or length > wire.MAX_EVIDENCE):
+            raise WireError("the vault's evidence is malformed")
+        if kind is Kind.LEND and (any(numbers) or length != wire.LEND_BYTES or self._lent):
+            raise WireError("the vault lends memory twice, or its frame is malformed")
 
     def _check_several(self, groups: int, rows: int, length: int) -> None:
         least = wire.PART_BYTES * groups + wire.ELEMENT * rows

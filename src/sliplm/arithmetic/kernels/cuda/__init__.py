@@ -5,6 +5,7 @@
     compiling        from there to the card's own code, without a card and without a C compiler
     driver           NVIDIA's driver, through ctypes
     card, matrix     one card; a matrix on it, as a `kernels.Matrix`
+    lent             memory of a card that two processes share
     tuning           which tile is fastest, tested first and kept
     placing          which matrix goes where
     vault_programs   the vault's steps for activations on a card, in Triton

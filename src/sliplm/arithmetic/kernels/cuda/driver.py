@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_size_t,
+    c_uint,
+    c_uint64,
+    c_ulonglong,
+    c_void_p,
+)
 from functools import cache
 from typing import Any, Final
 
@@ -39,12 +50,22 @@ _CALLS: Final[dict[str, list[Any]]] = {
     "cuMemcpyHtoD_v2": [c_uint64, c_void_p, c_size_t],
     "cuMemcpyHtoDAsync_v2": [c_uint64, c_void_p, c_size_t, c_void_p],
     "cuMemcpyDtoHAsync_v2": [c_void_p, c_uint64, c_size_t, c_void_p],
+    "cuMemcpyDtoDAsync_v2": [c_uint64, c_uint64, c_size_t, c_void_p],
+    "cuMemCreate": [_ADDRESS, c_size_t, c_void_p, c_ulonglong],
+    "cuMemRelease": [c_uint64],
+    "cuMemAddressReserve": [_ADDRESS, c_size_t, c_size_t, c_uint64, c_ulonglong],
+    "cuMemAddressFree": [c_uint64, c_size_t],
+    "cuMemMap": [c_uint64, c_size_t, c_size_t, c_uint64, c_ulonglong],
+    "cuMemUnmap": [c_uint64, c_size_t],
+    "cuMemSetAccess": [c_uint64, c_size_t, c_void_p, c_size_t],
+    "cuMemExportToShareableHandle": [c_void_p, c_uint64, c_int, c_ulonglong],
+    "cuMemImportFromShareableHandle": [_ADDRESS, c_void_p, c_int],
     "cuMemsetD8Async": [c_uint64, ctypes.c_ubyte, c_size_t, c_void_p],
     "cuStreamCreate": [_HANDLE, c_uint],
     "cuStreamSynchronize": [c_void_p],
     "cuStreamBeginCapture_v2": [c_void_p, c_int],
     "cuStreamEndCapture": [c_void_p, _HANDLE],
-    "cuGraphInstantiateWithFlags": [_HANDLE, c_void_p, ctypes.c_ulonglong],
+    "cuGraphInstantiateWithFlags": [_HANDLE, c_void_p, c_ulonglong],
     "cuGraphDestroy": [c_void_p],
     "cuGraphExecDestroy": [c_void_p],
     "cuGraphLaunch": [c_void_p, c_void_p],
@@ -166,7 +187,7 @@ class Memory:
         address = c_uint64()
         call("cuMemAlloc_v2", byref(address), max(size, 1))
         self.address, self.size = address.value, size
-        weakref.finalize(self, _release, forks.Process(), "cuMemFree_v2", address).atexit = False
+        weakref.finalize(self, release, forks.Process(), "cuMemFree_v2", address).atexit = False
 
     def write(self, offset: int, array: npt.NDArray[Any]) -> None:
         """Copy a C-contiguous array there, now: whatever stream reads it next."""
@@ -185,7 +206,7 @@ class Pinned:
         if address.value is None:
             raise CardError("the driver gave no memory")
         self.address, self.size = address.value, size
-        weakref.finalize(self, _release, forks.Process(), "cuMemFreeHost", address).atexit = False
+        weakref.finalize(self, release, forks.Process(), "cuMemFreeHost", address).atexit = False
         self._elements: npt.NDArray[np.uint32] = np.ctypeslib.as_array(
             (ctypes.c_uint32 * (size // 4)).from_address(self.address)
         )
@@ -195,9 +216,45 @@ class Pinned:
         return self._elements[: rows * columns].reshape(rows, columns)
 
 
-def _release(process: forks.Process, name: str, address: Any) -> None:
+Rooms = dict[int, list[Pinned]]
+"""Pinned memory that is free, by its size: to pin it anew, and to give it back, takes milliseconds."""
+
+
+class _Held:
+    """Pinned memory as an array that keeps it, and leaves it to others when it goes."""
+
+    def __init__(self, memory: Pinned, shape: tuple[int, int], rooms: Rooms) -> None:
+        self._memory, self._rooms = memory, rooms
+        self.__array_interface__ = {
+            "version": 3, "typestr": "<u4", "shape": shape, "data": (memory.address, False),
+        }  # fmt: skip
+
+    def __del__(self) -> None:
+        self._rooms.setdefault(self._memory.size, []).append(self._memory)
+
+
+def pinned_elements(rows: int, columns: int, rooms: Rooms) -> npt.NDArray[np.uint32]:
+    """uint32 [rows, columns] in pinned memory of its own, of these or new.  Raises CardError."""
+    size = max(4, 4 * rows * columns)
+    try:
+        memory = rooms.get(size, []).pop()
+    except IndexError:
+        memory = Pinned(size)
+    return np.asarray(_Held(memory, (rows, columns), rooms))
+
+
+def pinned_address(array: npt.NDArray[np.uint32]) -> int | None:
+    """Where some rows of such an array lie; None for any other memory."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return array.ctypes.data if isinstance(base, _Held) and array.flags.c_contiguous else None
+
+
+def release(process: forks.Process, name: str, *arguments: Any) -> None:
+    """Give something back, for finalizers: nothing in a forked child, and no error."""
     if process.here:  # a forked child has none of its parent's cards
-        getattr(_library(), name)(address)  # also after a failure of the card: nobody is left to hear of it
+        getattr(_library(), name)(*arguments)  # also after a failure: nobody is left to hear of it
 
 
 class Stream:
@@ -246,7 +303,7 @@ class Recording:
         self._handle = c_void_p()
         call("cuGraphInstantiateWithFlags", byref(self._handle), graph, 0)
         call("cuGraphDestroy", graph)
-        weakref.finalize(self, _release, forks.Process(), "cuGraphExecDestroy", self._handle).atexit = False
+        weakref.finalize(self, release, forks.Process(), "cuGraphExecDestroy", self._handle).atexit = False
 
     def launch(self, stream: Stream) -> None:
         """Begin it, after what the stream has to do."""

@@ -40,6 +40,9 @@ class CudaMatrix:
     Args:
         choice: which tile serves how many rows, known or measured now.
 
+    Attributes:
+        card: where it lies.
+
     Raises CardError: it does not fit, or no tile of the card gives the known answers.
     """
 
@@ -49,7 +52,8 @@ class CudaMatrix:
         (m, n), self.packed = w.shape, layout.is_packed(w)
         size = layout.size_of((m, n), packed=self.packed)
         self.shape, self.width, self.aligned = (m, n), layout.width_of(n), m % 16 == 0 and n % 16 == 0
-        self._card, self._recordings = card, dict[int, driver.Recording]()
+        self.card, self._recordings = card, dict[int, driver.Recording]()
+        self._rooms: driver.Rooms = {}
         with card.entered():
             self._w = driver.Memory(m * self.width)
             self._low = driver.Memory(size - self._w.size)
@@ -67,15 +71,41 @@ class CudaMatrix:
         if out is None:
             out = np.empty((x.shape[0], self.shape[0]), np.uint32)
         if len(x):
-            with self._card.entered():
-                if len(x) <= RECORDED <= self._card.lanes[0].rows(self.shape):
+            with self.card.entered():
+                if len(x) <= RECORDED <= self.card.lanes[0].rows(self.shape):
                     self._recorded(x, out)
                 else:
                     self._in_chunks(x, out)
         return out
 
+    def room(self, rows: int) -> Elements:
+        """Room for w x of so many rows, which a card reads without a copy: uint32 [rows, m].
+
+        Raises CardError.
+        """
+        with self.card.entered():
+            return driver.pinned_elements(rows, self.shape[0], self._rooms)
+
+    def across(self, x: int, out: int, rows: int) -> None:
+        """w x mod p for rows x, from one address on the card to another: uint32 [rows, n], [rows, m].  Waits.
+
+        Raises CardError.
+        """
+        (m, n), lane = self.shape, self.card.lanes[0]
+        with self.card.entered():
+            most = lane.limbs.size // (4 * self.width)
+            most = max(1, most // _STEP * _STEP or most)
+            even = -(-rows // -(-rows // most))  # no short last chunk
+            step = min(most, -(-even // _STEP) * _STEP)
+            tile = self._tiles[band_of(min(step, rows))]
+            if self.packed and tile.whole:
+                self.unpack(lane)
+            for first in range(0, rows, step):
+                self.ask(lane, tile, x + 4 * first * n, out + 4 * first * m, min(step, rows - first))
+            lane.stream.wait()
+
     def _recorded(self, x: Elements, out: Elements) -> None:
-        (m, n), lane, band = self.shape, self._card.lanes[0], band_of(len(x))
+        (m, n), lane, band = self.shape, self.card.lanes[0], band_of(len(x))
         lane.inbox.elements(len(x), n)[:] = x
         recording = self._recordings.get(band)
         if recording is None:
@@ -90,7 +120,7 @@ class CudaMatrix:
         out[:] = lane.outbox.elements(len(x), m)
 
     def _in_chunks(self, x: Elements, out: Elements) -> None:
-        (m, n), lanes = self.shape, self._card.lanes
+        (m, n), lanes = self.shape, self.card.lanes
         tile = self._tiles[band_of(len(x))]
         if self.packed and tile.whole:
             self.unpack(lanes[0])
@@ -148,12 +178,12 @@ class CudaMatrix:
             return
         rest = (self._low.address, lane.limbs.address, out, rows, m, width)
         self._launch(lane, first, (tall * blocks, 1), (self._w.address, *rest))
-        if second and self._card.whole_low is not None:
-            self._launch(lane, second[0], (tall * blocks, 1), (self._card.whole_low.address, *rest))
+        if second and self.card.whole_low is not None:
+            self._launch(lane, second[0], (tall * blocks, 1), (self.card.whole_low.address, *rest))
 
     def unpack(self, lane: Lane) -> None:
         """Unpack the low parts for products of many rows; other matrices' are gone then."""
-        whole = self._card.whole_low
+        whole = self.card.whole_low
         if whole is not None:
             self._launch(
                 lane, unpacking(_BLOCK), (self.shape[0], -(-self.width // 2 // _BLOCK)),
@@ -163,7 +193,7 @@ class CudaMatrix:
     def _launch(
         self, lane: Lane, program: Program, grid: tuple[int, int], arguments: tuple[int, ...]
     ) -> None:
-        self._card.launch(program, aligned=self.aligned, grid=grid, arguments=arguments, lane=lane)
+        self.card.launch(program, aligned=self.aligned, grid=grid, arguments=arguments, lane=lane)
 
 
 def _collect(lane: Lane, out: Elements) -> None:

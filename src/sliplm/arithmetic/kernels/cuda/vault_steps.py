@@ -11,7 +11,7 @@ before a message leaves (`asked`), and where the card checks an answer, before a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
@@ -98,6 +98,7 @@ class Desk:
         self._memory: dict[str, driver.Memory] = {}
         self._keys: dict[bytes, driver.Memory] = {}
         self._stream = 0
+        self._copies: driver.Stream | None = None
         self.open: Any = None  # the product of which nobody knows yet what rounding has cost
         self.lossy = 0  # rows found since somebody asked
 
@@ -136,16 +137,23 @@ class Desk:
         r.elements(*words.shape)[:] = words
         return Words(r.address, words.shape[1])
 
-    def made(self, key: bytes, stream: int, first: int, rows: int, n: int) -> Words:
-        """Masks for `ask` that the card makes of a batch's key, as `field.uniform_words`, but without
+    def made(self, batches: Sequence[tuple[bytes, int, int, int]], n: int) -> Words:
+        """Masks for `ask` that the card makes of batches' keys, as `field.uniform_words`, but without
         dropping any word: where one is to be, `asked` says so.
+
+        Args:
+            batches: key, stream, first row, rows.
         """
         blocks = field.row_blocks(n)
-        begin, count = first * blocks, rows * blocks
-        words = self.memory("made", 16 * count)
-        self._program(Program("masked", (("BLOCK", _LANES),), 4))((-(-count // (2 * _LANES)), 1), (
-            self._round_keys(key), words, count, stream >> 32, stream & _LOW, begin >> 32, begin & _LOW,
-        ), self._stream)  # fmt: skip
+        words = self.memory("made", 16 * blocks * sum(rows for *_, rows in batches))
+        keys = [self._round_keys(key) for key, *_ in batches]
+        masked, to = self._program(Program("masked", (("BLOCK", _LANES),), 4)), words
+        for round_keys, (_, stream, first, rows) in zip(keys, batches, strict=True):
+            begin, count = first * blocks, rows * blocks
+            masked((-(-count // (2 * _LANES)), 1), (
+                round_keys, to, count, stream >> 32, stream & _LOW, begin >> 32, begin & _LOW,
+            ), self._stream)  # fmt: skip
+            to += 16 * count
         return Words(words, 4 * blocks)
 
     def _round_keys(self, key: bytes) -> int:
@@ -166,13 +174,14 @@ class Desk:
             found = self._for_masks[program] = self.card.prepared(program, aligned=True)
         return found
 
-    def ask(self, laid: Laid, x: CardRows, r: Words) -> None:
-        """Steps 1 and 2, for `asked`."""
+    def ask(self, laid: Laid, x: CardRows, r: Words, *, send: bool) -> None:
+        """Steps 1 and 2, for `asked`.  send: x~ to the host too, while it is made."""
         rows, n, kind = x.rows, laid.n, KINDS[x.kind][0]
         aligned = laid.aligned and not x.address % 16
         hidden, alpha = self.memory("hidden", 4 * rows * n), self.memory("alpha", 8 * rows)
         self._call(laid, "ask", kind, aligned)((rows, 1), (
-            x.address, r.address, hidden, self.pinned("sent", 4 * rows * n).address, alpha,
+            x.address, r.address, hidden,
+            self.pinned("sent", 4 * rows * n).address if send else hidden, alpha,
             self.pinned("flags", 4 * rows).address, self.memory("work", 8 * rows * max(n, laid.m)),
             laid.orders_in, laid.factors_in, laid.numbers, r.stride,
         ), self._stream)  # fmt: skip
@@ -185,14 +194,65 @@ class Desk:
             self.pinned("expected", 32 * x.rows).address, self.memory("losses", 16 * x.rows),
         ), self._stream)  # fmt: skip
 
-    def asked(self, rows: int, n: int, hidden: Elements) -> Asked:
-        """Wait for x~ of `ask`, into hidden [rows, n]; or why there is no message."""
+    def asked(self, rows: int) -> Asked:
+        """Wait for `ask`: whether there is a message."""
         self.wait()
         flags = self.pinned("flags", 4 * rows).elements(1, rows)
         if (flags == 1).all():
-            hidden[:] = self.pinned("sent", 4 * rows * n).elements(rows, n)
             return Asked.READY
         return Asked.REJECTED if (flags == 3).any() else Asked.NOT_FINITE
+
+    def sent(self, hidden: Elements) -> None:
+        """x~ of an `ask` that sent it, into hidden [rows, n]."""
+        hidden[:] = self.pinned("sent", hidden.nbytes).elements(*hidden.shape)
+
+    def fetch(self, hidden: Elements) -> None:
+        """x~ of an `ask` that did not, into hidden [rows, n]."""
+        to = self.pinned("sent", hidden.nbytes).address
+        driver.call("cuMemcpyDtoHAsync_v2", to, self.memory("hidden", 0), hidden.nbytes, self._stream or None)
+        self.wait()
+        self.sent(hidden)
+
+    def lay(self, questions: int, size: int) -> None:
+        """The same to memory that a worker reads."""
+        hidden = self.memory("hidden", 0)
+        driver.call("cuMemcpyDtoDAsync_v2", questions, hidden, size, self._stream or None)
+        self.wait()
+
+    def pads(self, parts: Sequence[Elements]) -> int:
+        """u of a message on its way to the card, beside all else: uint32 [rows, m] in parts; its address
+        there.  They must live until `brought`.
+        """
+        if self._copies is None:
+            self._copies = driver.Stream()
+        size, copies = sum(part.nbytes for part in parts), self._copies.handle
+        there, done = self.memory("u", size), 0
+        for part in parts:
+            source = driver.pinned_address(part)
+            if source is None:
+                stage = self.pinned("u", size)
+                source = stage.address + done
+                stage.elements(1, size // 4)[0, done // 4 : (done + part.nbytes) // 4] = part.reshape(-1)
+            driver.call("cuMemcpyHtoDAsync_v2", there + done, source, part.nbytes, copies)
+            done += part.nbytes
+        return there
+
+    def brought(self) -> None:
+        """Wait for `pads`."""
+        if self._copies is not None:
+            self._copies.wait()
+
+    def claims(self, y: Elements | int, size: int) -> int:
+        """The claims y~, from the host or an address on the card, in memory that is this process's alone: the
+        address there.
+        """
+        if isinstance(y, int):
+            there = self.memory("claims", size)
+            driver.call("cuMemcpyDtoDAsync_v2", there, y, size, self._stream or None)
+            return there
+        claims = self.pinned("y", size)
+        claims.elements(*y.shape)[:] = y
+        return claims.address
 
     def low_rank(
         self, laid: Laid, x: CardRows, a: int, b: int, rank: int, place: int, wide: int, *, add: bool
@@ -212,15 +272,12 @@ class Desk:
         grid = (tall, -(-wide // OUTPUTS))
         times(grid, (sums, a, low, rows, laid.m, place, wide), stream)
 
-    def check(self, laid: Laid, y: Elements, u: Elements, e: int) -> None:
-        """Step 4's sums over y [rows, m] with e [2, m] at this address, for `verdict`; y without its mask."""
-        rows, m = y.shape
-        claims, pad = self.pinned("y", y.nbytes), self.pinned("u", u.nbytes)
-        claims.elements(rows, m)[:] = y
-        pad.elements(rows, m)[:] = u
+    def check(self, laid: Laid, rows: int, y: int, u: int, e: int) -> None:
+        """Step 4's sums over y [rows, m] with e [2, m], for `verdict`; y without u.  All are addresses."""
+        m = laid.m
         pieces = -(-m // PIECE)
         self._call(laid, "check", 0, laid.aligned)((rows, pieces), (
-            claims.address, pad.address, e, self.memory("plain", 4 * rows * m),
+            y, u, e, self.memory("plain", 4 * rows * m),
             self.pinned("records", 8 * _RECORD * rows * pieces).address, m, pieces,
         ), self._stream)  # fmt: skip
 
