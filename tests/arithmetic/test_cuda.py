@@ -350,7 +350,7 @@ def test_a_share_on_two_cards(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(placing, "card", lambda number: both[number])
     matrices = [np.full((16, 256), k, np.int8) for k in range(3)]
     laid = placing.lay_out(matrices, "cuda:0,cuda:1")
-    assert [matrix._card for matrix in laid] == [both[1], both[0], both[1]]
+    assert [matrix.card for matrix in laid] == [both[1], both[0], both[1]]
     for k, matrix in enumerate(laid):
         assert np.array_equal(matrix.product(np.ones((1, 256), np.uint32)), np.full((1, 16), 256 * k))
 
