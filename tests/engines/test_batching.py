@@ -253,3 +253,34 @@ def test_a_model_that_cannot_be_batched_is_refused(tmp_path: Path) -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, state_size=4))
     with pytest.raises(InputError, match="no continuous batching for Mamba"):
         Batch(model, ROOM)
+
+
+class Broken(Drawing):
+    """Draws nothing."""
+
+    def next(self, logits: Any) -> Any:
+        raise ValueError("broken")
+
+
+def test_a_token_that_cannot_be_drawn_costs_nobody_else(served: Served) -> None:
+    fine = [Asked([5, 6, 7]), Asked([9, 8], temperature=1.0, seed=3)]
+    alone_before = ask(served.batch, *fine)
+    broken, again = (
+        Asked([5, 6, 7], temperature=1.0),
+        [Asked([5, 6, 7]), Asked([9, 8], temperature=1.0, seed=3)],
+    )
+    broken.drawing = Broken(1.0)
+    for request in (again[0], broken, again[1]):
+        served.batch.submit(request)
+    assert broken.over.wait(LIMIT)
+    assert isinstance(broken.error, ValueError) and not broken.tokens
+    assert [request.ids for request in again] == alone_before
+    assert ask(served.batch, Asked([1, 2]))
+
+
+def test_the_smallest_top_p_takes_the_likeliest(served: Served) -> None:
+    [drawn], [greedy] = (
+        ask(served.batch, Asked([5, 6, 7], temperature=2.0, top_p=1e-300)),
+        ask(served.batch, Asked([5, 6, 7])),
+    )
+    assert drawn == greedy

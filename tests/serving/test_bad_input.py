@@ -14,7 +14,7 @@ import pytest
 
 from served import Running
 from server import Server, until
-from sliplm.serving import clients
+from sliplm.serving import clients, door
 
 BODY = {"model": "tiny", "prompt": "a", "max_tokens": 2}
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": 400, "temperature": 0}
@@ -143,6 +143,33 @@ def test_a_thousand_idle_connections(running: Running) -> None:
             assert running.server.post("/completions", BODY, running.keys["bob"]).status_code == 200
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_bodies_that_never_end_take_no_more_than_their_part(running: Running) -> None:
+    """They lie in memory: of one client so many, and no more; others are served."""
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {running.keys['bob']}\r\n"
+    )
+    part = (head + "Content-Type: application/json\r\nContent-Length: 2000000\r\n\r\n").encode() + b" " * 1000
+    with contextlib.ExitStack() as held:
+        for _ in range(door.OF_ONE):
+            held.enter_context(running.server.connect()).sendall(part)
+        until(lambda: running.server.post("/completions", BODY, running.keys["bob"]).status_code == 429)
+        assert running.server.post("/completions", BODY, running.keys["alice"]).status_code == 200
+    until(lambda: running.server.post("/completions", BODY, running.keys["bob"]).status_code == 200)
+
+
+def test_the_smallest_numbers(running: Running) -> None:
+    body = BODY | {"temperature": 2, "top_p": 1e-300, "seed": 1}
+    assert running.server.post("/completions", body, running.keys["bob"]).status_code == 200
+
+
+def test_no_path_leads_to_another(running: Running) -> None:
+    for path in ("/metrics/", "/console/state/", "//metrics", "/health/../metrics", "/console/state;x"):
+        found = running.server.get(path, running.keys["bob"])
+        assert code(found) in ((404, "not_found"), (403, "not_allowed"))  # the client itself takes .. out
+        assert "location" not in found.headers
+    assert code(running.server.get("/%6detrics", running.keys["bob"])) == (403, "not_allowed")
 
 
 @pytest.mark.parametrize(

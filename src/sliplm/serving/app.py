@@ -35,7 +35,7 @@ HERE: Final = ["localhost", "127.0.0.1", "[::1]"]
 def build(desk: Desk) -> Any:
     """The ASGI application.  Routes take and give OpenAI's forms; errors too."""
     app = FastAPI(
-        title="sliplm", version=sliplm_version(), docs_url=None, redoc_url=None,
+        title="sliplm", version=sliplm_version(), docs_url=None, redoc_url=None, redirect_slashes=False,
         responses={"default": {"description": "No answer.", "model": Troubled}},
     )  # fmt: skip
     _add_answers(app, desk)
@@ -114,7 +114,9 @@ async def answer(desk: Desk, request: Request, body: Body) -> Response:
     body.check()
     desk.served.adapter(body.model)
     _check_policy(client, body)
-    answers = Answers(desk.served, body, await desk.served.encode(body))
+    async with desk.encoding(client, body.answers):
+        prompts = await desk.served.encode(body)
+    answers = Answers(desk.served, body, prompts)
     desk.check_room(client, len(answers.choices))
     job = Job(desk, request, body, answers, desk.limits.take(client, answers.tokens))
     try:

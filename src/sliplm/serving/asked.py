@@ -1,6 +1,7 @@
 """What clients may send: the fields of OpenAI's API that are answered, and what each may hold.
 
-A field that is not here is refused by name.  Fields of OpenAI's that would change an answer, and are not
+A body is refused at its first mistake: a list of all of them would take a thousand times its memory.  A
+field that is not here is refused by name.  Fields of OpenAI's that would change an answer, and are not
 supported, may hold what changes nothing.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sliplm.serving.refusals import Refusal, unsupported, wrong
@@ -19,6 +20,9 @@ CHOICES: Final = 16
 
 TOP: Final = 20
 """Likeliest tokens that may be asked for with each."""
+
+STOP: Final = 1024
+"""Characters of a text that ends an answer: each token is compared with all its beginnings."""
 
 
 def _utf8(text: str) -> str:
@@ -34,16 +38,41 @@ def _whole(number: object) -> object:
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
+def _ids(prompt: object) -> object:
+    """The same for token ids: a million of them are read at once."""
+    return [_whole(number) for number in prompt] if isinstance(prompt, list) else prompt
+
+
+def _few(prompt: object) -> object:
+    """No more prompts than answers, before each of them is looked at."""
+    if isinstance(prompt, list) and len(prompt) > CHOICES and isinstance(prompt[0], str | list):
+        raise PydanticCustomError("too_many", "more than {most} prompts", {"most": CHOICES})
+    return prompt
+
+
 Text = Annotated[str, AfterValidator(_utf8)]
 Whole = Annotated[int, BeforeValidator(_whole)]
-Stop = Text | Annotated[list[Text], Field(max_length=4)] | None
+Ending = Annotated[Text, Field(max_length=STOP)]
+Stop = Ending | Annotated[list[Ending], Field(fail_fast=True, max_length=4)] | None
 Number = Annotated[Whole, Field(ge=0, lt=2**31)]
+Ids = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1), BeforeValidator(_ids)
+]
 
 
 class Strict(BaseModel):
     """JSON as it is: no number from a text, no field that is not known."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: object) -> object:
+        """The first field that is not known, alone."""
+        for name in data if isinstance(data, dict) else ():
+            if name not in cls.model_fields:
+                raise PydanticCustomError("extra_forbidden", "unknown", {"name": str(name)})
+        return data
 
 
 class StreamOptions(Strict):
@@ -66,7 +95,7 @@ class Common(Strict):
     user: Text | None = None  # neither used nor kept
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -75,11 +104,16 @@ class Common(Strict):
             return ()
         return tuple(text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text)
 
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return self.n or 1
+
     def check(self) -> None:
         """Raise Refusal for what is not supported, or does not go together."""
         if self.stream_options is not None and not self.stream:
             raise wrong("stream_options is for streams: set stream to true", "stream_options")
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
+        for name in ("frequency_penalty", "presence_penalty"):
             if getattr(self, name):
                 raise unsupported(name)
 
@@ -95,7 +129,7 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
+    content: Text | Annotated[list[Part], Field(fail_fast=True, min_length=1)]
     name: Text | None = None
 
     def plain(self) -> dict[str, str]:
@@ -113,7 +147,7 @@ class ResponseFormat(Strict):
 class Chat(Common):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
@@ -140,12 +174,13 @@ class Chat(Common):
 class Completion(Common):
     """The body of /v1/completions."""
 
-    prompt: (
+    prompt: Annotated[
         Text
-        | Annotated[list[Number], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Number], Field(min_length=1)]], Field(min_length=1)]
-    )
+        | Ids
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[Ids], Field(fail_fast=True, min_length=1)],
+        BeforeValidator(_few),
+    ]
     max_tokens: Number | None = 16
     logprobs: Annotated[Whole, Field(ge=0, le=TOP)] | None = None
     echo: bool | None = None
@@ -158,6 +193,11 @@ class Completion(Common):
         found: Any = self.prompt
         return [found] if isinstance(found, str) or isinstance(found[0], int) else found
 
+    @property
+    def answers(self) -> int:
+        """As `Common.answers`, to each prompt."""
+        return len(self.prompts) * (self.n or 1)
+
     def check(self) -> None:
         """As `Common.check`."""
         super().check()
@@ -167,7 +207,7 @@ class Completion(Common):
             raise unsupported("suffix")
         if self.max_tokens == 0 and not self.echo:
             raise wrong("max_tokens is at least 1, or 0 with echo", "max_tokens")
-        if len(self.prompts) * (self.n or 1) > CHOICES:
+        if self.answers > CHOICES:
             raise wrong(f"prompts times n is at most {CHOICES}", "n")
 
 
@@ -181,8 +221,10 @@ def refused(errors: Sequence[Any]) -> Refusal:
     if found["type"] == "json_invalid":
         return wrong("the body is no JSON")
     if found["type"] == "extra_forbidden":
-        name = where[-1][:100]
+        name = found["ctx"]["name"][:100]
         return wrong(f"unknown field {name!r}: leave it out", name, "unknown_parameter")
+    if where[:1] == ["logit_bias"]:
+        return unsupported("logit_bias")
     if found["type"] == "missing":
         name = where[-1] if where else "the body"
         return wrong(f"{name} is missing", name, "missing_required_parameter")

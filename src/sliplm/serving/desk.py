@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -46,6 +47,7 @@ class Desk:
     traces: Traces | None = None
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sliplm-scoring"))
     under_way: Counter[str] = field(default_factory=Counter)
+    turns: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     refusals: Counter[tuple[str, str, int]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -83,6 +85,19 @@ class Desk:
             raise busy()
         if self.clients is not None and self.under_way[client.name] + answers > OF_ONE:
             raise too_many(OF_ONE)
+
+    @asynccontextmanager
+    async def encoding(self, client: Client, answers: int) -> AsyncIterator[None]:
+        """A client's turn to have a prompt made into tokens: one of each client at a time, since a long one
+        takes seconds.  Meanwhile its answers count as under way.  Raises: Refusal.
+        """
+        self.check_room(client, answers)
+        self.under_way[client.name] += answers
+        try:
+            async with self.turns[client.name]:
+                yield
+        finally:
+            self.under_way[client.name] -= answers
 
     def ready(self) -> str | None:
         """Why it cannot answer now; None if it can."""

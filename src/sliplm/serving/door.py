@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 from sliplm.serving.clients import ANYBODY, Client, Clients
-from sliplm.serving.refusals import Refusal, failed
+from sliplm.serving.refusals import Refusal, busy, failed, too_many
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -23,6 +25,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST: Final = 2 << 20
 """Bytes of a body."""
+
+OPEN_AT_ONCE: Final = 512
+"""Requests that are read or answered at a time: each may hold a body in memory."""
+
+OF_ONE: Final = OPEN_AT_ONCE // 2
+"""The same of one client, so that no one keeps out the others."""
 
 METRICS: Final = "/metrics"
 PAGE: Final = ("/console", "/console/page.js", "/console/page.css")
@@ -50,6 +58,7 @@ class Door:
 
     def __init__(self, app: App, clients: Clients | None, refused: Refused) -> None:
         self._app, self._clients, self._refused = app, clients, refused
+        self._inside: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -69,7 +78,8 @@ class Door:
 
         try:
             client = scope[CLIENT] = self._client(scope)
-            await self._app(scope, _bounded(scope, receive), told)
+            with self._place(scope, client):
+                await self._app(scope, _bounded(scope, receive), told)
         except Refusal as refusal:
             self._refused(client, refusal)
             if started:
@@ -80,6 +90,22 @@ class Door:
             if started:
                 raise
             await respond(failed(error), told)
+
+    @contextmanager
+    def _place(self, scope: Scope, client: Client) -> Iterator[None]:
+        """A request's place inside; who watches needs none.  Raises: Refusal."""
+        if scope["path"] in (*OPEN, METRICS, STATE):
+            yield
+            return
+        if self._inside.total() >= OPEN_AT_ONCE:
+            raise busy()
+        if self._clients is not None and self._inside[client.name] >= OF_ONE:
+            raise too_many(OF_ONE)
+        self._inside[client.name] += 1
+        try:
+            yield
+        finally:
+            self._inside[client.name] -= 1
 
     def _client(self, scope: Scope) -> Client:
         """Who asks.  Raises: Refusal for nobody that we know, or who may not ask this."""
@@ -100,7 +126,7 @@ async def respond(refusal: Refusal, send: Send) -> None:
     """Answer with a refusal; the connection ends with it, for what is left of the body is not read."""
     body = json.dumps(refusal.body()).encode()
     headers = {**refusal.headers, "content-type": "application/json", "content-length": str(len(body))}
-    if refusal.status in (401, 403, 413):
+    if refusal.status in (401, 403, 413, 429, 503):
         headers["connection"] = "close"
     await send(
         {

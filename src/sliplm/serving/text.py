@@ -70,6 +70,6 @@ def cut(text: str, stops: Sequence[str]) -> tuple[bool, str, str]:
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     if places:
         return True, text[: min(places)], ""
-    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    begun = [n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
     shown = len(text) - max(begun, default=0)
     return False, text[:shown], text[shown:]

@@ -340,6 +340,13 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
             request.error = error
         self.batch_processor.handle_batch_error(error)
 
+    def _give_up(self, name: str, request: Request, error: Exception) -> None:
+        """One request fails by itself."""
+        request.error, request.done = error, True
+        self._requests.pop(name, None)
+        self.cancel_request(name)
+        request.tell(request)
+
     def _part(self, batch: Sequence[RequestState]) -> None:
         """Begin each request of the batch again, from what it has so far, in a batch of its own."""
         scheduler = self.batch_processor.scheduler
@@ -368,7 +375,12 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
                 continue
             request.alone = False
             how = request.drawing
-            token = Token(likeliest[row], math.nan, ()) if how.greedy else how.next(scores[0, row])
+            try:
+                token = Token(likeliest[row], math.nan, ()) if how.greedy else how.next(scores[0, row])
+            except Exception as error:  # it costs nobody else of the batch
+                logger.exception("a token could not be drawn")
+                self._give_up(state.request_id, request, error)
+                continue
             request.tokens.append(token)
             likeliest[row] = token.id
         out[0, : len(states)] = torch.tensor(likeliest, dtype=out.dtype)

@@ -66,7 +66,8 @@ class Drawing:
         chances = torch.softmax(logits / self.temperature, dim=-1)
         if self.top_p < 1.0:
             sizes, order = chances.sort(descending=True)
-            kept = sizes.cumsum(-1) - sizes < self.top_p  # the first one always
+            kept = sizes.cumsum(-1) - sizes < self.top_p
+            kept[0] = True  # however small top_p is as a float32
             return int(order[torch.multinomial(sizes * kept, 1, generator=self.generator)])
         return int(torch.multinomial(chances, 1, generator=self.generator))
 
