@@ -177,6 +177,22 @@ def test_a_restart_forgives_nothing(tmp_path: Path) -> None:
         run.replay(file, Limits())
 
 
+def test_what_a_crash_cut_short_counts_with_all_that_it_might_have_taken(tmp_path: Path) -> None:
+    file, client, names = tmp_path / "audit.jsonl", made(budget=100, day=100), ("a", "b", "c")
+    log = AuditLog(file)
+    for request in names:
+        detail = {"request": request, "charged": 30}
+        log.write("begun", "let in", role="client", address="alice", detail=detail)
+    for request, charged in (("a", 5), ("b", 0)):
+        detail = {"request": request, "charged": charged}
+        log.write("asked", "answered", role="client", address="alice", detail=detail)
+    accounts = Limits()
+    run.replay(file, accounts)
+    assert accounts.used() == {"alice": (35, 35)}
+    with pytest.raises(Refusal, match="65 tokens left"):
+        accounts.take(client, 66)
+
+
 def test_alerts_come_once() -> None:
     alerts: list[float] = []
     accounts, client = Limits(lambda name, part: alerts.append(part)), made(budget=10)

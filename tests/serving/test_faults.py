@@ -13,6 +13,7 @@ from rogues import serving
 from served import Model
 from server import Paced, slip_serve, until
 from sliplm.parties.chain import verify
+from sliplm.serving import clients
 from sliplm.shares.share import open_worker
 
 PROMPT, MOST = "The vault", 100
@@ -67,3 +68,27 @@ def test_lies_deaths_and_returns(model: Model, tmp_path: Path) -> None:
     head, _ = verify(audit)
     assert head.broken is None
     assert head.lines > 5
+
+
+def test_a_killed_server_forgives_nothing(model: Model, tmp_path: Path) -> None:
+    """What was under way when it was killed counts when it is started again."""
+    people, worker = tmp_path / "clients", Paced(open_worker(model.out / "worker"))
+    key = clients.add(people, "carol", budget=200)
+    worker.pause = 0.01
+    with serving(worker, tmp_path / "w") as place:
+        for killed in (True, False):
+            with slip_serve(model.out, tmp_path, "--clients", str(people), workers=[place]) as server:
+                client = server.client(key)
+                if killed:
+                    stream = client.completions.create(
+                        model="tiny", prompt=PROMPT, max_tokens=150, temperature=0, stream=True
+                    )
+                    next(stream)
+                    server.process.kill()
+                    server.process.wait(30)
+                    with pytest.raises(openai.APIError):
+                        list(stream)
+                else:
+                    with pytest.raises(openai.RateLimitError, match="of its budget your key has"):
+                        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=100)
+                    assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2).choices

@@ -36,13 +36,14 @@ Event = Literal[
     "masks dropped",  # their dealer lied or was revoked
     "masks renewed",  # a connection was made anew, or a clock jumped: masks dealt before are thrown away
     "revoked",  # its certificate was revoked while it was connected
+    "begun",  # a client's request was let in, and has taken what it may need
     "asked",  # a client had an answer, or a part of one
     "refused",  # a client had none
     "alert",  # a client has used much of its budget
 ]
 
 _KEPT: Final = 1000  # records in memory
-_USUAL: Final = ("dealt", "asked")
+_USUAL: Final = ("dealt", "begun", "asked")
 _APPENDING: Final = (  # a FIFO that nobody reads is refused, not waited for
     os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 )

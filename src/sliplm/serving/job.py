@@ -14,7 +14,7 @@ from sliplm.serving.answering import Answers, Piece
 from sliplm.serving.asked import Body, Chat
 from sliplm.serving.desk import Desk
 from sliplm.serving.door import REQUEST_ID
-from sliplm.serving.limits import Taken
+from sliplm.serving.limits import ASKED, BEGUN, Taken
 from sliplm.serving.refusals import Refusal
 
 
@@ -32,6 +32,8 @@ class Job:
         self.spell = desk.served.piece
         self.told = answers.top is not None
         desk.under_way[self.client.name] += len(answers.choices)
+        detail = {"request": self.id, "charged": taken.tokens}
+        desk.audit.write(BEGUN, "let in", role="client", address=self.client.name, detail=detail)
         self._traced = None
         if desk.traces is not None:
             operation = "chat" if isinstance(body, Chat) else "text_completion"
@@ -82,7 +84,7 @@ class Job:
         how = "answered" if ended else ("given up" if refusal is None else refusal.code or refusal.kind)
         if self._traced is not None:
             self._traced.end(how, answers.prompt_tokens, answers.generated)
-        desk.audit.write("asked", how, role="client", address=self.client.name, detail=detail)
+        desk.audit.write(ASKED, how, role="client", address=self.client.name, detail=detail)
 
     def _count(self, piece: Piece) -> None:
         figures, name, now = self.desk.figures, self.body.model, time.perf_counter()

@@ -19,8 +19,9 @@ from sliplm.serving.refusals import Refusal
 ALERTS: Final = (0.5, 0.8, 1.0)
 """Parts of a budget at which an alert is given."""
 
+BEGUN: Final = "begun"
 ASKED: Final = "asked"
-"""The event of the audit record that counts."""
+"""The events of the audit record that count: what a request may take, and instead of it what it took."""
 
 
 @dataclass
@@ -51,16 +52,27 @@ class Limits:
 
     def __init__(self, alert: Callable[[str, float], None] = lambda name, part: None) -> None:
         self._accounts: dict[str, _Account] = {}
+        self._begun: dict[str, tuple[int, str]] = {}  # while a record is read: what was taken, and when
         self._alert = alert
 
     def replay(self, record: Mapping[str, Any]) -> None:
-        """Count a line of the audit record that was written before."""
-        detail = record.get("detail")
-        if record.get("event") != ASKED or not isinstance(detail, dict):
+        """Count a line of the audit record that was written before.  A request that never ended, because the
+        server did, counts with all that it might have taken.
+        """
+        event, detail, name = record.get("event"), record.get("detail"), record.get("address")
+        if event not in (BEGUN, ASKED) or not isinstance(detail, dict) or not isinstance(name, str):
             return
-        tokens, name = detail.get("charged"), record.get("address")
-        if isinstance(tokens, int) and tokens > 0 and isinstance(name, str):
-            self._count(self._accounts.setdefault(name, _Account()), tokens, str(record.get("time"))[:10])
+        tokens, request, date = detail.get("charged"), detail.get("request"), str(record.get("time"))[:10]
+        if not isinstance(tokens, int) or tokens < 0:
+            return
+        account = self._accounts.setdefault(name, _Account())
+        if event == BEGUN:
+            self._begun[str(request)] = tokens, date
+        else:
+            before, day = self._begun.pop(str(request), (0, date))
+            account.ever -= before
+            account.day -= before if account.date == day else 0
+        self._count(account, tokens, date)
 
     def take(self, client: Client, tokens: int) -> Taken:
         """Take what a request may use at most.
