@@ -56,10 +56,10 @@ class Timed(NamedTuple):
     computed: float
 
 
-Watcher = Callable[[Timed, Any, Elements], None]
+Watcher = Callable[[Timed, Any, Callable[[], Elements]], None]
 """Told of each exchange, in the thread that made it: when it did what, the first group's inputs x [rows, n]
-(an array, or on a card), and the message, uint32, which begins with x~ of the first row.  It must not wait,
-raise, or keep either.
+(an array, or on a card), and what gives the message, uint32, which begins with x~ of the first row; to fetch
+it from a card takes time.  It must not wait, raise, or keep any of them.
 """
 
 
@@ -191,7 +191,7 @@ class Exchange(Secret):
         if self.watchers:
             timed = Timed(message.codecs[0].name, message.rows, link.address, failed, *times)
             for watcher in tuple(self.watchers):
-                watcher(timed, x, message.seen())
+                watcher(timed, x, message.seen)
 
     def _prepare(self, group: int, rows: int) -> None:
         """While a worker computes: what the exchange needs that followed this group's the last time, for as

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from sliplm.arithmetic.field import Elements
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Onlooker(Protocol):
     """Who watches.  Called in the batch's thread; an error of its own is logged, and costs no request."""
 
-    def exchanged(self, timed: Timed, x: Any, message: Elements) -> None:
+    def exchanged(self, timed: Timed, x: Any, message: Callable[[], Elements]) -> None:
         """As `parties.exchange.Watcher` is told; also of exchanges outside any step."""
 
     def stepped(self, step: Step, exchanges: Sequence[Timed]) -> None:
@@ -59,7 +59,7 @@ class Lookout:
                 self._batch.watchers.remove(self._stepped)
                 self._seen.clear()
 
-    def _exchanged(self, timed: Timed, x: Any, message: Elements) -> None:
+    def _exchanged(self, timed: Timed, x: Any, message: Callable[[], Elements]) -> None:
         seen = self._seen.setdefault(threading.get_ident(), [])
         if len(seen) < MOST:
             seen.append(timed)

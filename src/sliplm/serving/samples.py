@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -125,14 +125,15 @@ class Samples:
                 self._kept = _Kept()
                 self._lookout.remove(self)
 
-    def exchanged(self, timed: Timed, x: Any, message: Elements) -> None:
+    def exchanged(self, timed: Timed, x: Any, message: Callable[[], Elements]) -> None:
         """Keep a row now and then.  Of activations on a card only what the worker sees is kept."""
         now, kept = time.monotonic(), self._kept
         if timed.failed is not None or now < kept.next or kept.group not in (None, timed.group):
             return
-        counts = np.bincount(message[:_COUNTED] >> np.uint32(32 - BINS.bit_length() + 1), minlength=BINS)
+        sent = message()
+        counts = np.bincount(sent[:_COUNTED] >> np.uint32(32 - BINS.bit_length() + 1), minlength=BINS)
         width = min(WIDE, x.shape[1] if isinstance(x, np.ndarray) else WIDE)
-        masked = (message[:width] >> np.uint32(24)).astype(np.uint8)
+        masked = (sent[:width] >> np.uint32(24)).astype(np.uint8)
         true = _scaled(x[0, :width]) if now < self._bare_until and isinstance(x, np.ndarray) else None
         with self._lock:
             if kept is not self._kept or not self.open:

@@ -8,7 +8,7 @@ the others.  What clients send as a trace of theirs is not read.  Needs `pip ins
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,7 +55,7 @@ class Traces:
             self._of.update(dict.fromkeys(parts, span.get_span_context()))
         return Traced(self, span, parts)
 
-    def exchanged(self, timed: Timed, x: Any, message: Elements) -> None:
+    def exchanged(self, timed: Timed, x: Any, message: Callable[[], Elements]) -> None:
         """Nothing: exchanges are told with their step."""
 
     def stepped(self, step: Step, exchanges: Sequence[Timed]) -> None:
