@@ -225,17 +225,33 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 FOCUS = "document.activeElement.id"
-ANSWERED = (
-    "document.querySelectorAll('#talk .turn').length === {0} && document.getElementById('stop').disabled"
-)
+TURNS = "document.querySelectorAll('#talk .turn').length"
 
 
-def talk(page: Page, text: str, turns: int) -> None:
+def talk(page: Page, text: str) -> None:
     """Say something, by keyboard alone, and wait for the answer."""
     assert page.js(FOCUS) == "message"
+    before = page.js(TURNS)
     page.type(text)
     page.press("Enter")
-    page.until(ANSWERED.format(turns))
+    page.until(f"{TURNS} === {before + 2} && document.getElementById('stop').disabled")
+
+
+def talk_until(page: Page, seen: str) -> None:
+    """Go on until there is something: who is slow for a moment is not asked at once."""
+    for _ in range(10):
+        talk(page, "Again")
+        for _ in range(5):  # looks
+            if page.js(f"document.querySelectorAll('{seen}').length"):
+                return
+            time.sleep(0.2)
+    raise AssertionError(f"there never was {seen}")
+
+
+def asked_last(server: Server, key: str) -> str:
+    """Which worker answers now."""
+    up = [one for one in parties(server, key) if one["state"] == "up" and one["served"]]
+    return str(min(up, key=lambda one: (one["verified"], -one["served"]))["address"])
 
 
 def test_the_page(page: Page, three: Three, tmp_path: Path) -> None:
@@ -252,8 +268,8 @@ def test_the_page(page: Page, three: Three, tmp_path: Path) -> None:
     page.until("!document.getElementById('room').hidden")
     page.js("document.getElementById('most').value = 12")
 
-    talk(page, MARKUP, 2)
-    page.until("document.querySelectorAll('.party.verified').length === 1")
+    talk(page, MARKUP)
+    page.until("document.querySelectorAll('.party.verified').length >= 1")
     page.until("document.getElementById('group').textContent.includes('model.layers.0')")
     page.until("document.getElementById('stages').textContent.includes('worker')")
     assert page.js("document.querySelector('.turn.user .text').textContent") == MARKUP
@@ -271,24 +287,22 @@ def test_the_page(page: Page, three: Three, tmp_path: Path) -> None:
     assert [name for name in order if name in reached][:8] == reached
     page.js("document.getElementById('message').focus()")
 
-    [first] = [one["address"] for one in parties(server, key) if one["served"]]
+    first = asked_last(server, key)
     three.workers[first].lies = True
-    talk(page, "Again", 4)  # another one answers
-    page.until("document.querySelectorAll('.party.quarantined').length === 1")
+    talk_until(page, ".party.quarantined")  # another one answers
     red = page.js("document.querySelector('.party.quarantined').textContent")
     assert first in red and "1 wrong" in red and "is wrong; nothing of it was used" in red
     r, g, b = rgb(page, ".party.quarantined .state")
     assert r > 2 * g and r > 2 * b
     assert "quarantined" in page.js("document.getElementById('said').textContent")
 
-    [second] = [o["address"] for o in parties(server, key) if o["served"] and o["address"] != first]
+    second = asked_last(server, key)
     three.stops[second].close()
-    talk(page, "Once more", 6)
-    page.until("document.querySelectorAll('.party.dead').length === 1")
+    talk_until(page, ".party.dead")
     assert second in page.js("document.querySelector('.party.dead').textContent")
     grey = rgb(page, ".party.dead .state")
     assert max(grey) - min(grey) < 30
-    assert page.js("document.querySelectorAll('.party.verified').length") == 1
+    page.until("document.querySelectorAll('.party.verified').length === 1")
 
     light = page.js("getComputedStyle(document.body).backgroundColor")
     for dark in (False, True):
