@@ -21,6 +21,7 @@ PROMPT, LIMIT = 8, 300.0  # tokens of a prompt; seconds
 
 if __name__ == "__main__":
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for `ready`, which runs in the engine's process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def ready(model: Any) -> bool:

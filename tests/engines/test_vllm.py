@@ -19,7 +19,7 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 import torch
-from openai import InternalServerError, OpenAI
+from openai import APIError, InternalServerError, OpenAI
 from transformers import AutoModelForCausalLM
 
 import families
@@ -184,6 +184,9 @@ def test_without_workers_requests_fail_and_the_server_lives(
         with ThreadPoolExecutor(8) as pool:
             for answer in [pool.submit(served.tokens, prompt, 40) for prompt in PROMPTS]:
                 assert isinstance(answer.exception(LIMIT), InternalServerError)
+    with pytest.raises(APIError):
+        for _ in served.client.completions.create(model="m", prompt="a", stream=True):
+            pass
     assert served.up()
     assert "requests fail, at group" in served.log
     with serving(Counting(open_worker(tiny / "worker")), served.folder / "w"):
