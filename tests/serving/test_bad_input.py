@@ -118,6 +118,18 @@ def test_a_client_that_hangs_up(running: Running, stream: bool) -> None:
 
 
 @pytest.mark.usefixtures("slow")
+def test_who_hangs_up_before_a_token_came_pays_for_his_prompt(running: Running) -> None:
+    """Else it could have prompts read for nothing, as many as it likes."""
+    running.worker.pause = 0.1
+    with running.server.connect() as sock:
+        _send(sock, LONG | {"prompt": "a" * 60}, running.keys["bob"])
+        until(lambda: load(running)[1] > 0)
+    until(lambda: load(running) == (0.0, 0.0))
+    detail = last_asked(running)["detail"]
+    assert (detail["prompt"], detail["generated"], detail["charged"]) == (60, 0, 60)
+
+
+@pytest.mark.usefixtures("slow")
 def test_a_key_that_is_taken_back_in_mid_stream(running: Running) -> None:
     people = running.folder / "clients"
     key = clients.add(people, "mallory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Final
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -16,6 +16,9 @@ from sliplm.serving.desk import Desk
 from sliplm.serving.door import REQUEST_ID
 from sliplm.serving.limits import ASKED, BEGUN, Taken
 from sliplm.serving.refusals import Refusal
+
+_FAILED: Final = (400, 500, 503)
+"""Statuses of what could not be computed: without a token it costs nothing."""
 
 
 class Job:
@@ -67,6 +70,8 @@ class Job:
         desk, answers, name = self.desk, self.answers, self.body.model
         desk.under_way[self.client.name] -= len(answers.choices)
         begun = any(choice.generated or choice.ended for choice in answers.choices)
+        if refusal is None or refusal.status not in _FAILED:  # who hangs up early had his prompt read
+            begun = begun or any(choice.request and choice.request.computed for choice in answers.choices)
         used = answers.used if begun else 0
         desk.limits.settle(self._taken, used)
         seconds = time.perf_counter() - self._begun

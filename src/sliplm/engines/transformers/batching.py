@@ -69,6 +69,7 @@ class Request:
         adapter: of the vault's share, or None.
         tell: called in the batch's thread after each token, and at the end; it must not wait.
         tokens: what was generated so far, an end token included.
+        computed: some of it was, or is now.
         done: nothing more comes.
         error: why not, where it failed.
     """
@@ -79,6 +80,7 @@ class Request:
     adapter: str | None
     tell: Callable[[Request], None]
     tokens: list[Token] = field(default_factory=list)
+    computed: bool = False
     done: bool = False
     error: Exception | None = None
     alone: bool = False  # it shared a batch that failed for somebody's input
@@ -318,6 +320,8 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
         batch = [future.state for future in self.batch_processor.inputs_and_outputs.requests_in_batch]
         asked = [request for state in batch if (request := self._requests.get(state.request_id))]
         slip = getattr(self.model, "slip", None)
+        for each in asked:
+            each.computed = True
         try:
             if slip is None or not asked:
                 super()._generation_step()
