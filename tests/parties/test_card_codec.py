@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from interpretedcard import KINDS, fetched, open_card
 from sliplm.arithmetic.field import P
 from sliplm.arithmetic.kernels.cuda import driver
 from sliplm.arithmetic.kernels.cuda.vault_steps import CardRows
-from sliplm.errors import InputError, PrecisionError, VerificationError
+from sliplm.errors import CardError, InputError, PrecisionError, VerificationError
 from sliplm.network.transport import Connection
-from sliplm.parties import card_codec
-from sliplm.parties.card_codec import FEW
+from sliplm.parties import card_trial
+from sliplm.parties.card_codec import FEW, CardCodec
+from sliplm.parties.codec import GroupCodec
 from sliplm.parties.terms import Terms
 from sliplm.parties.vault import Vault
 from sliplm.parties.worker import Worker
@@ -259,8 +261,50 @@ def test_a_group_is_laid_on_a_card_once(monkeypatch: pytest.MonkeyPatch) -> None
             time.sleep(0.2)  # the other waits for this one
         return object()
 
-    monkeypatch.setattr(card_codec, "CardCodec", slowly)
-    codecs = card_codec.CardCodecs(["codec"], None)  # type: ignore[list-item, arg-type]
+    monkeypatch.setattr(card_trial, "CardCodec", slowly)
+    monkeypatch.setattr(card_trial, "difference", lambda *_: None)
+    codec = SimpleNamespace(m=1, n=1, secrets=SimpleNamespace(rotation="fast", b=[]))
+    codecs = card_trial.CardCodecs([codec], None)  # type: ignore[arg-type, list-item]
     first = codecs[0]
     others[0].join(30)
-    assert made == ["codec"] and codecs[0] is first
+    assert made == [codec] and codecs[0] is first
+
+
+@pytest.mark.parametrize("change", ["nothing", "orders_in", "orders_out", "scale", "a", "challenge"])
+def test_a_card_is_tried_before_a_group_is_used_there(card: Any, shares: Shares, change: str) -> None:
+    """What is wrong is found, whichever step it is in."""
+    name = next(iter(shares[0].groups))
+    codec = GroupCodec(shares[0].groups[name])
+    made = CardCodec(codec, card)
+    zeros = made._laid.put(np.zeros(100 * (codec.m + codec.n), np.float32))
+    if change == "challenge":
+        made._challenges[codec.left().number] = zeros, made._addresses(codec.left())[1]
+    elif change != "nothing":
+        setattr(made._laid, change, zeros)
+    found = card_trial.difference(codec, made, card)
+    steps = {"orders_in": "`ask`", "challenge": "`check`"}
+    assert (found is None) == (change == "nothing")
+    assert found is None or steps.get(change, "`opened`") in found
+    assert codec.left().number == 0  # none was used up
+
+
+def test_a_card_that_fails_leaves_the_steps_to_the_processor(
+    card: Any,
+    shares: Shares,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name = next(iter(shares[0].groups))
+    with (
+        serving(Changing(shares[1]), tmp_path / "w") as address,
+        Vault(shares[0], Terms([address], shares[1], ahead=0, timeout=PATIENCE)) as vault,
+    ):
+        assert vault.works_on_card(name, card)
+        monkeypatch.setattr(card_trial, "difference", lambda *_: "`ask` of 1 rows")
+        vault._on_cards.clear()
+        assert not vault.works_on_card(name, card)
+        assert "the vault's steps are done on the processor: `ask` of 1 rows" in caplog.text
+        there = placed(card, shares, name)
+        with pytest.raises(CardError, match="update driver"):
+            vault.product_on_card(name, there.rows, there.out)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sliplm.arithmetic.kernels.cuda.card import card
+from sliplm.arithmetic.kernels.cuda.card import Card, card
 from sliplm.arithmetic.kernels.cuda.vault_steps import CardRows
 from sliplm.parties.adapters import Chosen, chosen
 
@@ -29,8 +29,8 @@ class CardProducts(Protocol):
     def pads_to(self) -> int:
         """Of how many the rows of a message are a multiple."""
 
-    def works_on_cards(self, group: str) -> bool:
-        """As `Vault.works_on_cards`."""
+    def works_on_card(self, group: str, card: Card) -> bool:
+        """As `Vault.works_on_card`."""
 
     def product_on_card(self, group: str, x: CardRows, out: CardRows) -> None:
         """As `Vault.product_on_card`."""
@@ -91,7 +91,8 @@ class OnCard:
         if values.dtype not in _KINDS:
             values = values.to(torch.float32)
         if self._programs is None:
-            self._programs = hasattr(source, "works_on_cards") and source.works_on_cards(self._name)
+            here = card(values.get_device())
+            self._programs = hasattr(source, "works_on_card") and source.works_on_card(self._name, here)
         if self._programs:
             return self._by_programs(source, values, rows)
         host: np.ndarray[Any, Any] = values.to("cpu", torch.float32).numpy()

@@ -20,7 +20,7 @@ from sliplm.arithmetic.kernels.cuda.card import Card
 from sliplm.arithmetic.kernels.cuda.lent import Lent
 from sliplm.arithmetic.kernels.cuda.vault_layout import Laid
 from sliplm.arithmetic.kernels.cuda.vault_steps import Asked, CardRows, Desk, Words, desk
-from sliplm.errors import InputError
+from sliplm.errors import CardError, InputError
 from sliplm.masks.masks import Masks
 from sliplm.network.link import Link
 from sliplm.parties.codec import Challenges, GroupCodec, Judged
@@ -160,10 +160,7 @@ class CardCodec(Secret):
             if asked.challenges is not challenges:  # renewed meanwhile
                 at.expect(self._laid, asked.x, self._addresses(challenges)[1])
                 asked.challenges = challenges
-            at.brought()
-            claims = at.claims(y.answers if isinstance(y, Lent) else y, asked.out.nbytes)
-            at.check(self._laid, rows, claims, asked.pads, self._addresses(challenges)[0])
-            right, largest = at.verdict(rows, self.m)
+            right, largest = self._sums(asked, y.answers if isinstance(y, Lent) else y, asked.pads)
         else:
             if asked.challenges is not challenges:
                 self._expect(asked, challenges)
@@ -175,6 +172,18 @@ class CardCodec(Secret):
         asked.believed = largest <= self._codec.edge
         asked.checked = True
         return True
+
+    def sums_hold(self, asked: CardAsked, y: Elements, u: Elements) -> tuple[bool, int]:
+        """Step 4 on the card whatever the rows, using no challenges up; and the largest size in y - u."""
+        return self._sums(asked, y, asked.desk.pads([u]))
+
+    def _sums(self, asked: CardAsked, y: Elements | int, pads: int) -> tuple[bool, int]:
+        at, challenges, rows = asked.desk, asked.challenges, len(asked.x)
+        if challenges is None:
+            raise CardError("an answer is checked after `ahead`")
+        at.brought()
+        at.check(self._laid, rows, at.claims(y, asked.out.nbytes), pads, self._addresses(challenges)[0])
+        return at.verdict(rows, self.m)
 
     def opened(self, asked: CardAsked, y: Elements | Lent, u: Elements | None) -> None:
         """Step 5, asked for and not waited for, of what `holds` has passed, or what was computed here."""
@@ -230,23 +239,6 @@ class CardMessage(Message):
 
     def open(self, claims: Sequence[Any]) -> None:
         self.codecs[0].opened(self.asked[0], claims[0], None)
-
-
-class CardCodecs:
-    """Of every group its `CardCodec` on one card, made when first used."""
-
-    def __init__(self, codecs: Sequence[GroupCodec], card: Card) -> None:
-        self._codecs, self._card, self._made = codecs, card, dict[int, CardCodec]()
-        self._making = threading.Lock()
-
-    def __getitem__(self, group: int) -> CardCodec:
-        found = self._made.get(group)
-        if found is None:
-            with self._making:
-                found = self._made.get(group)  # made meanwhile
-                if found is None:
-                    found = self._made[group] = CardCodec(self._codecs[group], self._card)
-        return found
 
 
 def settle(card: Card) -> int:

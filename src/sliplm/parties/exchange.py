@@ -95,7 +95,7 @@ class Exchange(Secret):
         audit: AuditLog,
         inputs: int,
     ) -> None:
-        self._codecs, self._supply, self._workers, self._here = codecs, supply, workers, here
+        self.codecs, self._supply, self._workers, self._here = codecs, supply, workers, here
         self._counters, self._audit, self._inputs = counters, audit, inputs
         self._follows: dict[int, int] = {}  # the group that was asked after a group last
         self._thread = _Last()
@@ -125,7 +125,7 @@ class Exchange(Secret):
         """
         group = parts[0].group
         self._follows[self._thread.group], self._thread.group = group, group
-        codecs = [self._codecs[part.group] for part in parts]
+        codecs = [self.codecs[part.group] for part in parts]
         for codec in codecs:
             codec.check_left()  # M15: what cannot be checked is not asked for
         begun, late = perf_counter(), self._counters.seconds_dealing_late
@@ -200,7 +200,7 @@ class Exchange(Secret):
         following = self._follows.get(group)
         if following is not None and rows <= _FEW:
             self._supply.prepare(following, rows)
-            self._codecs[following].bring_near()
+            self.codecs[following].bring_near()
 
     def _lie(self, link: Link, codec: Codec) -> VerificationError:
         """The error for a wrong product of a group, of which other challenges are in force already (M15); the
@@ -225,7 +225,7 @@ class Exchange(Secret):
         """
         if self._here is None:
             raise self._workers.refusal(failure, part.group)
-        codec = self._codecs[part.group]
+        codec = self.codecs[part.group]
         hidden = codec.unmasked(part.x, part.out, self._inputs).hidden
         if self._counters.computed_here(len(hidden)):
             why = failure or self._workers.nobody(part.group)

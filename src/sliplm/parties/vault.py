@@ -16,13 +16,14 @@ from sliplm.arithmetic.fixedpoint import Floats
 from sliplm.arithmetic.kernels.cuda.card import Card
 from sliplm.arithmetic.kernels.cuda.vault_steps import CardRows
 from sliplm.closing import Closing, expect_drops, when_dropped
-from sliplm.errors import CredentialError, InputError, SlipError, WorkerUnavailable
+from sliplm.errors import CardError, CredentialError, InputError, SlipError, WorkerUnavailable
 from sliplm.network.keys import mark
 from sliplm.network.link import Greet, Link
 from sliplm.network.transport import Connection
 from sliplm.parties.adapters import Adapters
 from sliplm.parties.audit import AuditLog
-from sliplm.parties.card_codec import CardCodecs, CardMessage, settle
+from sliplm.parties.card_codec import CardMessage, settle
+from sliplm.parties.card_trial import CardCodecs
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing, ShareDealer
@@ -209,10 +210,19 @@ class Vault(Secret, Closing):
         else:
             self._ask((part,), exchange)
 
-    def works_on_cards(self, group: str) -> bool:
-        """Whether a card has programs for a group: not for bases of kind haar, nor for inputs of two rows."""
+    def works_on_card(self, group: str, card: Card) -> bool:
+        """Whether a card does a group's steps: not for bases of kind haar, nor for inputs of two rows, nor if
+        its results are not the processor's, which the log says.
+        """
         index = self._index.get(group)
-        return self._inputs == 1 and index is not None and self._codecs[index].secrets.rotation != "haar"
+        if self._inputs != 1 or index is None or self._codecs[index].secrets.rotation == "haar":
+            return False
+        try:
+            (self._on_cards.get(card) or self._exchange_on(card)).codecs[index].check_left()
+        except CardError as error:
+            logger.warning("%s: the vault's steps are done on the processor: %s", group, error)
+            return False
+        return True
 
     def settle(self) -> None:
         """Wait for the last product of this thread on each card, and judge what rounding has cost it.
