@@ -221,20 +221,23 @@ def test_a_row_that_cannot_be_computed_fails_alone() -> None:
     products = Products()
     products.vault = Source()  # type: ignore[assignment]
     x = torch.arange(16.0).reshape(8, 2)  # the fourth row has a 7
-    assert not product(x, products.number, "g", 2).any() and asked == []  # before a first step
+    assert not product(x, products.number, "g", 2, False).any() and asked == []  # before a first step
     products._dummies = False
-    y = product(x.to(torch.bfloat16), products.number, "g", 2)
+    y = product(x.to(torch.bfloat16), products.number, "g", 2, False)
     assert y.dtype is torch.bfloat16
     good = [0, 1, 2, 4, 5, 6, 7]
     assert torch.equal(y[good].float(), x[good] * 2) and y[3].isnan().all()
     asked.clear()
+    parts = [product(x[:3].clone(), products.number, "g", 2, True) for _ in range(2)]
+    assert asked == [3] and all(torch.equal(part, x[:3] * 2) for part in parts)
+    asked.clear()
     x[:4] = torch.nan
-    y = product(x, products.number, "g", 2)
+    y = product(x, products.number, "g", 2, False)
     assert asked == [4] and y[:4].isnan().all() and torch.equal(y[4:], x[4:] * 2)
-    assert product(x, products.number, "gone", 2).isnan().all()
+    assert product(x, products.number, "gone", 2, False).isnan().all()
     with override_forward_context(create_forward_context(None, _vllm_config())):
-        assert not product(x, products.number, "g", 2).any()
-    assert not product(x, products.number, "g", 2).any()  # the head, after that
+        assert not product(x, products.number, "g", 2, False).any()
+    assert not product(x, products.number, "g", 2, False).any()  # the head, after that
 
 
 def _vllm_config() -> Any:

@@ -8,6 +8,7 @@ May import `engines`, `engines.transformers` and what is below.  Begin with `loa
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,4 +62,5 @@ def _for_a_vault(create: Any, chosen: Any, args: Any, kwargs: Any) -> Any:
             raise InputError(f"a split model runs on vLLM without {', '.join(names)}")
         chosen.enable_prefix_caching = False
         chosen.load_format, chosen.scheduler_cls = METHOD, SCHEDULER
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it wipes no blocks where it sees no need to
     return create(*args, **kwargs)

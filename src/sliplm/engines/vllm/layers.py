@@ -1,7 +1,8 @@
 """How vLLM's layers become a vault's: `quant_method: slip`, and linear layers and heads without a weight.
 
-vLLM stacks the layers that read one input (q, k and v; gate and up).  So does a split: a stacked layer is a
-group, and its product is one exchange.
+vLLM stacks layers that read one input (q, k and v; gate and up).  So does a split: a stacked layer is a
+group, and its product is one exchange; or a part of a group, as in models whose attention and MLP read one
+input, and the group's product serves all of its layers.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class SlipQuantization(QuantizationConfig):  # type: ignore[misc]
 
         Raises:
             InputError: no vault is open.
-            ShareError: the layer is not one group.
+            ShareError: the layer is of several groups.
         """
         if self.products is None:
             raise InputError(
@@ -90,17 +91,18 @@ class SlipQuantization(QuantizationConfig):  # type: ignore[misc]
         if not found:
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         members = self._groups[found[0]]
-        if len(found) > 1 or {member.module for member in members} != {*modules}:
+        if not {*modules} <= {member.module for member in members}:
             raise ShareError(
-                f"{prefix} of vLLM's model is not one group of the split ({', '.join(found)}): this model is "
-                "served by slip serve"
+                f"{prefix} of vLLM's model is of no one group of the split ({', '.join(found)}): this model "
+                "is served by slip serve"
             )
-        self._taken.add(found[0])
+        self._taken.update(modules)
         return SlipMethod(self.products, found[0], members, modules)
 
     def check_taken(self) -> None:
-        """Raises: ShareError where the model has no layer for a group."""
-        if left := [name for name in self._groups if name not in self._taken]:
+        """Raises: ShareError where the model has no layer for a member of a group."""
+        named = [member.module for members in self._groups.values() for member in members]
+        if left := [name for name in named if name not in self._taken]:
             raise ShareError(
                 f"vLLM's model has no layer for {', '.join(left[:3])} of the split: this model is served by "
                 "slip serve"
@@ -133,6 +135,7 @@ class SlipMethod(LinearMethodBase):  # type: ignore[misc]
             end += member.rows
         self._order = [starts[module] for module in modules]
         self._as_asked = [member.module for member in members] == list(modules)
+        self._several = len(members) > len(modules)
 
     def create_weights(
         self,
@@ -148,22 +151,23 @@ class SlipMethod(LinearMethodBase):  # type: ignore[misc]
 
         Raises: ShareError for another number of rows.
         """
+        sizes = [part.stop - part.start for part in self._order]
         if isinstance(layer, ParallelLMHead):
-            fits = self._rows == layer.org_vocab_size  # vLLM pads the head, and cuts its logits
+            fits = sum(sizes) == layer.org_vocab_size  # vLLM pads the head, and cuts its logits
         elif len(self._order) > 1:
-            fits = [part.stop - part.start for part in self._order] == output_partition_sizes
+            fits = sizes == output_partition_sizes
         else:  # a checkpoint's own stack, as GPT-2's
-            fits = self._rows == sum(output_partition_sizes)
+            fits = sum(sizes) == sum(output_partition_sizes)
         if not fits:
             raise ShareError(f"group {self._group} has other sizes than vLLM's layer: it is of another model")
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), False))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`W x + bias`, see `Products.of`."""
-        y: Tensor = product(x, self._products, self._group, self._rows)
+        y: Tensor = product(x, self._products, self._group, self._rows, self._several)
         if not self._as_asked:
             y = torch.cat([y[..., part] for part in self._order], dim=-1)
-        return y if bias is None else y + bias[: self._rows]
+        return y if bias is None else y + bias[: y.shape[-1]]
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """The head of a model with tied embeddings is split all the same."""
