@@ -31,6 +31,7 @@
     │   └── VerificationError   the worker's product is wrong
     │       └── ExhaustedError  so many were wrong that no other can be checked
     ├── BusyError               a server has no room for a request now
+    ├── ClusterError            a cluster that was named is missing, may not be used, or has lost a task
     ├── PlaceError              no folder for a file that nobody named: no home, or none that can be written
     ├── FetchError              a package that carries an example cannot be fetched
     └── ReportError             a report cannot be made: a library is missing
@@ -211,6 +212,10 @@ class ExhaustedError(VerificationError):
 
 class BusyError(SlipError):
     """A server has no room for a request now: ask again later."""
+
+
+class ClusterError(SlipError):
+    """A cluster that was named is missing, may not be used as it is, or has lost a task for good."""
 
 
 class PlaceError(SlipError):

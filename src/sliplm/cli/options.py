@@ -69,6 +69,12 @@ Inputs = Annotated[
     "twice the masks and traffic. For models of which rows lost precision."),
 ]  # fmt: skip
 
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Have the machines of a Ray cluster do it: HOST:PORT of its head, "
+    "or auto. They see secrets: only your own. pip install 'sliplm[cluster]'."),
+]  # fmt: skip
+
 SIGNED_BY = typer.Option(
     metavar="FILE",
     help="Who must have signed it: a public key (public.pem of slip keys signing), or the certificate of an "

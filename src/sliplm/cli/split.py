@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sliplm.cli.options import Json
+from sliplm.cli.options import Json, Ray
 from sliplm.cli.screen import (
     add_difference,
     console,
@@ -106,6 +106,7 @@ def command(
         typer.Option(help="Where matrices are decomposed: auto (a GPU if PyTorch sees one), cpu, cuda, or a "
         "card as cuda:1, which then holds secrets."),
     ] = "auto",
+    ray: Ray = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Split a model into OUT/vault, which stays with you, and OUT/worker, which may go anywhere.
@@ -134,7 +135,7 @@ def command(
     warned: list[str] = []
     report = split_with_progress(
         model, out, chosen, key, warned=warned, public=public or (), i_know=i_know,
-        base=base, adapters=_adapters(adapter or []), device=device, shards=shards,
+        base=base, adapters=_adapters(adapter or []), device=device, shards=shards, ray=ray,
     )  # fmt: skip
     _show(console(json=json), out, report, key)
     if json:

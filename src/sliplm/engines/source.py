@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sliplm.engines.groups import Group
+from sliplm.shares.grouptask import GroupTask
 from sliplm.shares.manifest import Attention, KeptGroup, SourceModel, VaultGroup
 from sliplm.shares.recipe import GroupChoice, Recipe
-from sliplm.shares.splitter import Splitter
-from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 
 Errors = tuple[float, ...]
@@ -57,10 +56,8 @@ class Source(Protocol):
     def read(self, weight: str) -> npt.NDArray[np.float32]:
         """A parameter that is split, in its shape; NaN and infinity raise CheckpointError."""
 
-    def part(
-        self, group: Group, choice: GroupChoice, splitter: Splitter
-    ) -> tuple[GroupSplit, tuple[float, ...]]:
-        """Both parts of a group, and the norms of the difference to a public base, if there may be one."""
+    def task(self, group: Group, choice: GroupChoice) -> GroupTask:
+        """What splitting a group takes."""
 
     @property
     def public(self) -> bool:
@@ -99,12 +96,6 @@ def stack(read: Callable[[str], npt.NDArray[np.float32]], group: Group) -> npt.N
     return stacked
 
 
-def plain_part(source: Source, group: Group, choice: GroupChoice, splitter: Splitter) -> GroupSplit:
-    """Both parts of a group that is split without a base."""
-    return splitter.split_group(
-        group.name,
-        stack(source.read, group),
-        rank=choice.rank,
-        precision=choice.precision,
-        rotation=choice.rotation,
-    )
+def plain_task(source: Source, group: Group, choice: GroupChoice) -> GroupTask:
+    """Of a group that is split without a base."""
+    return GroupTask(group.name, choice, stack(source.read, group))

@@ -6,10 +6,11 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sliplm import durable
+from sliplm.cluster.tasks import HERE, Executor, in_order
 from sliplm.engines.journal import PARTIAL, Journal
 from sliplm.engines.progress import Update, shown
 from sliplm.engines.public import Layout, PublicFiles, is_worker_folder
@@ -23,7 +24,8 @@ from sliplm.errors import (
     SlipWarning,
 )
 from sliplm.planning.counts import SplitReport, report_for
-from sliplm.shares.contents import sealed_spec, secret_specs, secret_tensors, worker_spec
+from sliplm.shares.contents import sealed_spec, secret_specs, worker_spec
+from sliplm.shares.grouptask import carry_out
 from sliplm.shares.keysource import Key, KeySpec, checked, find, new_key_file
 from sliplm.shares.ledger import VAULT_FILE, Ledger, Registration, register
 from sliplm.shares.manifest import (
@@ -66,17 +68,20 @@ def write_split(
     *,
     i_know: bool = False,
     ledger: Path | str | None = None,
-    splitter: Splitter,
+    splitter: Callable[[], Splitter],
     shards: int = 1,
+    executor: Executor = HERE,
 ) -> SplitReport:
     """Write both shares of a model.
 
     Args:
-        splitter: splits each group.
+        splitter: what splits groups, made in each process that splits some.
+        executor: who carries out the splitting of groups.
         key, progress, i_know, ledger, shards: as `sliplm.split` takes them.
 
     Raises:
-        CheckpointError, CredentialError, LedgerError, RecipeError, SealError, ShareError: as `sliplm.split`.
+        CheckpointError, ClusterError, CredentialError, LedgerError, RecipeError, SealError, ShareError: as
+            `sliplm.split`.
     """
     key = checked(key)
     layout = Layout(plan.groups({}), shards)
@@ -93,7 +98,8 @@ def write_split(
             hides = bool(plan.split) and not plan.public
             entry = _registered(plan, journal, owner, ledger, i_know) if hides else None
             with shown(progress, out) as update:
-                _write_shares(plan.shuffled(data_key), journal, data_key, layout, entry, splitter, update)
+                made_by = splitter, executor
+                _write_shares(plan.shuffled(data_key), journal, data_key, layout, entry, made_by, update)
             if entry is not None:
                 entry.record()  # before anything is published: a crash in between costs nothing
             journal.finish()
@@ -192,7 +198,7 @@ def _write_shares(
     data_key: bytes,
     layout: Layout,
     entry: Registration | None,
-    splitter: Splitter,
+    made_by: tuple[Callable[[], Splitter], Executor],
     progress: Update,
 ) -> None:
     vault = journal.folder / "vault"
@@ -207,7 +213,7 @@ def _write_shares(
         for spec in plan.kept_specs():
             _write_sealed(kept_file, data_key, spec.name, plan.kept_bytes(spec.name))
         kept_file.sync()
-        _split_groups(plan, journal, data_key, secret_file, public_file, splitter, progress)
+        _split_groups(plan, journal, data_key, secret_file, public_file, made_by, progress)
     for name, data in plan.companions().items():
         if "/" in name:
             (vault / name).parent.mkdir(mode=0o700, exist_ok=True)
@@ -248,29 +254,33 @@ def _split_groups(
     data_key: bytes,
     secret: SafetensorsWriter,
     public: PublicFiles,
-    splitter: Splitter,
+    made_by: tuple[Callable[[], Splitter], Executor],
     progress: Update,
 ) -> None:
     total = sum(group.rows * group.columns for group, _ in plan.split)
     done = 0
     found = {group.name: group for group in plan.groups({})}
-    for group, choice in plan.split:
-        progress(done, total, group.name)
-        done += group.rows * group.columns
-        if group.name in journal.errors:
-            continue
-        part, norms = plan.part(group, choice, splitter)
-        if not all(map(math.isfinite, (part.error, part.svd_error, part.localisation, *norms))):
-            raise CheckpointError(
-                f"{group.name} holds values so large that sums of their squares leave float32: scale them, "
-                f'or keep it whole by Rule(pattern="{group.name}", placement="vault")'
-            )
-        public.write(group.name, part.w)
-        arrays = {**secret_tensors(part.secrets), **plan.adapter_arrays(group, found[group.name])}
-        for name, array in arrays.items():
-            _write_sealed(secret, data_key, name, [array.tobytes()])
-        secret.sync()
-        journal.finish_group(group.name, (part.error, part.svd_error, part.localisation, *norms))
+    splitter, executor = made_by
+    missing = [(group, choice) for group, choice in plan.split if group.name not in journal.errors]
+    with executor.pool(splitter, carry_out) as pool:
+        results = in_order(pool, (plan.task(group, choice) for group, choice in missing))
+        for group, _ in plan.split:
+            progress(done, total, group.name)
+            done += group.rows * group.columns
+            if group.name in journal.errors:
+                continue
+            made = next(results)
+            if not all(map(math.isfinite, made.errors)):
+                raise CheckpointError(
+                    f"{group.name} holds values so large that sums of their squares leave float32: scale "
+                    f'them, or keep it whole by Rule(pattern="{group.name}", placement="vault")'
+                )
+            public.write(group.name, made.w)
+            arrays = {**made.secrets, **plan.adapter_arrays(group, found[group.name])}
+            for name, array in arrays.items():
+                _write_sealed(secret, data_key, name, [array.tobytes()])
+            secret.sync()
+            journal.finish_group(group.name, made.errors)
     progress(total, total, "")
 
 

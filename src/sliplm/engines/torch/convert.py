@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from sliplm.engines.groups import Group
 from sliplm.engines.progress import Update
-from sliplm.engines.source import Errors, plain_part
+from sliplm.engines.source import Errors, plain_task
 from sliplm.engines.torch.trace import Inputs, Traced, arguments, trace
 from sliplm.engines.transformers.plan import check_group, members, vault_group
 from sliplm.engines.writing import refuse_existing, write_split
 from sliplm.errors import CheckpointError, InputError, RecipeError, UnsplittableError
 from sliplm.planning.counts import SplitReport
+from sliplm.shares.grouptask import GroupTask
 from sliplm.shares.keysource import KeySpec, checked
 from sliplm.shares.manifest import FORMAT_VERSION, PLAIN_MODULE, Attention, KeptGroup, SourceModel, VaultGroup
 from sliplm.shares.recipe import GroupChoice, Recipe
 from sliplm.shares.share import sliplm_version
 from sliplm.shares.splitter import Splitter
-from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 
 TYPES: Mapping[torch.dtype, str] = {
@@ -73,7 +73,7 @@ def split_module(
     refuse_existing(out)
     splitter = Splitter(device)
     plan = plan_module(module, example_inputs, recipe or Recipe())
-    return write_split(plan, out, key, progress, i_know=i_know, ledger=ledger, splitter=splitter)
+    return write_split(plan, out, key, progress, i_know=i_know, ledger=ledger, splitter=lambda: splitter)
 
 
 def plan_module(module: nn.Module, example_inputs: Inputs, recipe: Recipe) -> ModulePlan:
@@ -175,11 +175,9 @@ class ModulePlan:
         """A parameter that is split, in its shape."""
         return self.traced.parameters[weight].detach().to(torch.float32).numpy()
 
-    def part(
-        self, group: Group, choice: GroupChoice, splitter: Splitter
-    ) -> tuple[GroupSplit, tuple[float, ...]]:
-        """Both parts of a group."""
-        return plain_part(self, group, choice, splitter), ()
+    def task(self, group: Group, choice: GroupChoice) -> GroupTask:
+        """What splitting a group takes."""
+        return plain_task(self, group, choice)
 
     def adapter_arrays(self, group: Group, found: VaultGroup) -> Mapping[str, npt.NDArray[np.float32]]:
         """None: modules have no adapters."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from sliplm.cluster.onray import executor
 from sliplm.engines.groups import Group
 from sliplm.engines.progress import Update
 from sliplm.engines.source import stack
@@ -15,6 +17,7 @@ from sliplm.engines.transformers.finetune import plan_against, refuse_without_ba
 from sliplm.engines.transformers.origin import compare, warn_of_named_base, warn_of_relatives
 from sliplm.engines.transformers.plan import Plan, make_plan, warn_of_whole
 from sliplm.engines.writing import refuse_existing, write_split
+from sliplm.errors import InputError
 from sliplm.filesystem import readable
 from sliplm.planning.counts import SplitReport
 from sliplm.shares.keysource import KeySpec, checked
@@ -37,6 +40,7 @@ def split(
     adapters: Mapping[str, Path | str] | None = None,
     device: str = "auto",
     shards: int = 1,
+    ray: str | None = None,
 ) -> SplitReport:
     """Split a checkpoint into `out_dir/vault` (secret, sealed) and `out_dir/worker` (assume it is public).
 
@@ -63,9 +67,13 @@ def split(
             holds secrets, and is trusted like the processor.
         shards: how many workers hold the share together, each whole groups of about as many bytes: folders
             `worker-1`, `worker-2` and so on instead of `worker`.
+        ray: "HOST:PORT" of a Ray cluster's head, or "auto": its machines split the groups, which they see
+            in clear with all their secrets.  Only the owner's own machines may belong to it.  `device` "cuda"
+            takes a card for each group, anything else processors.
 
     Raises:
         CardError: the named card is missing, fails, or has too little memory.
+        ClusterError: the cluster is missing, may not be used as it is, or loses a group again and again.
         InputError: there is no such device.
         AdapterError: an adapter is incomplete, of another model or of no kind that can be kept exactly.
         CheckpointError: the checkpoint is incomplete, damaged or of no kind that can be split.
@@ -81,14 +89,24 @@ def split(
     """
     out, key = Path(out_dir), checked(key)
     refuse_existing(out)
-    splitter = Splitter(device)
-    plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {}, splitter)
-    warn_of_whole(plan, level=2)
-    relatives = _relatives(plan, public)
-    report = write_split(
-        plan, out, key, progress, i_know=i_know, ledger=ledger, splitter=splitter, shards=shards
-    )
+    there = device if ray is None else _device_there(device)
+    with executor(ray, cards=int(there == "cuda")) as carried_out:
+        splitter = Splitter(device if ray is None else "cpu")
+        plan = _planned(Path(model_dir), recipe or Recipe(), base, adapters or {}, splitter)
+        warn_of_whole(plan, level=2)
+        relatives = _relatives(plan, public)
+        report = write_split(
+            plan, out, key, progress, i_know=i_know, ledger=ledger, shards=shards, executor=carried_out,
+            splitter=(lambda: splitter) if ray is None else partial(Splitter, there),
+        )  # fmt: skip
     return report.model_copy(update={"public": relatives})
+
+
+def _device_there(device: str) -> str:
+    """On a machine of a cluster: Ray shows a task the cards that it asked for."""
+    if ":" in device:
+        raise InputError(f"device {device!r}: Ray chooses the card; say cuda or cpu")
+    return "cuda" if device == "cuda" else "cpu"
 
 
 def _planned(

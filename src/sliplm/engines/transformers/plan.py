@@ -16,7 +16,7 @@ import numpy.typing as npt
 from sliplm.arithmetic import rotation
 from sliplm.arithmetic.field import derive_key
 from sliplm.engines.groups import Group, Linear
-from sliplm.engines.source import Errors, plain_part
+from sliplm.engines.source import Errors, plain_task
 from sliplm.engines.transformers.checkpoint import Checkpoint, locate
 from sliplm.engines.transformers.companions import check_code, companions
 from sliplm.engines.transformers.layout import Layout, discover, own_code, read_config
@@ -24,6 +24,7 @@ from sliplm.engines.transformers.publicbase import PublicBase, Split
 from sliplm.engines.transformers.stored import StoredModel
 from sliplm.errors import RecipeError, SlipWarning, UnsplittableError
 from sliplm.shares.contents import integer_type
+from sliplm.shares.grouptask import GroupTask
 from sliplm.shares.manifest import (
     FORMAT_VERSION,
     Attention,
@@ -36,8 +37,6 @@ from sliplm.shares.manifest import (
 )
 from sliplm.shares.recipe import GroupChoice, Recipe
 from sliplm.shares.share import sliplm_version
-from sliplm.shares.splitter import Splitter
-from sliplm.shares.splitting import GroupSplit
 from sliplm.shares.tensorfile import TensorSpec
 
 CONVERTED = (
@@ -113,13 +112,11 @@ class Plan:
         """A parameter that is split, in its shape."""
         return self.stored.read(weight)
 
-    def part(
-        self, group: Group, choice: GroupChoice, splitter: Splitter
-    ) -> tuple[GroupSplit, tuple[float, ...]]:
-        """Both parts of a group, and the norms of the difference to the base, if any."""
+    def task(self, group: Group, choice: GroupChoice) -> GroupTask:
+        """What splitting a group takes."""
         if self.base is not None:
-            return self.base.split_group(self.stored, group, choice, splitter)
-        return plain_part(self, group, choice, splitter), ()
+            return self.base.task(self.stored, group, choice)
+        return plain_task(self, group, choice)
 
     def shuffled(self, secret: bytes) -> Plan:
         """The same with the experts of each layer in a secret order, under which the worker knows them.

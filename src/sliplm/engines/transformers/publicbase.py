@@ -13,11 +13,9 @@ from sliplm.engines.source import stack
 from sliplm.engines.transformers.lora import Adapter, fingerprint
 from sliplm.engines.transformers.stored import StoredModel
 from sliplm.shares.contents import adapter_tensors
+from sliplm.shares.grouptask import GroupTask
 from sliplm.shares.manifest import VaultGroup
-from sliplm.shares.publicbase import split_base, split_difference
 from sliplm.shares.recipe import GroupChoice
-from sliplm.shares.splitter import Splitter
-from sliplm.shares.splitting import GroupSplit
 
 Split = tuple[tuple[Group, GroupChoice], ...]
 
@@ -55,21 +53,13 @@ class PublicBase:
             changed.append(found.model_copy(update={"adapters": there}))
         return tuple(changed)
 
-    def split_group(
-        self, model: StoredModel, group: Group, choice: GroupChoice, splitter: Splitter
-    ) -> tuple[GroupSplit, tuple[float, ...]]:
-        """Both parts of a group of `model`, and the norms of the difference, if there may be one."""
+    def task(self, model: StoredModel, group: Group, choice: GroupChoice) -> GroupTask:
+        """What splitting a group of `model` takes."""
         base = stack(self.stored.read, group)
         if self.same:
-            return split_base(group.name, base, choice.precision), ()
-        return split_difference(
-            group.name,
-            stack(model.read, group),
-            base,
-            rank=choice.rank,
-            precision=choice.precision,
-            tail_to_worker=self.tail_to_worker,
-            splitter=splitter,
+            return GroupTask(group.name, choice, base, base, trained=False)
+        return GroupTask(
+            group.name, choice, stack(model.read, group), base, tail_to_worker=self.tail_to_worker
         )
 
     def adapter_arrays(self, group: Group, found: VaultGroup) -> dict[str, npt.NDArray[np.float32]]:
