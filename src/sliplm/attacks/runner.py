@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +26,20 @@ from sliplm.attacks.schedule import Job, Plan, Schedule
 from sliplm.attacks.scoring import score
 from sliplm.attacks.student import build_student
 from sliplm.attacks.training import Training, train
+from sliplm.cluster.tasks import HERE, Executor, Pool
 
 Report = Callable[[Run], None]
+
+
+Made = tuple[bool, list[Run]]
+"""Whether a job was finished before time was up, and its runs."""
+
+
+class Task(NamedTuple):
+    """A job, None for the victim's own score, with the runs of its line that are there already."""
+
+    job: Job | None
+    known: tuple[Run, ...]
 
 
 def run(
@@ -34,6 +48,7 @@ def run(
     path: Path,
     report: Report,
     devices: Sequence[torch.device],
+    executor: Executor = HERE,
 ) -> bool:
     """Run a plan; False if time was up before its end.
 
@@ -42,70 +57,109 @@ def run(
         path: the file of runs, which is continued.
         report: called with each finished run.
         devices: one for each process; several on one GPU keep it busy with small models.
+        executor: who runs the jobs: for this machine, processes of its own; else a device is one such as the
+            first, in each process there.
+
+    Raises: ClusterError, as `executor` does.
     """
-    context = multiprocessing.get_context("spawn")
-    free = context.Queue()
-    for device in devices:
-        free.put(device)
     runs = Runs(path)
     schedule = Schedule(plan, runs)
     complete = True
-    with ProcessPoolExecutor(len(devices), context, _open_child, (free, open_scene, path, plan)) as pool:
-        whole = pool.submit(_original_in_child)
-        waiting: dict[Future[tuple[bool, list[Run]]], Job] = {}
+    with ExitStack() as held:
+        pool: Pool[Task, Made]
+        if executor is HERE:
+            pool = held.enter_context(_children(open_scene, plan, path, devices))
+        else:
+            opened = partial(_stage_of, open_scene, plan, devices[0])
+            pool = held.enter_context(executor.pool(opened, carry_out))
+        waiting: dict[Future[Made], Job | None] = {pool.submit(Task(None, tuple(runs.done.values()))): None}
         while True:
-            while len(waiting) < len(devices) and (job := schedule.next()) is not None:
-                waiting[pool.submit(_in_child, job)] = job
+            while sum(map(bool, waiting.values())) < pool.width and (job := schedule.next()) is not None:
+                known = tuple(run for run in runs.done.values() if run.line == job.line.place)
+                waiting[pool.submit(Task(job, known))] = job
             if not waiting:
                 break
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                 job = waiting.pop(done)
                 finished, made = done.result()
-                complete &= finished
+                runs.reload()  # a child has written its own
                 for each in made:
-                    report(each)
-                runs.reload()
-                schedule.done(job, finished=finished)
-        whole.result()
+                    if each.key not in runs.done:
+                        runs.add(each)
+                    if job is not None:
+                        report(each)
+                if job is not None:
+                    complete &= finished
+                    schedule.done(job, finished=finished)
     return complete
+
+
+def carry_out(stage: Stage, task: Task) -> Made:
+    """In a process that has the stage."""
+    made: list[Run] = []
+    stage.runs.reload()  # the line's choice at a smaller budget may have been made elsewhere
+    stage.runs.done.update((run.key, run) for run in task.known)
+    if task.job is None:
+        return stage.original(made.append), made
+    return stage.carry_out(task.job, made.append), made
+
+
+def _stage_of(
+    open_scene: Callable[[torch.device], Scene], plan: Plan, device: torch.device, path: Path | None = None
+) -> Stage:
+    """In a process of a pool; without a path, who gave the job writes its runs.  Raises: as `Scene`."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # steps are recorded on the current device's stream
+    return Stage(open_scene(device), Runs(path), plan)
+
+
+# --- child processes -------------------------------------------------------------------------------------
+
+
+class _Children(Pool[Task, Made]):
+    """Processes of this machine, one for each device."""
+
+    def __init__(self, pool: ProcessPoolExecutor, width: int) -> None:
+        self._pool, self.width = pool, width
+
+    def submit(self, task: Task, /) -> Future[Made]:
+        return self._pool.submit(_in_child, task)
+
+
+@contextmanager
+def _children(
+    open_scene: Callable[[torch.device], Scene], plan: Plan, path: Path, devices: Sequence[torch.device]
+) -> Iterator[_Children]:
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for device in devices:
+        free.put(device)
+    with ProcessPoolExecutor(
+        len(devices), context, _open_child, (free, partial(_stage_of, open_scene, plan, path=path))
+    ) as pool:
+        yield _Children(pool, len(devices))
 
 
 _CHILD: dict[str, Any] = {}  # of a child process: its stage, and how it is opened
 
 
-def _open_child(
-    free: Queue[torch.device], open_scene: Callable[[torch.device], Scene], path: Path, plan: Plan
-) -> None:
+def _open_child(free: Queue[torch.device], opened: Callable[[torch.device], Stage]) -> None:
     end_with_parent()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
     device = free.get()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # steps are recorded on the current device's stream
     # not here: what fails in an initialiser breaks the pool, and nobody hears why
-    _CHILD["open"] = lambda: _Stage(open_scene(device), Runs(path), plan)
+    _CHILD["open"] = lambda: opened(device)
 
 
-def _stage() -> _Stage:
+def _in_child(task: Task) -> Made:
     """Raises: as `Scene`."""
     if "stage" not in _CHILD:
         _CHILD["stage"] = _CHILD["open"]()
-    stage: _Stage = _CHILD["stage"]
-    return stage
+    return carry_out(_CHILD["stage"], task)
 
 
-def _original_in_child() -> None:
-    _stage().original()
-
-
-def _in_child(job: Job) -> tuple[bool, list[Run]]:
-    made: list[Run] = []
-    stage = _stage()
-    stage.runs.reload()  # the line's choice at a smaller budget may have been made elsewhere
-    return stage.carry_out(job, made.append), made
-
-
-class _Stage:
+class Stage:
     """A scene with its cases, and the runs that are made on it."""
 
     def __init__(self, scene: Scene, runs: Runs, plan: Plan) -> None:
@@ -114,14 +168,17 @@ class _Stage:
         self._cases: dict[tuple[str, str, str], Case] = {}
         self._begun: tuple[tuple[object, ...], Start | None, int] = ((), None, 0)
 
-    def original(self) -> None:
+    def original(self, report: Report) -> bool:
         """Score the victim itself, as attack 0: the attacker with all weights."""
         place = (0, "all weights", "", "", "")
         if (*place, 0.0, "", 0.0, 0) not in self.runs.done:
             text, victim = self._scene.text, self._scene.victim
             valid, test = score(victim, text.valid), score(victim, text.test)
             quality = test.perplexity, test.accuracy, valid.perplexity
-            self.runs.add(Run(place, 0.0, "", 0.0, 0, 0, 0, 0, *quality, 0.0, {}))
+            made = Run(place, 0.0, "", 0.0, 0, 0, 0, 0, *quality, 0.0, {})
+            self.runs.add(made)
+            report(made)
+        return True
 
     def carry_out(self, job: Job, report: Report) -> bool:
         """A search, or the other seeds of what it chose; False if time is up."""

@@ -63,16 +63,16 @@ class Run:
 
 
 class Runs:
-    """All runs of a JSON-lines file, one a line; several processes may add to it."""
+    """All runs of a JSON-lines file, one a line; several processes may add to it.  None: in memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
         self.done: dict[tuple[Any, ...], Run] = {}
         self.reload()
 
     def reload(self) -> None:
         """Take up what others have added."""
-        if not self._path.exists():
+        if self._path is None or not self._path.exists():
             return
         for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
@@ -87,6 +87,8 @@ class Runs:
     def add(self, run: Run) -> None:
         """Keep one run, in memory and on disk."""
         self.done[run.key] = run
+        if self._path is None:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(run)) + "\n")  # one write: lines of several processes do not mix
 

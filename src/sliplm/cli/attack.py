@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from json import dumps as encode
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from sliplm.cli.options import Json
+from sliplm.cli.options import Json, Ray
 from sliplm.cli.screen import console, number, percent, print_json, quiet
 from sliplm.engines.progress import spinner
 from sliplm.errors import InputError
@@ -24,6 +25,8 @@ from sliplm.filesystem import readable, utf8_name
 from sliplm.shares.recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
+    from rich.status import Status
     from torch import Tensor
 
     from sliplm.attacks.basing import BasisStudy
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
     from sliplm.attacks.fitting import Study
     from sliplm.attacks.relatives import Relative
     from sliplm.attacks.runs import Run, Runs
+    from sliplm.attacks.scene import Scene
     from sliplm.attacks.summary import Cell, Summary
+    from sliplm.attacks.text import Text as WindowedText
     from sliplm.attacks.training import Access
 
 TUNED = "tuned"
@@ -106,6 +111,7 @@ def command(
         typer.Option("--basis", help="Also attacks 12 to 14, on one matrix and a CPU: a few minutes."),
     ] = False,
     minutes: Annotated[float | None, typer.Option(help="Begin no run after so long.")] = None,
+    ray: Ray = None,
     json: Json = False,
 ) -> None:
     """Attack splits of your own model, and show what a thief would get.
@@ -115,21 +121,24 @@ def command(
     of no use. OUT holds the splits that were made for this: treat it like a vault.
 
     Training wants a GPU: a model of 135 M parameters takes minutes for each placement on one. On a CPU,
-    --untrained shows what a thief has before he trains.
+    --untrained shows what a thief has before he trains. With --ray, --jobs tasks run at once on the cluster,
+    with --device cuda on a card each; all its machines must see MODEL and OUT under the same path.
 
     Example: slip attack ~/models/SmolLM2-135M-Instruct out --placement 0-3 --device cuda --jobs 4
     """
     quiet()
+    import torch
+
     from sliplm.attacks.a13_null import need_flint
     from sliplm.attacks.campaign import lines, standard_recipes
     from sliplm.attacks.device import devices
-    from sliplm.attacks.folder import AGAIN, claim, prepare
-    from sliplm.attacks.relatives import check_related, tune
+    from sliplm.attacks.folder import AGAIN
+    from sliplm.attacks.relatives import check_related
     from sliplm.attacks.runner import run
     from sliplm.attacks.runs import Runs
-    from sliplm.attacks.scene import Scene
     from sliplm.attacks.schedule import Plan
     from sliplm.attacks.text import Text as WindowedText
+    from sliplm.cluster.onray import executor
     from sliplm.engines.transformers.layout import check_reads_text
 
     check_reads_text(model)
@@ -159,24 +168,44 @@ def command(
         deadline,
         untrained,
     )
-    where = devices(device, jobs)
+    elsewhere = [torch.device("cuda" if device == "cuda" else "cpu")]  # this machine may have no card
+    where = devices(device if ray is None else "auto", jobs)
     screen = console(json=json)
-    with screen.status("reading the text", spinner=spinner(screen)) as status:
-        tokens = _tokens(model, text)
-        windows = WindowedText.of(tokens, window, held_out)
-        claim(out, model, windows)
-        splits = out / "splits"
-        prepare(model, splits, recipes, lambda done, of: status.update(f"splits: {done} of {of}"))
-        if TUNED in kin and not (out / TUNED).exists():
-            status.update("fine-tuning a relative")
-            tune(model, out / TUNED, where[0])
-    opened = partial(Scene, model, splits, windows, recipes, relatives=kin)
     file = out / "runs.jsonl"
-    with _Bar(len(plan.lines)) as bar:
-        complete = run(opened, plan, file, bar.report, where)
-        fitted = bar.fit(model, out) if fit else None
-        based = bar.basis(model, out) if basis else None
+    with executor(ray, cards=int(device == "cuda"), width=jobs) as there:
+        with screen.status("reading the text", spinner=spinner(screen)) as status:
+            windows = WindowedText.of(_tokens(model, text), window, held_out)
+            opened = _prepared(model, out, windows, recipes, kin, where[0], status)
+        with _Bar(len(plan.lines)) as bar:
+            complete = run(opened, plan, file, bar.report, where if ray is None else elsewhere, there)
+            fitted = bar.fit(model, out) if fit else None
+            based = bar.basis(model, out) if basis else None
     _finish(model, out, Runs(file), screen, fitted, based, complete=complete, json=json)
+
+
+def _prepared(
+    model: Path,
+    out: Path,
+    windows: WindowedText,
+    recipes: dict[str, Recipe],
+    kin: dict[str, Relative],
+    device: torch.device,
+    status: Status,
+) -> Callable[[torch.device], Scene]:
+    """Make the splits, and the fine-tune if one is asked for; how a process opens them."""
+    from sliplm.attacks.folder import claim, prepare
+    from sliplm.attacks.relatives import tune
+    from sliplm.attacks.scene import Scene
+
+    claim(out, model, windows)
+    splits = out / "splits"
+    prepare(model, splits, recipes, lambda done, of: status.update(f"splits: {done} of {of}"))
+    if TUNED in kin and not (out / TUNED).exists():
+        status.update("fine-tuning a relative")
+        tune(model, out / TUNED, device)
+    # in a process of another machine the current folder is another one
+    kin = {name: kind.resolve() if isinstance(kind, Path) else kind for name, kind in kin.items()}
+    return partial(Scene, model.resolve(), splits.resolve(), windows, recipes, relatives=kin)
 
 
 def _finish(

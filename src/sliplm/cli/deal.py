@@ -6,8 +6,10 @@ import heapq
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -19,13 +21,14 @@ from rich.table import Table
 from rich.text import Text
 
 from sliplm.cli.inspect import pattern
-from sliplm.cli.options import Json, Key
+from sliplm.cli.options import Json, Key, Ray
 from sliplm.cli.screen import console, number, print_json, size
 from sliplm.errors import InputError, PoolError
 from sliplm.shares.folders import SIDES, side_of
 
 if TYPE_CHECKING:
-    from sliplm.masks.maskfile import Product
+    from sliplm.cluster.tasks import Executor
+    from sliplm.masks.maskfile import Drawn, Product
     from sliplm.masks.poolfolder import GroupStock, PoolWriter
     from sliplm.network.link import Link
     from sliplm.network.transport import Connection
@@ -101,12 +104,14 @@ def command(
             help="For a vault that is loaded with hide_routing: every expert is asked for every token.",
         ),
     ] = False,
+    ray: Ray = None,
     json: Json = False,
 ) -> None:
     """Deal masks ahead of time, into a folder on the vault's disk.
 
     A token takes one mask of each group; of a mixture's experts, of those that are chosen. Masks that are
     there count; Ctrl-C keeps what is whole, and the same command goes on. A vault may use the pool meanwhile.
+    With --ray, all machines of the cluster must see the worker's folder under the same path.
 
     Example: slip deal out/vault pool --tokens 10000
 
@@ -116,7 +121,10 @@ def command(
     """
     if status == (tokens is not None):
         raise InputError("say how many: --tokens 10000, or ask what is there: --status")
+    if ray is not None and dealer:
+        raise InputError("--ray deals on your own machines and --dealer on others: give one of them")
     most = None if limit is None else _bytes(limit)
+    from sliplm.cluster.onray import executor
     from sliplm.masks.poolfolder import stock
     from sliplm.shares.shards import open_all
     from sliplm.shares.share import open_vault
@@ -128,8 +136,9 @@ def command(
         raise InputError(f"{pool} is a split's folder, where a pool has no place: name another")
     if tokens is not None:
         here = None if share is None and dealer else open_all(opened, share)
-        with _dealing(opened, shapes, here, dealer or [], pool, audit) as dealing:
-            _deal(opened, pool, shapes, uses, tokens, dealing, most, anchor)
+        with executor(ray) as there, _dealing(opened, shapes, here, dealer or [], pool, audit) as dealing:
+            own = dealing.products if ray is None or here is None else _Cluster(opened, here, dealing, there)
+            _deal(opened, pool, shapes, uses, tokens, own, most, anchor)
     stocks = stock(pool, opened.pool_name, opened.pool_key, shapes)
     served = _tokens(uses, stocks)
     _show(console(json=json), list(opened.groups), stocks, served)
@@ -205,7 +214,7 @@ def _tokens(uses: Sequence[float], stocks: Sequence[GroupStock]) -> int:
 
 def _deal(
     vault: VaultShare, pool: Path, shapes: Sequence[tuple[int, int]], uses: Sequence[float], tokens: int,
-    dealing: Dealing, limit: int | None, anchor: str | None,
+    dealt: Product | _Cluster, limit: int | None, anchor: str | None,
 ) -> None:  # fmt: skip
     from sliplm.masks.anchor import CommandAnchor, file_anchor
     from sliplm.masks.expected import planned, rows_for
@@ -221,7 +230,50 @@ def _deal(
         _check_room(pool, shapes, expected, there, needed, limit, tokens, _tokens(uses, there))
         batches = _plan(shapes, ready, wanted)
         if batches:
-            _with_progress(writer, batches, sum(expected), dealing.products)
+            added = _added(writer, batches, dealt)
+            _with_progress(added, sum(batch.bytes for batch in batches), sum(expected))
+
+
+def _added(writer: PoolWriter, batches: Sequence[_Batch], dealt: Product | _Cluster) -> Iterator[_Batch]:
+    """The batches, each when it is there for good."""
+    if isinstance(dealt, _Cluster):
+        yield from dealt.added(writer, batches)
+        return
+    for batch in batches:
+        writer.add(batch.group, batch.rows, dealt)
+        yield batch
+
+
+class _Cluster:
+    """Deals on many machines; here keys are drawn, products checked, numbers given and files written."""
+
+    def __init__(self, vault: VaultShare, share: WorkerShare, dealing: Dealing, executor: Executor) -> None:
+        from sliplm.shares.shards import shards_of
+
+        self._share, self._shards = share.path.resolve(), shards_of(vault.manifest)
+        self._inputs = [secrets.n for secrets in vault.groups.values()]
+        self._dealing, self._executor = dealing, executor
+
+    def added(self, writer: PoolWriter, batches: Sequence[_Batch]) -> Iterator[_Batch]:
+        """As `_added`."""
+        from sliplm.cluster.tasks import in_order
+        from sliplm.parties.dealer import DealTask, carry_out, open_dealer
+
+        begun: deque[tuple[_Batch, Drawn]] = deque()
+
+        def tasks() -> Iterator[DealTask]:
+            for batch in batches:
+                drawn = writer.draw()
+                begun.append((batch, drawn))
+                yield DealTask(batch.group, batch.rows, self._inputs[batch.group], drawn.r_key)
+
+        with self._executor.pool(partial(open_dealer, self._share, self._shards, "cpu"), carry_out) as pool:
+            for u in in_order(pool, tasks()):
+                batch, drawn = begun.popleft()
+                r = drawn.r(batch.group, batch.rows, self._inputs[batch.group])
+                dealt = self._dealing.accepted(batch.group, r, u, "a machine of the cluster")
+                writer.put(batch.group, batch.rows, drawn, dealt)
+                yield batch
 
 
 def _missing_bytes(shapes: Sequence[tuple[int, int]], ready: Sequence[int], wanted: Sequence[int]) -> int:
@@ -272,18 +324,17 @@ def _check_room(
         )
 
 
-def _with_progress(writer: PoolWriter, batches: Sequence[_Batch], a_token: float, product: Product) -> None:
+def _with_progress(added: Iterable[_Batch], total: int, a_token: float) -> None:
     screen = Console(stderr=True, highlight=False)
     bar = Progress(
         TextColumn("dealing"), BarColumn(bar_width=None), TaskProgressColumn(),
         TextColumn("{task.fields[counts]}"), TimeRemainingColumn(compact=True),
         console=screen, disable=not screen.is_terminal, transient=True, expand=True,
     )  # fmt: skip
-    total, done, rows, start = sum(batch.bytes for batch in batches), 0, 0, time.monotonic()
+    done, rows, start = 0, 0, time.monotonic()
     task = bar.add_task("", total=total, counts="")
     with bar:
-        for batch in batches:
-            writer.add(batch.group, batch.rows, product)
+        for batch in added:
             done, rows = done + batch.bytes, rows + batch.rows
             speed = rows / a_token / max(1e-9, time.monotonic() - start)
             counts = f"{size(done)} of {size(total)}, {number(speed)} tokens/s"

@@ -143,27 +143,41 @@ def file_bytes(m: int, rows: int) -> int:
     return _HEADER.size + TAG_BYTES + rows * row_bytes(m)
 
 
+@dataclass(frozen=True, repr=False)
+class Drawn(Secret):
+    """What a batch has before it is dealt: its id, and the key of r."""
+
+    batch_id: str
+    r_key: bytes
+
+    def __repr__(self) -> str:
+        return f"Drawn({self.batch_id}, key hidden)"
+
+    def r(self, group: int, rows: int, n: int) -> Elements:
+        """uint32 [rows, n]."""
+        return uniform_rows(self.r_key, group, 0, rows, n)
+
+
+def draw(owner: Owner) -> Drawn:
+    """The id and the key of one batch, never drawn before."""
+    batch_id = fresh_key()[:16].hex()
+    return Drawn(batch_id, derive_key(owner.secret, f"r/{batch_id}"))
+
+
 def write(
-    folder: Path, owner: Owner, group: int, number: int, shape: tuple[int, int], rows: int, product: Product
-) -> Path:
-    """Deal a batch into the folder: it is there, whole, at the return, or not at all.
+    folder: Path, owner: Owner, group: int, number: int, shape: tuple[int, int], rows: int, drawn: Drawn,
+    dealt: Dealt,
+) -> Path:  # fmt: skip
+    """Put a dealt batch into the folder: it is there, whole, at the return, or not at all.
 
     Args:
         shape: (m, n) of the group.
 
-    Raises: OSError when the disk is full, and what `product` raises.
+    Raises: OSError when the disk is full; PoolError for products of another shape.
     """
-    (m, n), ids = shape, [""]
-
-    def fresh() -> tuple[bytes, Elements]:
-        ids.append(fresh_key()[:16].hex())
-        r_key = derive_key(owner.secret, f"r/{ids[-1]}")
-        return r_key, uniform_rows(r_key, group, 0, rows, n)
-
-    dealt = product(group, fresh)
-    batch_id, u = ids[-1], np.ascontiguousarray(dealt.u, "<u4")
+    (m, _), batch_id, u = shape, drawn.batch_id, np.ascontiguousarray(dealt.u, "<u4")
     cipher = AESGCM(derive_key(owner.secret, f"u/{batch_id}"))
-    header = _pack(owner, batch_id, group, m, n, rows, number, dealt.marks)
+    header = _pack(owner, batch_id, group, *shape, rows, number, dealt.marks)
     path = folder / f"{group:04d}-{number:010d}-{batch_id}.masks"
     if u.shape != (rows, m):
         raise PoolError(f"products {list(u.shape)} were dealt where {[rows, m]} were asked for")

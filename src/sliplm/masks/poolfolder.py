@@ -21,13 +21,14 @@ from typing import Annotated, Final, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sliplm import durable
-from sliplm.arithmetic.field import derive_key
+from sliplm.arithmetic.field import Elements, derive_key
 from sliplm.closing import Closing
-from sliplm.errors import PoolError
+from sliplm.errors import MaskError, PoolError
 from sliplm.filesystem import because
 from sliplm.masks import maskfile
 from sliplm.masks.anchor import Anchor
-from sliplm.masks.maskfile import MaskFile, Owner, Product
+from sliplm.masks.maskfile import Drawn, MaskFile, Owner, Product
+from sliplm.masks.masks import Dealt
 from sliplm.reading import read_bounded
 from sliplm.secrecy import Secret
 
@@ -205,6 +206,7 @@ class PoolWriter(Secret, Closing):
                 f"{folder.path} cannot be made {because(error, folder.path, 'check its rights')}"
             ) from error
         self._numbers: list[int] | None = None
+        self._drawn: set[str] = set()  # and not put
         self._locked = folder.lock("deal.lock", "`slip deal`")
         try:
             self._owner = self._found(anchor) or self._made(anchor)
@@ -222,11 +224,33 @@ class PoolWriter(Secret, Closing):
 
         Raises: PoolError when it cannot be written, and what `product` raises; then nothing was added.
         """
+        drawn: list[Drawn] = []
+
+        def fresh() -> tuple[bytes, Elements]:
+            drawn.append(self.draw())
+            return drawn[-1].r_key, drawn[-1].r(group, rows, self._folder.shapes[group][1])
+
+        dealt = product(group, fresh)
+        self.put(group, rows, drawn[-1], dealt)
+
+    def draw(self) -> Drawn:
+        """What one batch is dealt under: to be put once, or never."""
+        drawn = maskfile.draw(self._owner)
+        self._drawn.add(drawn.batch_id)
+        return drawn
+
+    def put(self, group: int, rows: int, drawn: Drawn, dealt: Dealt) -> None:
+        """Add a batch whose products were checked.
+
+        Raises: PoolError, and then nothing was added; MaskError for what is there already.
+        """
+        if drawn.batch_id not in self._drawn:
+            raise MaskError("this batch was put before, or drawn elsewhere: its masks would be used twice")
+        self._drawn.remove(drawn.batch_id)
         try:
             number = self._last_numbers()[group] + 1
-            maskfile.write(
-                self._folder.path, self._owner, group, number, self._folder.shapes[group], rows, product
-            )
+            shape = self._folder.shapes[group]
+            maskfile.write(self._folder.path, self._owner, group, number, shape, rows, drawn, dealt)
             self._last_numbers()[group] = number
         except OSError as error:
             raise PoolError(

@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from sliplm.arithmetic.field import Elements
+from sliplm.arithmetic.field import Elements, uniform_rows
 from sliplm.arithmetic.kernels.cuda.matrix import CudaMatrix
 from sliplm.arithmetic.kernels.placing import lay_out
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
@@ -31,7 +33,8 @@ from sliplm.network.link import AnotherParty, Link, Marks
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.workforce import FAILURES, Workforce, work
 from sliplm.secrecy import Secret
-from sliplm.shares.share import WorkerShare
+from sliplm.shares.shards import Shard, joined
+from sliplm.shares.share import WorkerShare, open_worker
 
 _ROWS_A_THREAD: Final = 8
 
@@ -60,6 +63,36 @@ class ShareDealer:
 
         in_parallel(part, len(x), threads)
         return y
+
+
+@dataclass(frozen=True, repr=False)
+class DealTask:
+    """A batch to deal as a task (`cluster.tasks`): made to be pickled, unlike other keys.
+
+    Attributes:
+        key: of r, uint32 [rows, n].  Whoever has it and sees a message under these masks opens it.
+    """
+
+    group: int
+    rows: int
+    n: int
+    key: bytes
+
+    def __repr__(self) -> str:
+        return f"DealTask(group={self.group}, rows={self.rows}, key hidden)"
+
+
+def carry_out(dealer: ShareDealer, task: DealTask) -> Elements:
+    """u = w r, uint32 [rows, m], not yet checked: the same however often the task is carried out."""
+    return dealer.product(task.group, uniform_rows(task.key, task.group, 0, task.rows, task.n))
+
+
+def open_dealer(share: Path, shards: Sequence[Shard], device: str) -> ShareDealer:
+    """In a process of a cluster: from a worker's folder, or the one in which all shards lie.
+
+    Raises: ShareError as `shards.joined`.
+    """
+    return ShareDealer(open_worker(share) if len(shards) == 1 else joined(share, shards), device)
 
 
 class Dealing(Secret):
@@ -138,14 +171,21 @@ class Dealing(Secret):
                 address,
             ) from failure
         _, r = fresh()
-        u = self._here.product(group, r, threads=1 if background else None)
+        return self.accepted(group, r, self._here.product(group, r, threads=1 if background else None))
+
+    def accepted(self, group: int, r: Elements, u: Elements, place: str = "this machine") -> masks.Dealt:
+        """u = w r, uint32 [rows, m], from the worker share on a machine of the owner's, checked.
+
+        Raises: DealerError when it is wrong; ExhaustedError when it could not be checked.
+        """
+        self._codecs[group].check_left()
         try:
             self._check(group, r, u, None)
         except ExhaustedError:
             raise
         except VerificationError as error:
             raise DealerError(
-                f"{self._codecs[group].name}: a dealt product is wrong; the worker share on this machine or "
+                f"{self._codecs[group].name}: a dealt product is wrong; the worker share on {place} or "
                 "its kernel is damaged: copy the share again"
             ) from error
         self.tally[None, None] += len(u)
