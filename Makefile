@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help install demo test test-security test-gpu test-vllm fuzz check bench families wheels sbom clean
+.PHONY: help install demo test test-security test-gpu test-vllm test-cluster fuzz check bench families wheels sbom clean
 
 help:
 	@echo "make demo      split a real model and run it with a worker in a second process"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-security   attacks and faults only, with their table; SLIP_SECURITY=long for the long sizes"
 	@echo "make test-gpu  what needs an NVIDIA card, on a machine with one"
 	@echo "make test-vllm vLLM as the vault's engine, in an environment of its own, .venv-vllm"
+	@echo "make test-cluster   splits, dealing and attacks on a Ray cluster of two nodes, in .venv-cluster"
 	@echo "make fuzz SECONDS=600   each fuzz target under atheris for so long"
 	@echo "make check     ruff, mypy --strict, import layers"
 	@echo "make bench     what it costs on this machine"
@@ -51,6 +52,16 @@ $(VLLM)/.installed: pyproject.toml requirements-vllm.txt
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/engines/test_vllm.py
+
+CLUSTER := .venv-cluster
+
+$(CLUSTER)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CLUSTER)
+	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[attacks,cluster,report,dev,serve]'
+	@touch $@
+
+test-cluster: $(CLUSTER)/.installed
+	$(CLUSTER)/bin/python -m pytest tests/cluster
 
 SECONDS ?= 600
 

@@ -69,6 +69,7 @@ FLOORS = (
         {1: "manifest", 2: "ledger"}, {0: "splitting", 1: "tensorfile", 2: "sealing", 3: "contents"})),
     Floor("arithmetic", "#eef5fd", 164, (
         {0: "equilibration", 1: "rotation", 2: "fixedpoint", 3: "field", 5: "kernels"},)),
+    Floor("cluster", "#f6f8fa", 32),
 )  # fmt: skip
 """From the roof down, without what is drawn by itself."""
 
