@@ -34,7 +34,9 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     """The groups that a split makes: name -> (rows, columns)."""
     wide, inner = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * (wide // config.num_attention_heads)
-    layer = {"qkv": (wide + 2 * kv, wide), "o": (wide, wide), "gate_up": (2 * inner, wide), "down": (wide, inner)}
+    layer = {
+        "qkv": (wide + 2 * kv, wide), "o": (wide, wide), "gate_up": (2 * inner, wide), "down": (wide, inner),
+    }  # fmt: skip
     found = {f"{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in layer.items()}
     return found | {"lm_head": (config.vocab_size, wide)}
 
