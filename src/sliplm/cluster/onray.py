@@ -165,6 +165,16 @@ class _Cluster:
         finally:
             pool.close()
 
+    def begun(self, begin: Callable[[], Any]) -> Any:
+        """What stands for a task's value.  Raises: ClusterError where its weights have no room."""
+        try:
+            return begin()
+        except self._ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"a task cannot be handed to the cluster ({_first(error)}): give its machines more memory for "
+                "objects, `ray start --object-store-memory`; the same command goes on"
+            ) from error
+
     def value(self, reference: Any) -> Any:
         """What came of a task, taken once.  Raises: ClusterError."""
         ray = self._ray
@@ -228,7 +238,7 @@ class _OnRay(Pool[T, R]):
         with self._lock:
             if self._closed:
                 raise ClusterError("the work was given up")
-            reference = self._begin(task)
+            reference = self._cluster.begun(lambda: self._begin(task))
             self._begun.add(reference)
         try:
             outcome: _Outcome = self._cluster.value(reference)
