@@ -171,8 +171,8 @@ class _Cluster:
             return begin()
         except self._ray.exceptions.RayError as error:
             raise ClusterError(
-                f"a task cannot be handed to the cluster ({_first(error)}): give its machines more memory for "
-                "objects, `ray start --object-store-memory`; the same command goes on"
+                f"a task cannot be handed to the cluster ({_first(error)}): give its machines more memory "
+                "for objects, `ray start --object-store-memory`; the same command goes on"
             ) from error
 
     def value(self, reference: Any) -> Any:
