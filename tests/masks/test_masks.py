@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from sliplm.arithmetic.field import P, uniform_rows
 from sliplm.errors import MaskError
-from sliplm.masks import masks
+from sliplm.masks import maskpool, masks
+from sliplm.masks.maskpool import MaskPool
 
 N, M = 6, 4
 W = np.arange(M * N).reshape(M, N) - 11
@@ -58,7 +59,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = masks.MaskPool(2, make, ahead=0)
+        self.pool = MaskPool(2, make, ahead=0)
         self.seen: set[bytes] = set()
 
     @rule(group=st.integers(0, 1), rows=st.integers(1, 9))
@@ -99,7 +100,7 @@ TestPool.settings = settings(max_examples=40, stateful_step_count=25)
 
 
 def test_the_background_fills_and_refills() -> None:
-    pool = masks.MaskPool(2, make, ahead=16)
+    pool = MaskPool(2, make, ahead=16)
     pool.start()
     try:
         assert pool.wait_full(30)
@@ -114,12 +115,12 @@ def test_the_background_fills_and_refills() -> None:
 
 def test_the_background_gives_way_while_a_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for groups that are down to a quarter of what is kept ready."""
-    monkeypatch.setattr(masks, "_LULL", 0.0)
-    pool = masks.MaskPool(2, make, ahead=16)
+    monkeypatch.setattr(maskpool, "_LULL", 0.0)
+    pool = MaskPool(2, make, ahead=16)
     pool.start()
     try:
         assert pool.wait_full(30)
-        monkeypatch.setattr(masks, "_LULL", 1e9)  # from now on one runs
+        monkeypatch.setattr(maskpool, "_LULL", 1e9)  # from now on one runs
         pool.take(0, pool.available(0) - 9)
         assert pool._neediest() == 0
         assert pool._due() is None
@@ -129,7 +130,7 @@ def test_the_background_gives_way_while_a_request_runs(monkeypatch: pytest.Monke
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert pool.available(0) == 9
-        monkeypatch.setattr(masks, "_LULL", 0.0)  # it has ended
+        monkeypatch.setattr(maskpool, "_LULL", 0.0)  # it has ended
         pool.renew()
         assert pool.wait_full(30)
         assert min(map(pool.available, range(2))) > 12
@@ -145,7 +146,7 @@ def test_the_background_has_a_lower_priority() -> None:
         return make(group, rows, background, late)
 
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    pool = masks.MaskPool(1, noted, ahead=4)
+    pool = MaskPool(1, noted, ahead=4)
     pool.start()
     assert pool.wait_full(30)
     pool.close()
@@ -155,7 +156,7 @@ def test_the_background_has_a_lower_priority() -> None:
 
 def test_what_is_dealt_for_a_request_is_dealt_for_the_next_too() -> None:
     """One row at a time costs as much as several."""
-    pool = masks.MaskPool(1, make, ahead=16)
+    pool = MaskPool(1, make, ahead=16)
     taken = [pool.take(0, 1).r.tobytes() for _ in range(9)]
     assert len(set(taken)) == 9
     assert pool.available(0) == 3
@@ -165,7 +166,7 @@ def test_what_is_dealt_for_a_request_is_dealt_for_the_next_too() -> None:
 
 
 def test_many_takers_never_get_the_same_mask() -> None:
-    pool = masks.MaskPool(1, make, ahead=32)
+    pool = MaskPool(1, make, ahead=32)
     pool.start()
     taken: list[bytes] = []
 
@@ -185,7 +186,7 @@ def test_many_takers_never_get_the_same_mask() -> None:
 
 
 def test_a_dead_dealer_is_told_and_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "_PAUSES", (0.05, 0.1))
+    monkeypatch.setattr(maskpool, "_PAUSES", (0.05, 0.1))
     down = threading.Event()
     down.set()
 
@@ -194,7 +195,7 @@ def test_a_dead_dealer_is_told_and_asked_again(monkeypatch: pytest.MonkeyPatch) 
             raise MaskError("the product is wrong")
         return make(group, rows, background, late)
 
-    pool = masks.MaskPool(1, broken, ahead=8)
+    pool = MaskPool(1, broken, ahead=8)
     pool.start()
     assert pool.wait_full(30)
     with pytest.raises(MaskError, match="the product is wrong"):
@@ -209,7 +210,7 @@ def test_a_dead_dealer_is_told_and_asked_again(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_closed_pool_gives_nothing() -> None:
-    pool = masks.MaskPool(1, make, ahead=8)
+    pool = MaskPool(1, make, ahead=8)
     pool.start()
     pool.close()
     assert pool.stored_bytes() == 0
@@ -220,7 +221,7 @@ def test_a_closed_pool_gives_nothing() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # newer Pythons warn of fork beside threads
 def test_a_forked_child_gets_no_mask() -> None:
     """Two processes with one pool would send two messages under one mask."""
-    pool = masks.MaskPool(1, make, ahead=0)
+    pool = MaskPool(1, make, ahead=0)
     pool.add([0], 4)
     child = os.fork()
     if child == 0:
@@ -238,7 +239,7 @@ def test_a_forked_child_gets_no_mask() -> None:
 def test_no_secret_in_repr() -> None:
     batch = masks.deal(0, N, 2, dealt, b"")
     key, r = batch.key, uniform_rows(batch.key, 0, 0, 2, N)
-    pool = masks.MaskPool(1, make, ahead=0)
+    pool = MaskPool(1, make, ahead=0)
     for thing in (batch, batch.burn(1), pool):
         assert key.hex() not in repr(thing)
         assert str(int(r[0, 0])) not in repr(thing)
@@ -255,7 +256,7 @@ def test_a_batch_is_made_again_from_its_key() -> None:
 
 
 def test_renewed_masks_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = masks.MaskPool(1, make, ahead=8)
+    pool = MaskPool(1, make, ahead=8)
     pool.start()
     assert pool.wait_full(30)
     with pool._change:
@@ -279,7 +280,7 @@ def test_a_row_at_hand_goes_with_the_rest(event: str, monkeypatch: pytest.Monkey
         mark = next(marks)
         return masks.deal(group, N, rows, lambda fresh: masks.Dealt(product(*fresh()), (mark,)), b"")
 
-    pool = masks.MaskPool(1, by_somebody, ahead=0)
+    pool = MaskPool(1, by_somebody, ahead=0)
     pool.add([0], 3)
     pool.prepare(0, 2)
     pool.prepare(0, 2)
@@ -315,7 +316,7 @@ def test_a_batch_that_was_being_dealt_is_thrown_away_too() -> None:
             pool.renew()
         return batch
 
-    pool = masks.MaskPool(1, slow, ahead=0)
+    pool = MaskPool(1, slow, ahead=0)
     taken = pool.take(0, 2)
     assert len(rounds) == 2
     assert np.array_equal(taken.r, uniform_rows(rounds[1], 0, 0, 2, N))
@@ -342,7 +343,7 @@ def test_what_one_dealt_who_falls_while_more_is_dealt_is_not_used(event: str) ->
         keys.append(batch.key)
         return batch
 
-    pool = masks.MaskPool(1, make, ahead=0)
+    pool = MaskPool(1, make, ahead=0)
     pool.add([0], 2)
     taken = pool.take(0, 3)
     assert len(keys) == 3
@@ -354,7 +355,7 @@ def test_what_one_dealt_who_falls_while_more_is_dealt_is_not_used(event: str) ->
 @pytest.mark.parametrize("clock", [time.CLOCK_REALTIME, time.CLOCK_BOOTTIME])
 @pytest.mark.parametrize("seconds", [-5, 2])
 def test_a_jump_of_a_clock_renews(monkeypatch: pytest.MonkeyPatch, clock: int, seconds: int) -> None:
-    pool = masks.MaskPool(1, make, ahead=0)
+    pool = MaskPool(1, make, ahead=0)
     pool.add([0], 4)
     pool.take(0, 1)
     assert pool.renewals == 0

@@ -30,7 +30,8 @@ from sliplm.arithmetic.field import uniform_words
 from sliplm.arithmetic.kernels import threads
 from sliplm.errors import SlipError
 from sliplm.masks.anchor import FileAnchor
-from sliplm.masks.masks import MaskPool, Masks
+from sliplm.masks.maskpool import MaskPool
+from sliplm.masks.masks import Masks
 from sliplm.masks.pool import DiskPool
 from sliplm.network.transport import Connection
 from sliplm.parties.codec import GroupCodec

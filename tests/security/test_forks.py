@@ -27,6 +27,7 @@ from sliplm import forks
 from sliplm.arithmetic.field import Elements
 from sliplm.errors import ForkError
 from sliplm.masks import masks
+from sliplm.masks.maskpool import MaskPool
 from sliplm.parties.local_products import LocalProducts
 from sliplm.parties.local_worker import LocalWorker
 from sliplm.parties.terms import Terms
@@ -204,6 +205,7 @@ import ctypes, os, sys
 import numpy as np
 from sliplm.errors import ForkError
 from sliplm.masks import masks
+from sliplm.masks.maskpool import MaskPool
 
 libc = ctypes.PyDLL(None, use_errno=True)
 
@@ -224,7 +226,7 @@ def inner():
     os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 dealt = lambda fresh: masks.Dealt(fresh()[1])
-pool = masks.MaskPool(1, lambda g, rows, *_: masks.deal(g, 8, rows, dealt, b""), 0)
+pool = MaskPool(1, lambda g, rows, *_: masks.deal(g, 8, rows, dealt, b""), 0)
 pool.add([0], 4)
 assert os.getpid() == 1
 inner()
@@ -363,7 +365,7 @@ def make_batch(group: int, rows: int, background: bool, late: bool) -> masks.Bat
 
 
 def test_no_mask_is_handed_out_twice_by_any_fork(ledger: Ledger) -> None:
-    pool = masks.MaskPool(1, make_batch, 0)
+    pool = MaskPool(1, make_batch, 0)
     pool.add([0], 8)
     outcomes = [in_child(lambda: pool.take(0, 1), fork) for fork in (os.fork, bare_fork) for _ in range(8)]
     ledger.record(

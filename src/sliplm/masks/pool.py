@@ -44,7 +44,8 @@ from sliplm.filesystem import because
 from sliplm.masks.anchor import Anchor
 from sliplm.masks.expected import rows_for
 from sliplm.masks.maskfile import MaskFile
-from sliplm.masks.masks import Clocks, Masks, joined
+from sliplm.masks.maskpool import Clocks
+from sliplm.masks.masks import Masks, joined
 from sliplm.masks.poolfolder import (
     MAX_TOKENS,
     STATE,

@@ -8,7 +8,8 @@ from time import perf_counter
 
 from sliplm.errors import MaskError, SlipError
 from sliplm.masks.expected import planned, rows_for
-from sliplm.masks.masks import Batch, MaskPool, Masks
+from sliplm.masks.maskpool import MaskPool
+from sliplm.masks.masks import Batch, Masks
 from sliplm.masks.pool import DiskPool
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
