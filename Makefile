@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help install demo test test-security test-gpu test-vllm test-cluster fuzz check bench families wheels sbom clean
+.PHONY: help install demo test test-security test-gpu test-vllm test-cluster test-lm-eval fuzz check bench families wheels sbom clean
 
 help:
 	@echo "make demo      split a real model and run it with a worker in a second process"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-gpu  what needs an NVIDIA card, on a machine with one"
 	@echo "make test-vllm vLLM as the vault's engine, in an environment of its own, .venv-vllm"
 	@echo "make test-cluster   splits, dealing and attacks on a Ray cluster of two nodes, in .venv-cluster"
+	@echo "make test-lm-eval   lm-eval against slip serve, in an environment of its own, .venv-lm-eval"
 	@echo "make fuzz SECONDS=600   each fuzz target under atheris for so long"
 	@echo "make check     ruff, mypy --strict, import layers"
 	@echo "make bench     what it costs on this machine"
@@ -62,6 +63,17 @@ $(CLUSTER)/.installed: pyproject.toml constraints.txt
 
 test-cluster: $(CLUSTER)/.installed
 	$(CLUSTER)/bin/python -m pytest tests/cluster
+
+LM_EVAL := .venv-lm-eval
+
+$(LM_EVAL)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]' \
+		'lm-eval[api,hf]==0.4.13' hypothesis openai pytest pytest-timeout
+	@touch $@
+
+test-lm-eval: $(LM_EVAL)/.installed
+	HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest tests/serving/test_lm_eval.py
 
 SECONDS ?= 600
 
