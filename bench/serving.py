@@ -5,7 +5,9 @@ again at half of it, one gives wrong products from a third on, one is honest.  E
 one that was given before, to one client, undisturbed.  Memory, descriptors and threads of the server are
 compared between its second and its last quarter.
 
-    python bench/serving.py [--minutes 1] [--clients 32] [--real]
+With --console a console is open all the time, which shows true activations too.
+
+    python bench/serving.py [--minutes 1] [--clients 32] [--real] [--console]
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from openai import OpenAI
@@ -37,11 +41,14 @@ import sliplm
 from _common import console, finish, machine, split_smollm2
 from sliplm.arithmetic.field import P
 from sliplm.parties.worker import Worker
+from sliplm.serving import clients as registry
+from sliplm.serving.door import STATE
 from sliplm.shares.share import open_worker
 
 PROMPTS = [f"Of {thing} it is known that" for thing in ("water", "iron", "the moon", "bees", "ink", "salt")]
 MOST = 32
 LIMIT = 300.0
+LOOKS = 0.4  # seconds between two looks of the console's page
 
 
 class Liar(Worker):
@@ -131,9 +138,9 @@ def ask(client: OpenAI, prompt: str, stream: bool, found: Found) -> str:
     return text
 
 
-def converse(url: str, number: int, end: float, truth: dict[str, str], found: Found) -> None:
+def converse(url: str, key: str, number: int, end: float, truth: dict[str, str], found: Found) -> None:
     """One client, until it is time."""
-    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=LIMIT) as client:
+    with OpenAI(base_url=url, api_key=key, max_retries=0, timeout=LIMIT) as client:
         while time.monotonic() < end:
             prompt = PROMPTS[number % len(PROMPTS)]
             try:
@@ -148,6 +155,17 @@ def converse(url: str, number: int, end: float, truth: dict[str, str], found: Fo
             number += 1
 
 
+def look(url: str, key: str, end: float) -> None:
+    """A console, until it is time: what its page asks for, as often."""
+    since, place = 0, urlsplit(url).netloc
+    with closing(HTTPConnection(place, timeout=LIMIT)) as page:
+        while time.monotonic() < end:
+            page.request("GET", f"{STATE}?since={since}", headers={"Authorization": f"Bearer {key}"})
+            shown = json.loads(page.getresponse().read())
+            since = max([since, *(row["number"] for row in shown["rows"])])
+            time.sleep(LOOKS)
+
+
 def sample(pid: int) -> dict[str, int]:
     """Memory in KiB, threads and descriptors of a process."""
     status = dict(
@@ -160,9 +178,10 @@ def sample(pid: int) -> dict[str, int]:
     }
 
 
-def storm(out: Path, folder: Path, seconds: float, clients: int) -> Found:
+def storm(out: Path, folder: Path, seconds: float, clients: int, *, console: bool) -> Found:
     """Ask for so many seconds while workers fail."""
-    found, log = Found(), folder / "log"
+    found, log, people = Found(), folder / "log", folder / "people"
+    key = registry.add(people, "bench", console=True, activations=True)
     places = [folder / name for name in ("killed", "liar", "honest")]
     worker = ["worker", str(out / "worker"), "--listen"]
     with ExitStack() as running, ExitStack() as first:
@@ -172,17 +191,29 @@ def storm(out: Path, folder: Path, seconds: float, clients: int) -> Found:
         named = [option for place in places for option in ("--worker", f"unix:{place}")]
         server, line = running.enter_context(
             process(
-                "serve", str(out), "--name", "served", "--listen", "127.0.0.1:0", "--json", *named, log=log
+                "serve",
+                str(out),
+                "--name",
+                "served",
+                "--listen",
+                "127.0.0.1:0",
+                "--json",
+                "--clients",
+                str(people),
+                *named,
+                log=log,
             )
         )
         url = json.loads(line)["url"]
-        with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=LIMIT) as client:
+        with OpenAI(base_url=url, api_key=key, max_retries=0, timeout=LIMIT) as client:
             truth = {prompt: ask(client, prompt, False, found) for prompt in PROMPTS}
         begun = time.monotonic()
         threads = [
-            threading.Thread(target=converse, args=(url, i, begun + seconds, truth, found))
+            threading.Thread(target=converse, args=(url, key, i, begun + seconds, truth, found))
             for i in range(clients)
         ]
+        if console:
+            threads.append(threading.Thread(target=look, args=(url, key, begun + seconds)))
         for thread in threads:
             thread.start()
         events = [
@@ -214,17 +245,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M instead of a tiny model")
+    parser.add_argument("--console", action="store_true", help="with a console open")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["SLIPLM_STATE"] = str(folder / "state")  # who lied here is remembered nowhere else
         out = split_smollm2(12) if args.real else tiny(folder)
-        found = storm(out, folder, 60 * args.minutes, args.clients)
+        found = storm(out, folder, 60 * args.minutes, args.clients, console=args.console)
     quarter = len(found.samples) // 4
     halves = [found.samples[quarter : 2 * quarter], found.samples[3 * quarter :]]
     flat = [{key: round(statistics.mean(s[key] for s in half)) for key in half[0]} for half in halves if half]
     said = {
         "bench": "serving", "machine": machine(), "seconds": 60 * args.minutes, "clients": args.clients,
+        "console": args.console,
         "answers": found.answers, "wrong": found.wrong, "lost": len(found.lost),
         "errors": dict(Counter(found.lost)),
         "tokens_per_second": round(found.answers * MOST / 60 / args.minutes, 1),
