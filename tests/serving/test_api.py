@@ -59,6 +59,17 @@ def test_a_chat_as_a_stream(client: OpenAI, model: Model) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_a_stream_that_says_its_usage_with_every_piece(client: OpenAI) -> None:
+    stream = client.completions.create(
+        model="tiny", prompt="abc", max_tokens=12, temperature=0, stream=True,
+        stream_options={"include_usage": True}, extra_body={"stream_options": {
+            "include_usage": True, "continuous_usage_stats": True,
+        }},
+    )  # fmt: skip
+    counts = [chunk.usage.completion_tokens for chunk in stream if chunk.usage is not None]
+    assert len(counts) > 2 and counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 12
+
+
 def test_message_parts_are_one_text(client: OpenAI, model: Model) -> None:
     parts: Any = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     found = client.chat.completions.create(model="tiny", messages=parts, max_tokens=8, temperature=0)

@@ -149,7 +149,9 @@ def _choice(job: Job, index: int, pieces: list[Piece]) -> dict[str, Any]:
 async def _events(job: Job, first: Piece) -> AsyncIterator[bytes]:
     """A stream's events.  What fails in its midst is told as an event, and ends it."""
     head = _head(job, chunk=True)
-    with_usage = job.body.stream_options is not None and job.body.stream_options.include_usage
+    options = job.body.stream_options
+    with_usage = options is not None and options.include_usage
+    often = with_usage and options is not None and options.continuous_usage_stats
     rest: dict[str, Any] = {"usage": None} if with_usage else {}
     at: dict[int, int] = {}
     try:
@@ -161,7 +163,7 @@ async def _events(job: Job, first: Piece) -> AsyncIterator[bytes]:
             else:
                 delta = replies.text_choice(piece.choice, [piece], job.spell, told=job.told, at=place)
             at[piece.choice] = place + len(piece.text)
-            yield replies.event(head | {"choices": [delta]} | rest)
+            yield replies.event(head | {"choices": [delta]} | ({"usage": job.usage()} if often else rest))
         if with_usage:
             yield replies.event(head | {"choices": [], "usage": job.usage()})
         yield replies.event("[DONE]")

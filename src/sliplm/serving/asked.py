@@ -79,6 +79,7 @@ class StreamOptions(Strict):
     """What comes with a stream."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # with every piece: vLLM's own, which public load tools ask for
 
 
 class Common(Strict):
