@@ -26,7 +26,7 @@ WEIGHT = (
 
 TOKEN = (
     "engines/modules.py", "engines/modules.py", "parties/vault.py", "parties/exchange.py",
-    "parties/supply.py", "masks/masks.py", "parties/codec.py", "network/link.py", "protocol/vault_side.py",
+    "parties/supply.py", "masks/maskpool.py", "parties/codec.py", "network/link.py", "protocol/vault_side.py",
     "protocol/frames.py", "network/transport.py", "network/listener.py", "parties/worker.py",
     "protocol/worker_side.py", "arithmetic/kernels/__init__.py", "protocol/worker_side.py",
     "network/transport.py", "protocol/vault_side.py", "parties/codec.py", "parties/codec.py",
