@@ -64,7 +64,7 @@ FLOORS = (
     Floor("parties", "#eef5fd", 106, ({0: "codec", 1: "supply", 2: "exchange", 3: "vault", 5: "worker"},)),
     Floor("network", "#f6f8fa", 80, ({2: "link", 4: "transport", 5: "listener"},)),
     Floor("protocol", "#eef5fd", 80, ({2: "vault_side", 4: "frames", 5: "worker_side"},)),
-    Floor("masks", "#f6f8fa", 80, ({1: "masks"},)),
+    Floor("masks", "#f6f8fa", 80, ({1: "maskpool"},)),
     Floor("shares", "#fff8ec", 148, (
         {1: "manifest", 2: "ledger"}, {0: "splitting", 1: "tensorfile", 2: "sealing", 3: "contents"})),
     Floor("arithmetic", "#eef5fd", 164, (
@@ -259,8 +259,8 @@ def token_ways(at: dict[str, Room], planning: float) -> list[str]:
     for a, b in (("vault", "exchange"), ("exchange", "supply")):
         out.append(way([at[a].at("w"), at[b].at("e")], BLUE))
     x = at["supply"].at("s", -20)
-    out.append(way([x, (x[0], at["masks"].y)], BLUE))
-    start, end = at["masks"].at("w"), at["codec"].at("s", -30)
+    out.append(way([x, (x[0], at["maskpool"].y)], BLUE))
+    start, end = at["maskpool"].at("w"), at["codec"].at("s", -30)
     out.append(way([start, (end[0], start[1]), end], BLUE))
     start, end = at["codec"].at("s", 30), at["link"].at("w")
     out.append(way([start, (start[0], end[1]), end], BLUE))

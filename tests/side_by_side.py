@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-FIRST = ("cli", "fuzz", "masks", "network", "parties", "protocol", "security", "shares")  # half the time
+FIRST = (  # half the time
+    "arithmetic", "cli", "fuzz", "masks", "network", "parties", "protocol", "security", "shares",
+)  # fmt: skip
 
 
 def halves() -> tuple[list[str], list[str]]:
