@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from socket import socket
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,7 +20,21 @@ from sliplm.cli.vaults import checked, opened, tokenizer_of, vault_of
 from sliplm.errors import InputError
 from sliplm.shares.keysource import find
 
-_SERVER, _ROOM = "The server", "Its memory"
+_SERVER, _ROOM, _TOGETHER = "The server", "Its memory", "Several vaults"
+
+
+class _Spec(NamedTuple):
+    """What one vault serves, and how: names and numbers, no secrets."""
+
+    out: Path
+    vault: Path
+    workers: list[str]
+    options: dict[str, Any]
+    tokenizer: Path | None
+    clients: Path | None
+    name: str
+    room: Any
+    traces: str | None
 
 
 def command(
@@ -63,6 +83,17 @@ def command(
     batch_requests: Annotated[
         int, typer.Option(min=1, help="Answers computed in one step at most.", rich_help_panel=_ROOM)
     ] = 32,
+    replicas: Annotated[
+        int,
+        typer.Option(min=1, help="Vaults that serve together, each in a process of its own, by Ray Serve; a "
+                     "client keeps to one. pip install 'sliplm[replicas]'.", rich_help_panel=_TOGETHER),
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Have them on the machines of a Ray cluster: HOST:PORT of its "
+                     "head, or auto. They see secrets: only your own. Without it they are on this machine.",
+                     rich_help_panel=_TOGETHER),
+    ] = None,
     worker: options.Workers = None,
     share: options.Share = None,
     dealer: options.Dealers = None,
@@ -87,6 +118,8 @@ def command(
 
     Example: slip serve out --clients clients --listen 0.0.0.0:8443 --tls-cert cert.pem --tls-key key.pem
 
+    Example: slip serve out --clients clients --replicas 2
+
     Example: slip serve out/vault --worker "gpu.example:7400?keys=keys/vault" --clients clients
     """
     try:
@@ -95,10 +128,11 @@ def command(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"the server needs {error.name}: pip install 'sliplm[serve]'") from error
-    told = None if traces is None else _collector(traces)
-    vault = vault_of(out)
+    vault, many = vault_of(out), replicas > 1 or ray is not None
     if clients is not None and audit is None:
         audit = clients / "audit.jsonl"
+    if many:
+        _check_together(replicas, pool, key)
     chosen: dict[str, Any] = {
         "share": share, "dealers": dealer or [], "pool": pool, "anchor": anchor, "fallback": fallback,
         "audit": audit, "pad_to": pad_to, "inputs": inputs, "key": key,
@@ -106,43 +140,123 @@ def command(
     with Waiting() as waiting, showing_warnings(waiting.say):
         waiting.on("loading torch and transformers")
         quiet()
-        made = checked(vault, tokenizer)
-        if key is not None:
+        checked(vault, tokenizer)
+        if key is not None and not many:
             waiting.over()  # a passphrase may be asked for
             chosen["key"] = find(key)
         from sliplm.engines.transformers.batching import Room
-        from sliplm.serving.run import Where
+        from sliplm.serving import run
+        from sliplm.serving.clients import Clients
 
-        where = Where(*_host_port(listen), tls_cert, tls_key)
-        _serve(out, vault, worker or [], chosen, made, waiting, where, clients, no_tls, name,
-               Room(cache_tokens, batch_tokens, batch_requests), told, json)  # fmt: skip
+        spec = _Spec(out, vault, worker or [], chosen, tokenizer, clients, name or out.resolve().name,
+                     Room(cache_tokens, batch_tokens, batch_requests), traces)  # fmt: skip
+        where = run.Where(*_host_port(listen), tls_cert, tls_key)
+        known = None if clients is None else Clients(clients)
+        with run.bind(where, keys=known is not None, plain=no_tls) as listening:
+            serve = partial(_together, replicas, ray, known) if many else _alone
+            serve(spec, where, listening, waiting, json)
 
 
-def _serve(
-    out: Path, vault: Path, workers: list[str], chosen: dict[str, Any], tokenizer: Any, waiting: Waiting,
-    where: Any, folder: Path | None, plain: bool, name: str | None, room: Any, traces: Any, json: bool,
-) -> None:  # fmt: skip
-    from sliplm.engines.transformers.batching import Batch
+def _alone(spec: _Spec, where: Any, listening: socket, waiting: Waiting, json: bool) -> None:
+    """Serve by one vault in this process."""
     from sliplm.serving import run
+    from sliplm.serving.app import build
+
+    waiting.on("opening the vault")
+    with _desk(spec) as desk:
+        if spec.options["audit"] is not None:
+            run.replay(spec.options["audit"], desk.limits)
+        waiting.over()
+        run.log_lines()
+        address = run.url(where, listening)
+        run.serve(build(desk), desk.watch, where, listening, lambda: _ready(spec.name, address, json=json))
+
+
+def _together(
+    count: int, ray: str | None, clients: Any, spec: _Spec, where: Any, listening: socket, waiting: Waiting,
+    json: bool,
+) -> None:  # fmt: skip
+    """Serve by several, each in a process of a Ray cluster."""
+    from sliplm.cluster import onserve
+    from sliplm.parties.audit import AuditLog
+    from sliplm.serving import run
+    from sliplm.serving.front import Front
+
+    waiting.on(f"starting {count} replicas")
+    audit = AuditLog(spec.options["audit"])
+    audit.write("serving", f"{count} replicas")
+    with onserve.replicas(ray, count, partial(_inside, spec, Path.cwd(), audit.head)) as group:
+        asyncio.run(group.begin())
+        waiting.over()
+        run.log_lines()
+        front, address = Front(group, clients, audit, spec.name), run.url(where, listening)
+        try:
+            run.serve(front.app, front.watch, where, listening, lambda: _ready(spec.name, address, json=json))
+        finally:
+            front.close()
+
+
+@contextmanager
+def _inside(spec: _Spec, folder: Path, noted: str, name: str) -> Iterator[Any]:
+    """In a process of the cluster: one of several vaults."""
+    from sliplm.cluster.onserve import Inside
+    from sliplm.serving import run
+    from sliplm.serving.app import build
+    from sliplm.serving.together import Together
+
+    quiet()
+    run.log_lines()
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise InputError(
+            f"a machine of the cluster has no folder {folder}: the command's is taken there"
+        ) from error
+    with _desk(spec) as desk:
+        desk.place = {"replica": name}
+        if spec.clients is not None:
+            desk.turn = Together(desk.audit, spec.options["audit"], desk.limits, noted).turn
+
+        def news() -> tuple[str | None, str | None]:
+            return None if desk.served.batch.alive else "the batch has ended", desk.ready()
+
+        yield Inside(build(desk), desk.watch, news)
+
+
+@contextmanager
+def _desk(spec: _Spec) -> Iterator[Any]:
+    """An open vault, and all that its requests share."""
+    from sliplm.engines.transformers.batching import Batch
     from sliplm.serving.clients import Clients
     from sliplm.serving.desk import Desk
     from sliplm.serving.figures import Figures
     from sliplm.serving.limits import Limits
     from sliplm.serving.served import Served
 
-    known = None if folder is None else Clients(folder)
-    listening = run.bind(where, keys=known is not None, plain=plain)
-    waiting.on("opening the vault")
-    with listening, opened(out, vault, workers, chosen) as model, Batch(model, room) as batch:
-        served = Served(name or out.resolve().name, model, tokenizer or tokenizer_of(model), batch)
-        limits = Limits(_alerting(model.slip.audit))
-        if chosen["audit"] is not None:
-            run.replay(chosen["audit"], limits)
-        waiting.over()
-        run.log_lines()
-        address = run.url(where, listening)
-        run.serve(Desk(served, known, limits, Figures(served), traces), where, listening,
-                  lambda: _ready(served.name, address, json=json))  # fmt: skip
+    traces = None if spec.traces is None else _collector(spec.traces)
+    made = checked(spec.vault, spec.tokenizer)
+    known = None if spec.clients is None else Clients(spec.clients)
+    with opened(spec.out, spec.vault, spec.workers, spec.options) as model, Batch(model, spec.room) as batch:
+        served = Served(spec.name, model, made or tokenizer_of(model), batch)
+        desk = Desk(served, known, Limits(_alerting(model.slip.audit)), Figures(served), traces)
+        try:
+            yield desk
+        finally:
+            desk.close()
+
+
+def _check_together(count: int, pool: Path | None, key: str | None) -> None:
+    """Raise InputError for what several processes cannot share."""
+    if pool is not None and count > 1:
+        raise InputError(
+            f"--pool {pool}: a mask is used once, so {count} replicas cannot share a pool: leave it out, and "
+            "name dealers with --dealer"
+        )
+    if key == "passphrase":
+        raise InputError(
+            "nobody can be asked for a passphrase in a replica: give --key passphrase:file:PATH or "
+            "passphrase:env:NAME, or another source that it can read"
+        )
 
 
 def _collector(url: str) -> Any:

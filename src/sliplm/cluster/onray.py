@@ -7,6 +7,7 @@ TLS only a cluster on this one host is used; that is looked at again before each
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ R = TypeVar("R")
 _CONNECT_SECONDS: Final = 5.0
 _STATUS_SECONDS: Final = 30.0
 _LOOK_SECONDS: Final = 20.0  # between two looks whether a machine is left that could carry out a task
+_STORE: Final = 256 << 20  # bytes for objects of a cluster of our own
 _TRIES: Final = 3  # again, after the machine died: what kills each machine that takes it must end
 
 _PREPARED: dict[str, Any] = {}  # in a process of the cluster: by the pool's name
@@ -61,16 +63,50 @@ def executor(
 
 @contextmanager
 def _connected(address: str, cards: float, width: int | None) -> Iterator[Executor]:
-    ray = _ray()
-    _check_address(address)
-    try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterError(f"the Ray cluster at {address} cannot be joined ({_first(error)})") from error
-    try:
+    with joined(address) as ray:
         yield _Cluster(ray, cards, width)
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[Any]:
+    """Ray itself, connected to the cluster at an address, as for `executor`.
+
+    Args:
+        address: None starts a cluster on this machine, which knows this process alone and ends with it.
+
+    Raises: ClusterError.
+    """
+    if address is None:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # before the import
+        ray, what = _ray(), "a Ray cluster cannot be started here"
+        options: dict[str, Any] = {
+            "address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1",
+            "object_store_memory": _STORE, "_system_config": {"automatic_object_spilling_enabled": False},
+        }  # fmt: skip
+    else:
+        ray, what = _ray(), f"the Ray cluster at {address} cannot be joined"
+        _check_address(address)
+        options = {"address": address}
+    try:
+        ray.init(**options, log_to_driver=False, configure_logging=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"{what} ({first_line(error)})") from error
+    try:
+        yield ray
     finally:
         ray.shutdown()
+
+
+def alive(ray: Any) -> list[dict[str, Any]]:
+    """The resources of each machine that is there.
+
+    Raises: ClusterError where a host has come that nothing may go to in clear.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    hosts = {node["NodeManagerAddress"] for node in nodes}
+    if not _encrypted() and (len(hosts) > 1 or not all(map(_own, hosts))):
+        raise _in_clear(f"the cluster has machines at {', '.join(sorted(hosts))}")
+    return [node["Resources"] for node in nodes]
 
 
 def _ray() -> Any:
@@ -104,7 +140,8 @@ def _check_address(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise ClusterError(
-                f"no Ray cluster answers at {address} ({_first(error)}): start one with `ray start --head`"
+                f"no Ray cluster answers at {address} ({first_line(error)}): start one with `ray start "
+                "--head`"
             ) from error
     # a process of its own: where something else listens, Ray's client ends the process that it is in
     asked = [sys.executable, "-m", "ray.scripts.scripts", "status"]
@@ -159,7 +196,7 @@ class _Cluster:
         remote = self._ray.remote(**needs, retry_exceptions=False, scheduling_strategy="SPREAD")(_carry_out)
         bound = self._ray.put((prepare, function))
         name = uuid.uuid4().hex
-        pool: _OnRay[T, R] = _OnRay(self, lambda task: remote.remote(name, _version(), bound, task))
+        pool: _OnRay[T, R] = _OnRay(self, lambda task: remote.remote(name, release(), bound, task))
         try:
             yield pool
         finally:
@@ -171,8 +208,8 @@ class _Cluster:
             return begin()
         except self._ray.exceptions.RayError as error:
             raise ClusterError(
-                f"a task cannot be handed to the cluster ({_first(error)}): give its machines more memory "
-                "for objects, `ray start --object-store-memory`; the same command goes on"
+                f"a task cannot be handed to the cluster ({first_line(error)}): give its machines more "
+                "memory for objects, `ray start --object-store-memory`; the same command goes on"
             ) from error
 
     def value(self, reference: Any) -> Any:
@@ -184,10 +221,10 @@ class _Cluster:
             except ray.exceptions.GetTimeoutError:
                 self._room()  # it may wait for a machine that will not come again
             except ray.exceptions.RayTaskError as error:  # no error of ours
-                raise ClusterError(f"a task failed on the cluster: {_first(error.cause)}") from error
+                raise ClusterError(f"a task failed on the cluster: {first_line(error.cause)}") from error
             except ray.exceptions.RayError as error:
                 raise ClusterError(
-                    f"a task was lost on the cluster, {_TRIES} times again ({_first(error)}); what is "
+                    f"a task was lost on the cluster, {_TRIES} times again ({first_line(error)}); what is "
                     "finished stays, and the same command goes on"
                 ) from error
 
@@ -196,17 +233,11 @@ class _Cluster:
 
     def check(self) -> None:
         """Raises: ClusterError where a host has come that nothing may go to in clear."""
-        hosts = {node["NodeManagerAddress"] for node in self._nodes()}
-        if not _encrypted() and (len(hosts) > 1 or not all(map(_own, hosts))):
-            raise _in_clear(f"the cluster has machines at {', '.join(sorted(hosts))}")
-
-    def _nodes(self) -> list[dict[str, Any]]:
-        return [node for node in self._ray.nodes() if node["Alive"]]
+        alive(self._ray)
 
     def _room(self) -> tuple[float, int]:
         """Processors for a task, and how many tasks at once.  Raises: ClusterError."""
-        self.check()
-        resources = [node["Resources"] for node in self._nodes()]
+        resources = alive(self._ray)
         cpus, gpus = ([r.get(kind, 0.0) for r in resources] for kind in ("CPU", "GPU"))
         if not any(cpus) or (self._cards and not any(gpus)):
             raise ClusterError(
@@ -268,9 +299,9 @@ def _carry_out(name: str, ours: str, bound: tuple[Callable[[], S], Callable[[S, 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", SlipWarning)
         try:
-            if _version() != ours:
+            if release() != ours:
                 raise ClusterError(
-                    f"a machine of the cluster has sliplm {_version()} and not {ours}: install it"
+                    f"a machine of the cluster has sliplm {release()} and not {ours}: install it"
                 )
             if name not in _PREPARED:
                 _PREPARED.clear()  # of an earlier pool
@@ -281,13 +312,14 @@ def _carry_out(name: str, ours: str, bound: tuple[Callable[[], S], Callable[[S, 
     return _Outcome(value, error, tuple(str(w.message) for w in said if issubclass(w.category, SlipWarning)))
 
 
-def _version() -> str:
+def release() -> str:
+    """This machine's version of sliplm."""
     try:
         return version("sliplm")
     except PackageNotFoundError:
         return "0+unknown"
 
 
-def _first(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what was said."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

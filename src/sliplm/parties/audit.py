@@ -40,10 +40,11 @@ Event = Literal[
     "asked",  # a client had an answer, or a part of one
     "refused",  # a client had none
     "alert",  # a client has used much of its budget
+    "serving",  # several replicas begin, which write here together
 ]
 
 _KEPT: Final = 1000  # records in memory
-_USUAL: Final = ("dealt", "begun", "asked")
+_USUAL: Final = ("dealt", "begun", "asked", "serving")
 _APPENDING: Final = (  # a FIFO that nobody reads is refused, not waited for
     os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 )
@@ -71,7 +72,7 @@ class AuditLog:
     Args:
         path: appended to, made with mode 0600; None keeps them in memory only.  Several processes may append
             to one file.
-        told: each line that the file has already.
+        told: each line that the file has already, and whatever others append.
 
     Attributes:
         counts: how often each event was recorded by this process.
@@ -84,8 +85,8 @@ class AuditLog:
         self._records: deque[Record] = deque(maxlen=_KEPT)
         self.counts: Counter[Event] = Counter()
         self._lock = threading.Lock()
-        self._inode, self._head = -1, Head()
-        self._append(None, told)
+        self._inode, self._head, self._told = -1, Head(), told
+        self._append(None)
 
     def __repr__(self) -> str:
         return f"AuditLog({len(self._records)} records, file={self._path})"
@@ -125,12 +126,33 @@ class AuditLog:
         level = logging.INFO if event in _USUAL else logging.WARNING
         logger.log(level, "%s %s %s: %s", role, address, event, reason, extra={"fields": line})
 
+    def follow(self, told: Told) -> Head:
+        """Tell of each line that the file has, and from here on of those that others append; those of this
+        record itself are told only if they are there already.
+
+        Args:
+            told: called in whichever thread writes or catches up.
+
+        Returns: where the chain ends, or is broken.
+
+        Raises: InputError.
+        """
+        with self._lock:
+            self._inode, self._told = -1, told
+            self._append(None)
+            return self._head
+
+    def catch_up(self) -> None:
+        """Read what others have appended.  Raises: InputError."""
+        with self._lock:
+            self._append(None)
+
     @property
     def head(self) -> str:
         """The hash of the file's last line, to be noted elsewhere."""
         return self._head.hash
 
-    def _append(self, line: Mapping[str, Any] | None, told: Told = lambda line: None) -> None:
+    def _append(self, line: Mapping[str, Any] | None) -> None:
         if self._path is None:
             return
         try:
@@ -143,7 +165,7 @@ class AuditLog:
             with os.fdopen(same, "r+b") as file:
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(same, fcntl.LOCK_EX)  # another process may append to it
-                before = self._caught_up(file, told)
+                before = self._caught_up(file)
                 if line is not None:
                     data, own = sealed(line, before)
                     file.write(data)
@@ -155,7 +177,7 @@ class AuditLog:
                 f"the audit file {self._path} cannot be written {because(error, self._path, 'name another')}"
             ) from error
 
-    def _caught_up(self, file: BinaryIO, told: Told) -> Running:
+    def _caught_up(self, file: BinaryIO) -> Running:
         """Read what others have appended; the running hash of the next line.  An unfinished line, which a
         crash has left, is ended.
         """
@@ -165,7 +187,7 @@ class AuditLog:
         if status.st_size == self._head.at:
             return running(self._head.hash)
         file.seek(self._head.at)
-        self._head, before = read_on(file, self._head, told)
+        self._head, before = read_on(file, self._head, self._told)
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":
             file.write(b"\n")

@@ -117,8 +117,9 @@ async def answer(desk: Desk, request: Request, body: Body) -> Response:
     async with desk.encoding(client, body.answers):
         prompts = await desk.served.encode(body)
     answers = Answers(desk.served, body, prompts)
-    desk.check_room(client, len(answers.choices))
-    job = Job(desk, request, body, answers, desk.limits.take(client, answers.tokens))
+    async with desk.turn():
+        desk.check_room(client, len(answers.choices))
+        job = Job(desk, request, body, answers, desk.limits.take(client, answers.tokens))
     try:
         if body.stream:
             first = await _unless_gone(request, job.first())

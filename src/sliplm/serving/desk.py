@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +30,25 @@ OF_ONE: Final = WAITING // 2
 """The same of one client, so that no one keeps out the others."""
 
 
+class Refused:
+    """How many requests were refused, of whom and why."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str, int]] = Counter()
+
+    def add(self, client: Client | None, refusal: Refusal) -> None:
+        """One more; `record` writes down how many there were."""
+        name = "" if client is None else client.name
+        self._counts[name, refusal.code or refusal.kind, refusal.status] += 1
+
+    def record(self, audit: AuditLog) -> None:
+        """Write down what came since: a line for each kind, so that no stranger fills the disk."""
+        counts, self._counts = self._counts, Counter()
+        for (name, why, status), count in counts.items():
+            detail = {"status": status, "requests": count}
+            audit.write("refused", why, role="client", address=name, detail=detail)
+
+
 @dataclass
 class Desk:
     """What all requests share.
@@ -37,6 +56,8 @@ class Desk:
     Attributes:
         clients: who may ask; None: anybody.
         traces: where what is done is told, or None.
+        turn: what a request is let in within, so that nobody else counts meanwhile.
+        place: which of several replicas this is, as the audit record has it.
         under_way: answers that were begun and have not ended, of each client.
     """
 
@@ -45,10 +66,12 @@ class Desk:
     limits: Limits
     figures: Figures
     traces: Traces | None = None
+    turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    place: Mapping[str, str] = field(default_factory=dict)
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sliplm-scoring"))
     under_way: Counter[str] = field(default_factory=Counter)
     turns: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
-    refusals: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+    refused: Refused = field(default_factory=Refused)
 
     def __post_init__(self) -> None:
         self.lookout = Lookout(self.served)
@@ -61,17 +84,9 @@ class Desk:
         return self.clients is None or self.clients.stands(client)
 
     def refuse(self, client: Client | None, refusal: Refusal) -> None:
-        """Count a request without an answer; `record` writes down how many there were."""
+        """Count a request without an answer."""
         self.figures.refused.labels(self.served.name, str(refusal.status)).inc()
-        name = "" if client is None else client.name
-        self.refusals[name, refusal.code or refusal.kind, refusal.status] += 1
-
-    def record(self) -> None:
-        """Write down what was refused since: a line for each kind, so that no stranger fills the disk."""
-        refusals, self.refusals = self.refusals, Counter()
-        for (name, why, status), count in refusals.items():
-            detail = {"status": status, "requests": count}
-            self.audit.write("refused", why, role="client", address=name, detail=detail)
+        self.refused.add(client, refusal)
 
     @property
     def audit(self) -> AuditLog:
@@ -112,13 +127,19 @@ class Desk:
         """How many each worker has served."""
         return {status.address: status.served for status in self.served.model.slip.workers}
 
+    async def watch(self) -> None:
+        """Several times a second: who may ask, and whether the batch computes."""
+        while True:
+            await asyncio.sleep(LOOK)
+            self.refused.record(self.audit)
+            if self.clients is not None:
+                self.clients.refresh()
+            self.served.batch.revive()
+            self.samples.rest()
 
-async def watch(desk: Desk) -> None:
-    """Several times a second: who may ask, and whether the batch computes."""
-    while True:
-        await asyncio.sleep(LOOK)
-        desk.record()
-        if desk.clients is not None:
-            desk.clients.refresh()
-        desk.served.batch.revive()
-        desk.samples.rest()
+    def close(self) -> None:
+        """Write down what is left."""
+        self.refused.record(self.audit)
+        self.scorer.shutdown(wait=False, cancel_futures=True)
+        if self.traces is not None:
+            self.traces.close()

@@ -65,7 +65,8 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[REQUEST_ID] = secrets.token_hex(12)  # never a client's own: it names what is computed
+        # never a client's own, for it names what is computed; a replica is told which
+        scope.setdefault(REQUEST_ID, secrets.token_hex(12))
         started, client = False, None
 
         async def told(message: Message) -> None:

@@ -35,7 +35,7 @@ class Job:
         self.spell = desk.served.piece
         self.told = answers.top is not None
         desk.under_way[self.client.name] += len(answers.choices)
-        detail = {"request": self.id, "charged": taken.tokens}
+        detail = {"request": self.id, "charged": taken.tokens, **desk.place}
         desk.audit.write(BEGUN, "let in", role="client", address=self.client.name, detail=detail)
         self._traced = None
         if desk.traces is not None:

@@ -116,7 +116,7 @@ class Limits:
 
     def _fill(self, client: Client, account: _Account) -> None:
         now, today = time.monotonic(), datetime.datetime.now(datetime.UTC).date().isoformat()
-        if account.date != today:
+        if account.date < today:
             account.date, account.day = today, 0
         if client.minute is not None:
             more = (now - account.filled) * client.minute / 60
@@ -126,10 +126,11 @@ class Limits:
 
     @staticmethod
     def _count(account: _Account, tokens: int, date: str) -> None:
-        if account.date != date:
-            account.date, account.day = date, 0
-        account.day += tokens
         account.ever += tokens
+        if account.date < date:
+            account.date, account.day = date, 0
+        if account.date == date:  # another replica's line may come after midnight
+            account.day += tokens
 
 
 def _part(client: Client, account: _Account) -> float:

@@ -11,7 +11,7 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -21,8 +21,7 @@ from sliplm.errors import CredentialError, InputError
 from sliplm.filesystem import because
 from sliplm.parties.chain import Head, read_on
 from sliplm.reading import open_regular
-from sliplm.serving.app import build
-from sliplm.serving.desk import Desk, watch
+from sliplm.serving.door import App
 from sliplm.serving.limits import Limits
 from sliplm.serving.patience import Patient
 
@@ -88,10 +87,18 @@ def url(where: Where, listening: socket.socket) -> str:
     return f"{scheme}://[{host}]:{port}/v1" if ":" in host else f"{scheme}://{host}:{port}/v1"
 
 
-def serve(desk: Desk, where: Where, listening: socket.socket, ready: Callable[[], None]) -> None:
+def serve(
+    app: App,
+    watch: Callable[[], Coroutine[Any, Any, None]],
+    where: Where,
+    listening: socket.socket,
+    ready: Callable[[], None],
+) -> None:
     """Serve until a signal says to end.
 
     Args:
+        app: what answers.
+        watch: runs beside it, from the server's start to its end.
         ready: called once requests are taken.
 
     Raises: CredentialError for a certificate or key that cannot be used.
@@ -99,18 +106,11 @@ def serve(desk: Desk, where: Where, listening: socket.socket, ready: Callable[[]
     _more_files()
     context = None if where.certificate is None else _tls(where.certificate, where.key)
     config = uvicorn.Config(
-        _with_watch(desk, ready), http=Patient, ws="none", lifespan="on", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=_ENDING, proxy_headers=False,
-        ssl_context_factory=None if context is None else lambda *_: context,
+        _with_watch(app, watch, ready), http=Patient, ws="none", lifespan="on", log_config=None,
+        access_log=False, server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=_ENDING,
+        proxy_headers=False, ssl_context_factory=None if context is None else lambda *_: context,
     )  # fmt: skip
-    server = uvicorn.Server(config)
-    try:
-        server.run(sockets=[listening])
-    finally:
-        desk.record()
-        desk.scorer.shutdown(wait=False, cancel_futures=True)
-        if desk.traces is not None:
-            desk.traces.close()
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def replay(audit: Path, limits: Limits) -> None:
@@ -120,6 +120,11 @@ def replay(audit: Path, limits: Limits) -> None:
             head, _ = read_on(file, Head(), limits.replay)
     except OSError as error:
         raise InputError(f"{audit} cannot be read {because(error, audit, 'name another')}") from error
+    check_unaltered(audit, head)
+
+
+def check_unaltered(audit: Path, head: Head) -> None:
+    """Raise InputError for an audit record whose chain is broken."""
     if head.broken is not None:
         raise InputError(
             f"{audit} was altered: line {head.broken} does not follow from those before it. Budgets rest on "
@@ -152,9 +157,9 @@ class _Lines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def _with_watch(desk: Desk, ready: Callable[[], None]) -> Any:
-    """The application with its watch beside it, from the server's start to its end."""
-    app, state = build(desk), {}
+def _with_watch(app: App, watch: Callable[[], Coroutine[Any, Any, None]], ready: Callable[[], None]) -> Any:
+    """The application with its watch beside it."""
+    state: dict[str, asyncio.Task[None]] = {}
 
     async def asgi(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "lifespan":
@@ -163,7 +168,7 @@ def _with_watch(desk: Desk, ready: Callable[[], None]) -> Any:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                state["watch"] = asyncio.create_task(watch(desk))
+                state["watch"] = asyncio.create_task(watch())
                 await send({"type": "lifespan.startup.complete"})
                 ready()
             else:
