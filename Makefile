@@ -12,7 +12,7 @@ help:
 	@echo "make test-security   attacks and faults only, with their table; SLIP_SECURITY=long for the long sizes"
 	@echo "make test-gpu  what needs an NVIDIA card, on a machine with one"
 	@echo "make test-vllm vLLM as the vault's engine, in an environment of its own, .venv-vllm"
-	@echo "make test-cluster   splits, dealing and attacks on a Ray cluster of two nodes, in .venv-cluster"
+	@echo "make test-cluster   splits, dealing, attacks and replicas on a Ray cluster of two nodes, in .venv-cluster"
 	@echo "make test-lm-eval   lm-eval against slip serve, in an environment of its own, .venv-lm-eval"
 	@echo "make fuzz SECONDS=600   each fuzz target under atheris for so long"
 	@echo "make check     ruff, mypy --strict, import layers"
@@ -58,7 +58,7 @@ CLUSTER := .venv-cluster
 
 $(CLUSTER)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CLUSTER)
-	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[attacks,cluster,report,dev,serve]'
+	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[attacks,cluster,replicas,report,dev]'
 	@touch $@
 
 test-cluster: $(CLUSTER)/.installed
