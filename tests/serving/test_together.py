@@ -1,4 +1,4 @@
-"""What replicas share, without Ray: one record, whose accounts hold wherever a client goes; and where that is."""
+"""What replicas share, tried without Ray: a record whose accounts hold wherever a client is, and his way."""
 
 from __future__ import annotations
 

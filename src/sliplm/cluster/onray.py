@@ -11,6 +11,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 import warnings
@@ -78,23 +79,29 @@ def joined(address: str | None) -> Iterator[Any]:
     """
     if address is None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # before the import
-        ray, what = _ray(), "a Ray cluster cannot be started here"
-        options: dict[str, Any] = {
-            "address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1",
-            "object_store_memory": _STORE, "_system_config": {"automatic_object_spilling_enabled": False},
-        }  # fmt: skip
-    else:
-        ray, what = _ray(), f"the Ray cluster at {address} cannot be joined"
+    ray = _ray()
+    if address is not None:
         _check_address(address)
-        options = {"address": address}
-    try:
-        ray.init(**options, log_to_driver=False, configure_logging=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterError(f"{what} ({first_line(error)})") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    with nullcontext({"address": address}) if address is not None else _own_cluster() as options:
+        try:
+            ray.init(**options, log_to_driver=False, configure_logging=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            what = "cannot be started here" if address is None else f"at {address} cannot be joined"
+            raise ClusterError(f"the Ray cluster {what} ({first_line(error)})") from error
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _own_cluster() -> Iterator[dict[str, Any]]:
+    """How a cluster is started whose files nobody else reads."""
+    with tempfile.TemporaryDirectory(prefix="slip-ray-", ignore_cleanup_errors=True) as folder:
+        yield {
+            "address": "local", "include_dashboard": False, "object_store_memory": _STORE,
+            "_system_config": {"automatic_object_spilling_enabled": False}, "_temp_dir": folder,
+        }  # fmt: skip
 
 
 def alive(ray: Any) -> list[dict[str, Any]]:

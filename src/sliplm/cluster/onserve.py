@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import (
     AsyncGenerator,
@@ -33,7 +34,9 @@ App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Await
 
 _BEAT: Final = 0.5  # seconds between two signs of life
 _QUIET: Final = 10.0  # seconds without one after which nothing more is asked of a replica
+_BEATS: Final = 60  # signs until who listens has to ask again
 _START: Final = 600.0  # seconds that all have to begin
+_ALONE: Final = _START + 60.0  # seconds after which a replica that nobody listens to ends
 _ENDING: Final = 10.0  # seconds that an answer has to end when nobody waits for it
 _AT_ONCE: Final = 4096  # calls of a replica; what is inside has limits of its own
 
@@ -128,7 +131,8 @@ class _Replica:
     def __init__(self, ours: str, name: str, make: Make) -> None:
         self._id, self._held = uuid.uuid4().hex, ExitStack()
         self._error: SlipError | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._watch: list[asyncio.Task[None]] = []
+        self._heard = time.monotonic()
         try:
             _check(ours)
             self._inside = self._held.enter_context(make(name))
@@ -146,15 +150,26 @@ class _Replica:
         self._held.close()
 
     async def beats(self) -> AsyncIterator[tuple[str, Any]]:
-        """Which process this is, and its news, for ever."""
+        """Which process this is, and its news, for a while."""
         if self._error is not None:
             yield self._id, self._error
             await asyncio.sleep(_BEAT)
             os._exit(1)  # to be started anew
-        self._watch = self._watch or asyncio.create_task(self._inside.watch())
-        while True:
+        if not self._watch:
+            self._watch = [asyncio.create_task(each()) for each in (self._inside.watch, self._alone)]
+        for _ in range(_BEATS):
+            self._heard = time.monotonic()
             yield self._id, self._inside.news()
             await asyncio.sleep(_BEAT)
+
+    async def _alone(self) -> None:
+        """End when who began this is gone, without a word."""
+        from ray import serve
+
+        while time.monotonic() - self._heard < _ALONE:
+            await asyncio.sleep(_BEATS * _BEAT)
+        logger.error("nobody has asked for signs of life for %.0f s: this replica ends", _ALONE)
+        await asyncio.to_thread(serve.delete, serve.get_replica_context().app_name, _blocking=False)
 
     async def answer(self, of: str, scope: Message, body: bytes) -> AsyncIterator[Message]:
         """The ASGI messages that answer a request; none where another process was asked."""
@@ -243,15 +258,18 @@ class Replica:
         while True:
             stream = None
             try:
-                stream = self._beats.remote()
                 while True:
+                    stream = stream or self._beats.remote()
                     async with asyncio.timeout(_QUIET if self.up else None):
-                        found, news = await anext(stream)
-                    _check_news(news)
+                        beat = await anext(stream, None)
+                    if beat is None:
+                        stream = None
+                        continue
+                    _check_news(beat[1])
                     if not self.up:
                         await asyncio.to_thread(check)
                         logger.info("replica %s is back", self.name)
-                    self._id, self.news = found, news
+                    self._id, self.news = beat
             except Exception as error:  # of ours, or any of Ray's
                 logger.warning("replica %s is gone: %s", self.name, first_line(error))
             finally:
