@@ -96,11 +96,11 @@ def joined(address: str | None) -> Iterator[Any]:
 
 @contextmanager
 def _own_cluster() -> Iterator[dict[str, Any]]:
-    """How a cluster is started whose files nobody else reads."""
+    """How a cluster is started whose files nobody else reads: Ray opens its own folder to everybody."""
     with tempfile.TemporaryDirectory(prefix="slip-ray-", ignore_cleanup_errors=True) as folder:
         yield {
             "address": "local", "include_dashboard": False, "object_store_memory": _STORE,
-            "_system_config": {"automatic_object_spilling_enabled": False}, "_temp_dir": folder,
+            "_system_config": {"automatic_object_spilling_enabled": False}, "_temp_dir": f"{folder}/ray",
         }  # fmt: skip
 
 
