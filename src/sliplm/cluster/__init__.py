@@ -1,4 +1,5 @@
-"""Who carries out work that falls into tasks: this process, or the owner's own machines by Ray.
+"""Who carries out work that falls into tasks: this process, or the owner's own machines by Ray; and who serves.
 
 `tasks` is what the work sees, `onray` the cluster.  All that must happen once stays with who hands tasks out.
+`onserve` keeps servers running there.
 """
