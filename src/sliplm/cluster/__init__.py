@@ -1,5 +1,5 @@
-"""Who carries out work that falls into tasks: this process, or the owner's own machines by Ray; and who serves.
+"""Who carries out work that falls into tasks: this process, or the owner's own machines by Ray.
 
 `tasks` is what the work sees, `onray` the cluster.  All that must happen once stays with who hands tasks out.
-`onserve` keeps servers running there.
+`onserve` keeps servers running there, by Ray Serve.
 """
