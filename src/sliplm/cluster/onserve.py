@@ -89,10 +89,9 @@ def replicas(address: str | None, count: int, make: Make) -> Iterator[Replicas]:
             serve.RunTarget(made.bind(release(), str(i), make), name=f"{group}-{i}", route_prefix=None)
             for i in range(count)
         ]
+        found = _begun(serve, targets)
         try:
-            serve.start(proxy_location="Disabled")
-            handles = serve.run_many(targets, wait_for_applications_running=False)
-            yield Replicas(ray, [Replica(str(i), handle) for i, handle in enumerate(handles)])
+            yield Replicas(ray, found)
         finally:
             for target in targets:
                 serve.delete(target.name, _blocking=False)
@@ -109,6 +108,16 @@ def _serve() -> Any:
     log.handlers.clear()  # what goes and comes back is told here
     log.setLevel(logging.ERROR)
     return serve
+
+
+def _begun(serve: Any, targets: list[Any]) -> list[Replica]:
+    """Replicas on their way.  Raises: ClusterError."""
+    try:
+        serve.start(proxy_location="Disabled")
+        handles = serve.run_many(targets, wait_for_applications_running=False)
+    except Exception as error:  # any of Ray's
+        raise ClusterError(f"Ray Serve cannot begin ({first_line(error)}): see `serve status`") from error
+    return [Replica(str(i), handle) for i, handle in enumerate(handles)]
 
 
 def _processors(machines: list[float], count: int) -> int:
