@@ -1,4 +1,4 @@
-"""Two replicas on a Ray cluster of two nodes on this machine, of which one is killed in mid-work."""
+"""Two replicas on a Ray cluster of two nodes on this machine; one is killed in mid-work, and a node dies."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 import pytest
@@ -40,16 +41,33 @@ import sys
 from ray.cluster_utils import Cluster
 options = {"num_cpus": 1, "object_store_memory": 100 << 20}
 made = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
-made.add_node(**options)
+node = made.add_node(**options)
 made.wait_for_nodes()
 print(made.address, flush=True)
-sys.stdin.read()
+for line in sys.stdin:
+    if line == "kill\\n":
+        made.remove_node(node, allow_graceful=False)
+    else:
+        node = made.add_node(**options)
 made.shutdown()
 """
 
 
+class Nodes(NamedTuple):
+    """A cluster of two."""
+
+    address: str
+    process: subprocess.Popen[str]
+
+    def tell(self, what: str) -> None:
+        """Kill the second one, or add another."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def cluster() -> Iterator[Nodes]:
     """In a process of its own: Ray asks for a token there, and in other tests not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
@@ -60,14 +78,14 @@ def cluster() -> Iterator[str]:
         ) as process:
             assert process.stdin is not None and process.stdout is not None
             try:
-                yield process.stdout.readline().strip()
+                yield Nodes(process.stdout.readline().strip(), process)
             finally:
                 process.stdin.close()
                 process.wait(LIMIT)
 
 
 @pytest.fixture(scope="module")
-def group(model: Model, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def group(model: Model, cluster: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("group")
     people = folder / "clients"
     keys = {name: clients.add(people, name, budget=BUDGET) for name in PEOPLE}
@@ -75,7 +93,16 @@ def group(model: Model, cluster: str, tmp_path_factory: pytest.TempPathFactory) 
     keys["graph"] = clients.add(people, "graph", watch=True, ask=False)
     worker = Paced(open_worker(model.out / "worker"))
     with serving(worker, folder / "w") as address:
-        options = ["--clients", str(people), "--replicas", "2", "--ray", cluster, "--cache-tokens", "2048"]
+        options = [
+            "--clients",
+            str(people),
+            "--replicas",
+            "2",
+            "--ray",
+            cluster.address,
+            "--cache-tokens",
+            "2048",
+        ]
         with slip_serve(model.out, folder, *options, workers=[address]) as server:
             yield Running(server, worker, folder, keys)
 
@@ -238,7 +265,37 @@ def test_one_is_killed_in_mid_work(model: Model, group: Running) -> None:
     assert "Traceback" not in server.log
 
 
-def test_what_cannot_be_is_told(model: Model, cluster: str, tmp_path: Path) -> None:
+def test_a_machine_dies_and_another_comes(model: Model, group: Running, cluster: Nodes) -> None:
+    """Until then the other replica serves all."""
+    server, truth = group.server, model.text(PROMPT, 3)
+
+    def state() -> list[str]:
+        return sorted(server.get("/ready").json()["replicas"].values())
+
+    cluster.tell("kill")
+    until(lambda: state() == ["down", "ok"])
+    assert {ask(group, name, 3).choices[0].text for name in PEOPLE} == {truth}
+    cluster.tell("add")
+    until(lambda: state() == ["ok", "ok"])
+    assert {ask(group, name, 3).choices[0].text for name in PEOPLE} == {truth}
+
+
+def test_without_a_cluster_this_machine_has_one_until_the_end(model: Model, tmp_path: Path) -> None:
+    """And without clients whoever has least to do answers."""
+    with tempfile.TemporaryDirectory(prefix="s") as short, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", short)  # paths of sockets have 107 characters
+        with slip_serve(model.out, tmp_path, "--replicas", "2") as server:
+            asked = [
+                server.client().completions.create(model="tiny", prompt=PROMPT, max_tokens=3, temperature=0)
+                for _ in range(2)
+            ]
+            assert {each.choices[0].text for each in asked} == {model.text(PROMPT, 3)}
+            [folder] = Path(short).glob("slip-ray-*")
+            assert folder.stat().st_mode & 0o077 == 0
+        assert not any(Path(short).glob("slip-ray-*"))
+
+
+def test_what_cannot_be_is_told(model: Model, cluster: Nodes, tmp_path: Path) -> None:
     def told(*options: str) -> str:
         done = CliRunner().invoke(app, ["serve", str(model.out), "--listen", "127.0.0.1:0", *options])
         assert done.exit_code != 0
@@ -250,8 +307,8 @@ def test_what_cannot_be_is_told(model: Model, cluster: str, tmp_path: Path) -> N
     assert "HOST:PORT" in told("--ray", "ray://head:1")
     command = [sys.executable, "-m", "sliplm", "serve", str(model.out), "--listen", "127.0.0.1:0"]
     done = subprocess.run(
-        [*command, "--replicas", "3", "--ray", cluster], capture_output=True, text=True, timeout=LIMIT,
-        check=False,
+        [*command, "--replicas", "3", "--ray", cluster.address], check=False,
+        capture_output=True, text=True, timeout=LIMIT,
     )  # fmt: skip
     assert "no room for 3 replicas" in " ".join(done.stderr.split())
 

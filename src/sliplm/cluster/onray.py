@@ -85,7 +85,7 @@ def joined(address: str | None) -> Iterator[Any]:
     with nullcontext({"address": address}) if address is not None else _own_cluster() as options:
         try:
             ray.init(**options, log_to_driver=False, configure_logging=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             what = "cannot be started here" if address is None else f"at {address} cannot be joined"
             raise ClusterError(f"the Ray cluster {what} ({first_line(error)})") from error
         try:
