@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from sliplm.arithmetic.field import Elements, Sums, add_mod, expect, sub_centred
 from sliplm.arithmetic.fixedpoint import Floats, answer_loss, input_loss, row_alpha, to_field
-from sliplm.arithmetic.jit import fast_jit, jit
+from sliplm.arithmetic.jit import jit
+from sliplm.arithmetic.lowrank import add_low_rank
 from sliplm.arithmetic.rotation import Fast, Identity, Rotation, Tables, rotate_rows, rotate_rows_back
 
 Sizes = npt.NDArray[np.int64]
@@ -224,22 +225,6 @@ def _near(numbers: Floats) -> float:
     for j in range(0, numbers.size, 16):
         total += numbers[j]
     return total
-
-
-@fast_jit
-def add_low_rank(
-    a_transposed: Floats, b: Floats, x: Floats, out: Floats, place: int, first: int, last: int
-) -> None:
-    """Add A (B x) to the outputs from `place` on."""
-    for i in range(first, last):
-        for k in range(b.shape[0]):
-            row, vector, factors = b[k], x[i], a_transposed[k]
-            result = out[i, place : place + factors.size]
-            factor = np.float32(0)
-            for j in range(row.size):
-                factor += row[j] * vector[j]
-            for j in range(factors.size):
-                result[j] += factors[j] * factor
 
 
 @jit

@@ -139,6 +139,12 @@ class Link:
         with self:
             self._connected()
 
+    def rouse(self) -> None:
+        """From any thread: wake the worker, if it shares memory with us and sleeps: a question is near."""
+        connection = self.connection
+        if isinstance(connection, MemoryConnection) and self._process.here:
+            connection.rouse()
+
     def exchange(
         self, parts: Rows, message: Elements, meanwhile: Callable[[], None]
     ) -> tuple[list[Elements], int]:

@@ -26,7 +26,7 @@ from sliplm.errors import WireError, WorkerTimeout, WorkerUnavailable
 from sliplm.network import ring
 from sliplm.network.addresses import TcpAddress, UnixAddress
 from sliplm.network.complaints import translate
-from sliplm.network.patience import Patience, pollfd, readable
+from sliplm.network.patience import SPIN, Patience, pollfd, readable
 from sliplm.network.transport import LOOK, Connection, closing_on_error, remaining
 
 _DOOR: Final = struct.Struct("<8sIQ8x")  # as long as a header: a worker that expects one refuses it in words
@@ -61,13 +61,17 @@ class MemoryConnection(Connection):
 
     def wait(self, idle: float, wake: int) -> bool:
         poll = self._door(wake)
-        now = time.monotonic()
+        now, rung = time.monotonic(), False
         deadline = now + idle
         while True:
-            came = self._patience.judge(self._sound(ring.arrived(self._words, self._patience.spin)))
+            if rung:  # who rings before there is anything sends it soon
+                came = self._sound(ring.arrived(self._words, SPIN)) > 0
+            else:
+                came = self._patience.judge(self._sound(ring.arrived(self._words, self._patience.spin)))
             if came and now - self._looked <= LOOK:
                 return True
             ready = poll.poll(0) if came else self._sleep(poll, ring.FOR_BYTES, deadline)
+            rung = bool(ready)
             self._looked = now = time.monotonic()
             if ready:
                 self._answer_door(ready)
@@ -79,6 +83,12 @@ class MemoryConnection(Connection):
     def abort(self) -> None:
         self._over = True
         super().abort()
+
+    def rouse(self) -> None:
+        """From any thread: wake a peer that sleeps for bytes, before there are any."""
+        if ring.sleeps(self._words):
+            with contextlib.suppress(OSError):  # whoever has hung up is noticed at the door
+                self._sock.send(b"\0")
 
     def hand_over(self, handle: int) -> None:
         """The vault: pass a descriptor through the door; it stays the caller's.  Raises WorkerUnavailable."""

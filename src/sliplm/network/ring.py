@@ -60,6 +60,7 @@ def prepare() -> None:
         arrived(worker, 0)
         get(worker, out, 0)
     lie_down(worker, FOR_BYTES)
+    sleeps(vault)
     get_up(worker)
     finish(worker)
 
@@ -144,6 +145,13 @@ def lie_down(words: Words, reason: int) -> bool:
         return _here(words) == 0
     full: bool = words[_SENT] - load(words[_THEIRS] + _AT_TAKEN) == RING
     return full
+
+
+@jit
+def sleeps(words: Words) -> bool:
+    """Whether the other side says that it sleeps for bytes: its word, and no more depends on it."""
+    asleep: bool = load(words[_THEIRS] + _AT_ASLEEP) == FOR_BYTES
+    return asleep
 
 
 @jit

@@ -27,7 +27,7 @@ from sliplm.parties.supply import Supply
 from sliplm.parties.workforce import FAILURES, Workforce
 from sliplm.secrecy import Secret
 
-_FEW: Final = 16  # rows of an exchange for which the next one is prepared: of more it would take too long
+_FEW: Final = 64  # rows of an exchange for which the next one is prepared: of more it would take too long
 
 
 class Timed(NamedTuple):
@@ -129,6 +129,9 @@ class Exchange(Secret):
         for codec in codecs:
             codec.check_left()  # M15: what cannot be checked is not asked for
         begun, late = perf_counter(), self._counters.seconds_dealing_late
+        link = self._workers.pick((), group)
+        if link is not None and len(parts[0].x) <= _FEW:
+            link.rouse()  # it takes as long to wake as masks and message take to make
         inputs, made = self._inputs, self._masks_made
         masks = [
             self._supply.take(part.group, inputs * len(part.x), made=made) for part in parts
@@ -145,7 +148,7 @@ class Exchange(Secret):
         failure: SlipError | None = None
         tried: set[Link] = set()
         asked = since = perf_counter()
-        while (link := self._workers.pick(tried, group)) is not None:
+        while link is not None:
             tried.add(link)
             try:
                 with link:  # its turn: until that ends, nobody else uses the buffer of the answer
@@ -160,6 +163,7 @@ class Exchange(Secret):
             except FAILURES as error:
                 failure = error
                 since = self._failed(link, error, message, parts[0].x, since)
+                link = self._workers.pick(tried, group)
                 continue
             ended = perf_counter()
             vault = asked - start + ended - checked

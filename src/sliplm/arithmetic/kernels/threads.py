@@ -11,7 +11,7 @@ from typing import Final
 
 from sliplm import forks
 
-_WORTH: Final = 1 << 22  # multiply-adds, 100 to 200 us: a hand-over costs 20 to 60 us, and may gain nothing
+_WORTH: Final = 1 << 22  # multiply-adds of one row, 300 to 500 us; a hand-over costs 60 to 100 us
 _EACH: Final = 2  # parts for each thread: whoever comes late, or is held up, takes fewer
 
 
@@ -26,9 +26,13 @@ def _pool(process: bytes) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, default_threads() - 1), thread_name_prefix="sliplm-kernel")
 
 
-def pieces(threads: int, macs: int) -> int:
-    """Over how many of `threads` a product of so many multiply-adds is best shared out."""
-    return max(1, min(threads, macs // _WORTH))
+def pieces(threads: int, macs: int, tokens: int = 1) -> int:
+    """Over how many of `threads` a product of so many multiply-adds is best shared out.
+
+    Args:
+        tokens: rows of x that are multiplied together: of 16, three times as many take as long.
+    """
+    return max(1, min(threads, macs // (_WORTH * (1 + tokens // 8))))
 
 
 def in_parallel(part: Callable[[int, int], None], count: int, threads: int, step: int = 1) -> None:

@@ -121,7 +121,7 @@ class VnniMatrix:
         of w elsewhere.
         """
         (m, n), rows, (loop, height) = self.shape, len(x), self._loops[tokens]
-        threads = pieces(self._threads, m * n * rows)
+        threads = pieces(self._threads, m * n * -(-rows // tokens) * tokens, tokens)
         if threads == 1:
             loop(self._w, x, out, tokens, 0, rows, 0, m)
         elif rows >= 2 * threads * TOKENS:
