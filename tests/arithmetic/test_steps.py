@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sliplm.arithmetic import field, rotation, steps
 from sliplm.arithmetic.field import P
 from sliplm.arithmetic.fixedpoint import row_alpha
+from sliplm.arithmetic.lowrank import add_low_rank
 
 LIMIT, NOISE = 123456.7, 0.25
 
@@ -101,7 +102,7 @@ def test_ahead_and_opened_are_the_steps_one_by_one(
             *g.laid, a_transposed, g.b, g.c, g.e, g.x, hidden, alpha, out, expected, losses, first, last
         )  # fmt: skip
     low = np.zeros_like(out)
-    steps.add_low_rank(a_transposed, g.b, g.x, low, 0, 0, rows)
+    add_low_rank(a_transposed, g.b, g.x, low, 0, 0, rows)
     assert np.array_equal(out, low)
     assert np.allclose(low, g.x @ g.b.T @ g.a.T, rtol=1e-3, atol=1e-3)
     for i in range(rows):

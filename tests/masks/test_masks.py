@@ -61,6 +61,7 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = MaskPool(2, make, ahead=0)
         self.seen: set[bytes] = set()
+        self.left, maskpool._LEFT = maskpool._LEFT, 5  # so few that what is left is joined here too
 
     @rule(group=st.integers(0, 1), rows=st.integers(1, 9))
     def take(self, group: int, rows: int) -> None:
@@ -88,10 +89,11 @@ class PoolMachine(RuleBasedStateMachine):
     def counts_are_right(self) -> None:
         for group in range(2):
             ready, hand = self.pool._ready[group], self.pool._hand[group]
-            left = sum(len(batch.u) - batch.used for batch in ready) + (len(hand[0].u) if hand else 0)
+            left = sum(len(batch.u) - batch.used for batch in ready) + sum(len(h.masks.u) for h in hand)
             assert self.pool.available(group) == left
 
     def teardown(self) -> None:
+        maskpool._LEFT = self.left
         self.pool.close()
 
 
@@ -286,8 +288,8 @@ def test_a_row_at_hand_goes_with_the_rest(event: str, monkeypatch: pytest.Monkey
     pool.prepare(0, 2)
     assert pool.available(0) == 3
     hand = pool._hand[0]
-    assert hand is not None
-    assert len(hand[0].u) == 2
+    assert [len(held.masks.u) for held in hand] == [2]
+    row = hand[0].masks.r.tobytes()
     if event == "fall":
         assert pool.drop([b"one"]) == 3
     elif event == "renewal":
@@ -299,9 +301,25 @@ def test_a_row_at_hand_goes_with_the_rest(event: str, monkeypatch: pytest.Monkey
         pool.close()
         with pytest.raises(MaskError):
             pool.take(0, 1)
-        assert pool._hand == [None]
+        assert pool._hand == [[]]
         return
-    assert hand[0].r.tobytes() != pool.take(0, 2).r.tobytes()
+    assert row != pool.take(0, 2).r.tobytes()
+    pool.close()
+
+
+def test_messages_of_changing_sizes_find_their_masks_ready_and_leave_few() -> None:
+    pool = MaskPool(1, make, ahead=0)
+    pool.add([0], 400)
+    for rows in (1, 32, 31, 31, 30, 32, 1, 29, 28, 27, 26, 25):
+        pool.prepare(0, rows)
+        hand = list(pool._hand[0])
+        ready = [held.masks.u for held in hand if len(held.masks.u) >= rows]
+        assert ready  # none has to be made, or joined
+        assert np.shares_memory(pool.take(0, rows).u, ready[0])
+        assert sum(len(held.masks.u) for held in pool._hand[0]) < 64
+    assert pool.available(0) == 400 - 293
+    assert pool.take(0, 107).u.shape == (107, M)
+    assert pool._hand == [[]]
     pool.close()
 
 

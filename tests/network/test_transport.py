@@ -24,6 +24,7 @@ from sliplm.network import authority, keys
 from sliplm.network.addresses import TcpAddress, UnixAddress, parse_address
 from sliplm.network.dialling import connect
 from sliplm.network.listener import Listener, listen
+from sliplm.network.memory import MemoryConnection
 from sliplm.network.patience import CROWDED
 from sliplm.network.transport import Connection, pair
 from sliplm.protocol.frames import WELCOME_BYTES, Header, Kind, pack_header
@@ -218,6 +219,37 @@ def test_whoever_fell_asleep_waits_awake_again(way: str, folder: Path, tmp_path:
                 reads()
                 right.receive_exactly(byte, end)
                 later.join()
+
+
+def test_whoever_is_roused_waits_awake_for_what_is_near(
+    folder: Path, tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """However little patience is left; being roused is no frame, and does no harm to one who is awake."""
+    rung, (never, wake) = threading.Event(), socket.socketpair()
+    with never, wake, joined("shm", folder, tmp_path) as (left, right):
+        assert isinstance(left, MemoryConnection)
+        assert isinstance(right, MemoryConnection)
+        left.rouse()  # nobody sleeps
+        right._patience.judge(CROWDED)
+        heard = right._answer_door
+
+        def note(ready: list[tuple[int, int]]) -> None:
+            heard(ready)
+            if ready:
+                rung.set()
+
+        right._answer_door = note  # type: ignore[method-assign]
+        waiting, end = pool.submit(right.wait, 20, wake.fileno()), soon()
+        while not rung.is_set():
+            left.rouse()
+            assert time.monotonic() < end
+        assert not waiting.done()
+        left.send(b"x", deadline=end)
+        assert waiting.result(20)
+        byte = memoryview(bytearray(1))
+        right.receive_exactly(byte, end)
+        assert bytes(byte) == b"x"
+    left.rouse()  # nor is anybody there
 
 
 @every_way

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sliplm.arithmetic import kernels, steps
+from sliplm.arithmetic import kernels
 from sliplm.arithmetic.field import P
 from sliplm.arithmetic.fixedpoint import ROOM
+from sliplm.arithmetic.lowrank import add_low_rank
 from sliplm.errors import InputError, PrecisionError, SlipWarning, VerificationError
 from sliplm.parties.codec import GroupCodec
 from sliplm.parties.local_products import LocalProducts
@@ -76,7 +77,7 @@ def test_the_product_is_the_plain_formula_in_rational_numbers(
             both = np.float64(first) * (1 / coarse) + np.float64(second) * (1 / fine)
             unmasked[i, j] = np.float32(np.float64(secrets.scale[j]) * both)
     expected = np.zeros_like(out)
-    steps.add_low_rank(np.ascontiguousarray(secrets.a.T), secrets.b, x, expected, 0, 0, rows)
+    add_low_rank(np.ascontiguousarray(secrets.a.T), secrets.b, x, expected, 0, 0, rows)
     expected += secrets.rotation_out().apply_transpose(unmasked)
     assert np.array_equal(out, expected)
 

@@ -23,7 +23,8 @@ def add_low_rank(
     """Add A (B x) to the outputs from `place` on, of rows `first` to `last`.
 
     Args:
-        a_transposed: float32 [k, m].  b: float32 [k, n].  x: float32 [rows, n].  out: float32 [rows, m or more].
+        a_transposed: float32 [k, m].  b: float32 [k, n].  x: float32 [rows, n].
+        out: float32 [rows, place + m or more].
     """
     factors = np.empty((last - first, b.shape[0]), np.float32)
     for i in range(first, last):

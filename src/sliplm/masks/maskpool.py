@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 from sliplm import forks
 from sliplm.errors import MaskError
@@ -18,7 +19,15 @@ from sliplm.secrecy import Secret
 _JUMP = 1_000_000_000  # nanoseconds
 _PAUSES = 0.5, 30.0  # seconds between two tries in the background while nobody deals: first, at most
 _LULL = 0.05  # seconds without a request after which the background deals at will
+_LEFT = 64  # rows at hand that were left by smaller messages, above which larger ones are made of them too
 _NICER = 10  # by how much the background's thread gives way to the others
+
+
+class Held(NamedTuple):
+    """Masks at hand: burnt, made from their key, and not handed out; and who dealt them."""
+
+    masks: Masks
+    marks: tuple[bytes, ...]
 
 
 class Clocks:
@@ -78,7 +87,7 @@ class MaskPool(Secret):
         self._ready: list[deque[Batch]] = [deque() for _ in range(groups)]
         self._few = [kept - max(1, kept // 4) for kept in self._kept]  # rows below which more are dealt
         self._count = [0] * groups  # those at hand too
-        self._hand: list[tuple[Masks, tuple[bytes, ...]] | None] = [None] * groups  # rows and who dealt them
+        self._hand: list[list[Held]] = [[] for _ in range(groups)]
         self._lock = threading.RLock()  # of `_change`, whose own methods are slower
         self._change = threading.Condition(self._lock)
         self._failure: Exception | None = None
@@ -140,10 +149,10 @@ class MaskPool(Secret):
         """
         self._process.check()
         with self._lock:
-            ready = self._ready[group]
-            if ready and self._hand[group] is None:
+            ready, hand = self._ready[group], self._hand[group]
+            if ready and _rows(hand) < rows + _LEFT and all(len(held.masks.u) < rows for held in hand):
                 batch = ready[0]
-                self._hand[group] = batch.burn(rows), batch.marks
+                hand.append(Held(batch.burn(rows), batch.marks))
                 if batch.used == len(batch.u):
                     ready.popleft()
 
@@ -163,11 +172,8 @@ class MaskPool(Secret):
             for group, ready in enumerate(self._ready):
                 self._ready[group] = deque(b for b in ready if self._fallen.isdisjoint(b.marks))
                 self._count[group] = sum(len(batch.u) - batch.used for batch in self._ready[group])
-                hand = self._hand[group]
-                if hand is not None and self._fallen.isdisjoint(hand[1]):
-                    self._count[group] += len(hand[0].u)
-                else:
-                    self._hand[group] = None
+                self._hand[group] = [h for h in self._hand[group] if self._fallen.isdisjoint(h.marks)]
+                self._count[group] += _rows(self._hand[group])
             self._change.notify_all()
             return before - sum(self._count)
 
@@ -198,11 +204,15 @@ class MaskPool(Secret):
             return parts, rows, self._age()
 
     def _burn(self, group: int, rows: int, made: bool = True) -> Masks | None:
-        """Some masks, at most so many: what is at hand where that is enough, or is all there is."""
+        """Some masks, at most so many: what is at hand where that is enough, much, or all there is, for to
+        join it to others copies them.
+        """
         ready, hand = self._ready[group], self._hand[group]
-        if hand is not None and (rows <= len(hand[0].u) or not ready):  # to join it to others copies them
-            part, rest = hand[0][:rows], hand[0][rows:]
-            self._hand[group] = (rest, hand[1]) if len(rest.u) else None
+        enough = [k for k, held in enumerate(hand) if rows <= len(held.masks.u)]
+        if enough or (hand and (not ready or _rows(hand) >= _LEFT)):
+            k = enough[0] if enough else 0
+            part, rest = hand[k].masks[:rows], hand[k].masks[rows:]
+            hand[k : k + 1] = [Held(rest, hand[k].marks)] if len(rest.u) else []
         elif ready:
             part = ready[0].burn(rows, made=made)
             if ready[0].used == len(ready[0].u):
@@ -241,7 +251,7 @@ class MaskPool(Secret):
     def _discard(self) -> None:
         for ready in self._ready:
             ready.clear()
-        self._hand = [None] * len(self._ready)
+        self._hand = [[] for _ in self._ready]
         self._count = [0] * len(self._ready)
 
     def _keep(self, group: int, batch: Batch, age: int) -> None:
@@ -292,6 +302,10 @@ class MaskPool(Secret):
                 continue
             pause, self._failure = _PAUSES[0], None
             self._keep(group, batch, age)
+
+
+def _rows(hand: Sequence[Held]) -> int:
+    return sum([len(held.masks.u) for held in hand])
 
 
 def _give_way() -> None:

@@ -17,6 +17,7 @@ from sliplm.arithmetic.field import Elements, P, Sums
 from sliplm.arithmetic.fixedpoint import EDGE, ROOM, Floats, scale_limit
 from sliplm.arithmetic.kernels.threads import default_threads, in_parallel
 from sliplm.arithmetic.lanes import LANES
+from sliplm.arithmetic.lowrank import add_low_rank
 from sliplm.arithmetic.rotation import Haar
 from sliplm.arithmetic.steps import Losses, Scales, laid_out
 from sliplm.errors import ExhaustedError, InputError, PrecisionError, SlipWarning
@@ -187,7 +188,7 @@ class GroupCodec(Secret):
         asked.challenges = challenges
         if adapter is not None:
             for a_transposed, b, place in self._adapters.get(adapter, ()):
-                self._over(rows, steps.add_low_rank, a_transposed, b, x, out, place)
+                self._over(rows, add_low_rank, a_transposed, b, x, out, place)
 
     def holds(self, asked: Asked, y: Elements) -> bool:
         """Step 4: is y, as many rows of m, the product of x~?  Wrong at most once in p^t.
@@ -320,7 +321,7 @@ def _edge(secrets: GroupSecrets) -> int:
 
 
 def _added(parts: Iterable[LowRank]) -> list[tuple[Floats, Floats, int]]:
-    """A^T and B of each part of an adapter, and its first output, as `steps.add_low_rank` takes them."""
+    """A^T and B of each part of an adapter, and its first output, as `add_low_rank` takes them."""
     return [
         (np.ascontiguousarray(part.a.T), np.ascontiguousarray(part.b), part.first)
         for part in parts
