@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import sliplm
 from _common import console, finish, machine, median, split_smollm2
-from sliplm.engines.transformers.batching import Batch, Request, Room
+from sliplm.engines.transformers.batching import Batch
 from sliplm.engines.transformers.drawing import Drawing
+from sliplm.engines.transformers.loop import Request, Room
 from sliplm.examples import smollm2
 
 PROMPT, LIMIT = 8, 300.0  # tokens of a prompt; seconds

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 import families
 from sliplm.engines.modules import SlipLinear
-from sliplm.engines.transformers.batching import Batch, Request, Room
+from sliplm.engines.transformers.batching import Batch
 from sliplm.engines.transformers.convert import split
 from sliplm.engines.transformers.drawing import Drawing, told
 from sliplm.engines.transformers.load import load, reference
+from sliplm.engines.transformers.loop import Request, Room
 from sliplm.engines.transformers.scoring import score
 from sliplm.errors import InputError, PrecisionError, WorkerUnavailable
 from sliplm.parties.local_worker import LocalWorker

@@ -19,9 +19,10 @@ from browser import Page, browser, chromium
 from rogues import Honest, serving
 from served import Model
 from server import LIMIT, Paced, Server, slip_serve, until
-from sliplm.engines.transformers.batching import Batch, Request, Room
+from sliplm.engines.transformers.batching import Batch
 from sliplm.engines.transformers.drawing import Drawing
 from sliplm.engines.transformers.load import load
+from sliplm.engines.transformers.loop import Request, Room
 from sliplm.errors import InputError
 from sliplm.serving import clients, samples
 from sliplm.serving.door import PAGE, STATE, Door

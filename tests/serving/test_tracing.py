@@ -24,8 +24,9 @@ from opentelemetry.trace import StatusCode
 from rogues import serving
 from served import Model
 from server import Paced, until
-from sliplm.engines.transformers.batching import Batch, Room
+from sliplm.engines.transformers.batching import Batch
 from sliplm.engines.transformers.load import load
+from sliplm.engines.transformers.loop import Room
 from sliplm.errors import InputError
 from sliplm.serving import clients
 from sliplm.serving.app import build

@@ -144,7 +144,7 @@ def command(
         if key is not None and not many:
             waiting.over()  # a passphrase may be asked for
             chosen["key"] = find(key)
-        from sliplm.engines.transformers.batching import Room
+        from sliplm.engines.transformers.loop import Room
         from sliplm.serving import run
         from sliplm.serving.clients import Clients
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from sliplm.engines.transformers.batching import Request
 from sliplm.engines.transformers.drawing import Drawing, Token
+from sliplm.engines.transformers.loop import Request
 from sliplm.engines.transformers.scoring import score
 from sliplm.errors import SlipError
 from sliplm.serving.asked import Body, Completion

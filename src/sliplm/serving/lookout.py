@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from sliplm.arithmetic.field import Elements
-from sliplm.engines.transformers.batching import Step
+from sliplm.engines.transformers.loop import Step
 from sliplm.parties.exchange import Timed
 from sliplm.serving.served import Served
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sliplm.arithmetic.field import Elements
-from sliplm.engines.transformers.batching import Step
+from sliplm.engines.transformers.loop import Step
 from sliplm.parties.exchange import Timed
 from sliplm.serving.lookout import Lookout
 

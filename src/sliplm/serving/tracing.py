@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.trace import Link, NonRecordingSpan, SpanKind, Status, StatusCode, set_span_in_context
 
 from sliplm.arithmetic.field import Elements
-from sliplm.engines.transformers.batching import Request, Step
+from sliplm.engines.transformers.loop import Request, Step
 from sliplm.errors import InputError
 from sliplm.parties.exchange import Timed
 from sliplm.shares.share import sliplm_version
