@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -164,6 +165,27 @@ def test_a_number_is_used_once_though_its_batch_is_gone(
         with pytest.raises(PoolError, match="0 masks are left"):
             masks.take(0, 1)
     assert not {row.tobytes() for row in first} & {row.tobytes() for row in second}
+
+
+def test_what_is_prepared_is_read_before_it_is_taken(
+    folder: Path, anchor: FileAnchor, tmp_path: Path
+) -> None:
+    deal(folder, anchor, (0, 40))
+    with opened(folder, anchor, reserve=32) as masks:
+        masks.prepare(0, 3)  # nothing is burnt yet, and `prepare` burns nothing
+        assert masks.available(0) == 40
+        first = masks.take(0, 16)
+        masks.prepare(0, 16)
+        for file in folder.rglob("*.masks"):
+            file.rename(tmp_path / file.name)
+        second = masks.take(0, 16)
+        assert right(0, first)
+        assert right(0, second)
+        assert len({row.tobytes() for row in (*first.r, *second.r)}) == 32
+        masks.prepare(0, 8)
+        masks.renew()
+        with pytest.raises(PoolError):  # what was prepared and not taken is gone, and the file too
+            masks.take(0, 8)
 
 
 def test_many_takers_never_get_the_same_mask(folder: Path, anchor: FileAnchor) -> None:
@@ -714,6 +736,13 @@ class CrashMachine(RuleBasedStateMachine):
     @rule(data=st.data(), group=GROUPS, rows=ROWS)
     def take(self, data: st.DataObject, group: int, rows: int) -> None:
         self.take_from(self.some_place(data), group, rows)
+
+    @rule(data=st.data(), group=GROUPS, rows=ROWS)
+    def prepare(self, data: st.DataObject, group: int, rows: int) -> None:
+        masks = self.start(self.some_place(data))
+        if masks is not None:
+            with contextlib.suppress(PoolError), self.disk.watched():
+                masks.prepare(group, rows)
 
     @rule(data=st.data(), group=GROUPS, rows=ROWS, calls=CALLS, power=st.booleans())
     def take_and_crash(self, data: st.DataObject, group: int, rows: int, calls: int, power: bool) -> None:

@@ -240,6 +240,17 @@ class DiskPool(Secret, Closing):
                 rows -= len(parts[-1].u)
             return joined(parts)
 
+    def prepare(self, group: int, rows: int) -> None:
+        """Read what the next `take` of so many rows will hand out, of what is burnt already.
+
+        Raises: PoolError when a batch is damaged; ForkError in a forked child.
+        """
+        self._process.check()
+        with self._guard:
+            stock = self._stocks[group]
+            if self._over is None and stock.loaded is None and stock.in_hand() >= rows:
+                self._load(stock, rows)
+
     def _load(self, stock: _Stock, rows: int) -> None:
         """Read some rows at once: to open a file and its keys costs more than a row."""
         pieces = list(stock.pop(min(stock.in_hand(), max(rows, _ROWS_AT_ONCE))))

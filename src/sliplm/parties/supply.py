@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Collection, Sequence
 from time import perf_counter
 
-from sliplm.errors import MaskError, SlipError
+from sliplm.errors import MaskError, PoolError, SlipError
 from sliplm.masks.expected import planned, rows_for
 from sliplm.masks.maskpool import MaskPool
 from sliplm.masks.masks import Batch, Masks
@@ -14,6 +15,8 @@ from sliplm.masks.pool import DiskPool
 from sliplm.parties.counters import Counters
 from sliplm.parties.dealer import Dealing
 from sliplm.secrecy import Secret
+
+logger = logging.getLogger(__name__)
 
 
 class Supply(Secret):
@@ -62,6 +65,11 @@ class Supply(Secret):
         """Make the next `take` of so many rows quick, if that is possible without dealing."""
         if self._disk is None:
             self.memory.prepare(group, rows)
+            return
+        try:
+            self._disk.prepare(group, rows)
+        except PoolError as error:  # those rows are skipped: the request that runs does not need them
+            logger.warning("%s", error)
 
     def add(self, tokens: int) -> None:
         """Deal, in memory, what so many tokens are expected to take of each group.  Raises: MaskError."""
