@@ -149,7 +149,8 @@ def test_what_is_changed_after_the_check_is_never_seen(
         vault.product_on_card(name, there.rows, there.out)
         vault.settle()
         want = vault.product(name, there.x)
-        assert wiped == [MANY]
+        assert wiped[-1] == MANY  # after the trials of this kind of group on the card
+        assert wiped.count(MANY) == 1
         assert np.abs(there.answer() - want).max() <= 1e-3 * np.abs(want).max()
 
 
