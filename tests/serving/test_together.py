@@ -78,7 +78,7 @@ def test_what_is_given_back_or_lost_is_known_to_who_takes_over(make: Callable[[]
 
 def test_another_file_and_an_altered_one_are_refused(make: Callable[[], Vault], tmp_path: Path) -> None:
     make()
-    AuditLog(tmp_path / "other.jsonl").write("serving", "2 replicas")
+    AuditLog(tmp_path / "other.jsonl").write("serving", "2 replicas elsewhere")  # perhaps at the same time
     with pytest.raises(InputError, match="is not the audit record that the command sees"):
         Vault(tmp_path / "other.jsonl", AuditLog(tmp_path / "audit.jsonl").head)
     altered = (tmp_path / "audit.jsonl").read_text().replace("2 replicas", "3 replicas")
