@@ -55,6 +55,34 @@ def test_a_body_is_refused_at_its_first_mistakes(field: str, value: Any, code: s
         assert refusal.code == code
 
 
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"prompt": []}, "prompt", "a list of token ids"),
+        ({"prompt": [-1]}, "prompt", "a list of token ids"),
+        ({"prompt": "\ud800"}, "prompt", "half a character"),
+        ({"prompt": ["a"] * 17}, "prompt", "more than 16 prompts"),
+        ({"stop": ["a"] * 5}, "stop", "a list of up to 4"),
+        ({"seed": 2**63}, "seed", "less than 9223372036854775808"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "'assistant'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "nothing but text"),
+        ({"messages": "a"}, "messages", "list"),
+    ],
+)
+def test_a_refusal_says_what_a_field_takes(change: dict[str, Any], param: str, words: str) -> None:
+    kind, needed = (Chat, {}) if "messages" in change else (Completion, {"prompt": "a"})
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "tiny", **needed, **change})
+    refusal = refused([error | {"loc": ("body", *error["loc"])} for error in caught.value.errors()])
+    assert (refusal.param, words in str(refusal)) == (param, True)
+
+
+def test_what_is_no_json_object_is_told_how_to_be_one() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Completion.model_validate('{"model": "tiny"}')  # as it comes without a content type
+    assert "Content-Type: application/json" in str(refused(caught.value.errors()))
+
+
 def test_of_many_unknown_fields_the_first_is_named() -> None:
     with pytest.raises(ValidationError) as caught:
         Completion.model_validate({"model": "tiny", "prompt": "a"} | {f"x{i}": i for i in range(MANY)})

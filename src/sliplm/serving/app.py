@@ -209,7 +209,7 @@ def _check_policy(client: Client, body: Body) -> None:
     if client.logprobs is None:
         raise forbidden("logprobs")
     if top > client.logprobs:
-        raise forbidden("top_logprobs" if isinstance(body, Chat) else "logprobs")
+        raise forbidden("top_logprobs" if isinstance(body, Chat) else "logprobs", most=client.logprobs)
     if isinstance(body, Completion) and body.echo and not client.echo:
         raise forbidden("echo")
 

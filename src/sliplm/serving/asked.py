@@ -50,6 +50,16 @@ def _few(prompt: object) -> object:
     return prompt
 
 
+_OWN: Final = ("utf8", "too_many")
+"""Mistakes that say themselves what is wrong."""
+
+_FORMS: Final = {
+    "prompt": f"a text, a list of token ids, or a list of up to {CHOICES} of either, none of them empty",
+    "stop": f"a text of up to {STOP} characters, or a list of up to 4",
+    "content": 'a text, or a list of parts {"type": "text", "text": ...}: there is nothing but text here',
+}
+"""What fields take that have alternatives."""
+
 Text = Annotated[str, AfterValidator(_utf8)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Ending = Annotated[Text, Field(max_length=STOP)]
@@ -229,5 +239,22 @@ def refused(errors: Sequence[Any]) -> Refusal:
     if found["type"] == "missing":
         name = where[-1] if where else "the body"
         return wrong(f"{name} is missing", name, "missing_required_parameter")
-    name = where[0] if where else "the body"  # what follows names alternatives of ours
-    return wrong(f"{name}: {found['msg']}", name, "invalid_value")
+    if not where:
+        return wrong(
+            "the body is a JSON object: send it with Content-Type: application/json",
+            "the body",
+            "invalid_value",
+        )
+    part = where[:3] if where[0] == "messages" else where[:1]  # what follows names alternatives of ours
+    name = "".join(f"[{each}]" if each.isdigit() else f".{each}" for each in part).removeprefix(".")
+    return wrong(f"{name}: {_words(found, part[-1])}", name, "invalid_value")
+
+
+def _words(found: Any, name: str) -> str:
+    """What is wrong with a field, of which pydantic may know only what the first alternative takes."""
+    if name in _FORMS and found["type"] not in _OWN:
+        return f"give {_FORMS[name]}"
+    if found["type"] == "less_than":  # pydantic writes it as a float
+        return f"Input should be less than {found['ctx']['lt']}"
+    words: str = found["msg"]
+    return words

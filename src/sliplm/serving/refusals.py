@@ -80,10 +80,15 @@ def no_model(name: str) -> Refusal:
     return Refusal(404, f"there is no model {shown!r}: see /v1/models", code="model_not_found", param="model")
 
 
-def forbidden(what: str) -> Refusal:
-    """The key's policy does not allow it."""
+def forbidden(what: str, *, most: int | None = None) -> Refusal:
+    """The key's policy does not allow it, or no more than so many."""
+    limit = "" if most is None else f" beyond {most}"
     return Refusal(
-        403, f"your key may not ask for {what}", kind="permission_error", code="not_allowed", param=what
+        403,
+        f"your key may not ask for {what}{limit}",
+        kind="permission_error",
+        code="not_allowed",
+        param=what,
     )
 
 
