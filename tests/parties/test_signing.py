@@ -171,6 +171,12 @@ def test_a_certificate_stands_for_a_key(made: Path, share: Path, tmp_path: Path)
     certify(other, tmp_path / "unused.pem", own.public_key())
     with pytest.raises(SignatureError):
         check(open_worker(share), other)
+    with pytest.raises(SignatureError, match="under a certificate: name the authority"):
+        check(open_worker(share), made / "signer" / "public.pem")
+    sign(open_worker(share), made / "signer" / "key.pem")
+    with pytest.raises(SignatureError, match="a key alone: name the signer's public key"):
+        check(open_worker(share), root)
+    sign(open_worker(share), made / "signer" / "key.pem", leaf)
     alter(share)
     with pytest.raises(SignatureError, match="Hash mismatch"):
         check(open_worker(share), root)
@@ -205,7 +211,7 @@ def test_keys_that_cannot_be_used(made: Path, share: Path, tmp_path: Path) -> No
     public.chmod(0o666)
     with pytest.raises(CredentialError, match="written by others"):
         check(opened, public)
-    with pytest.raises(CredentialError):
+    with pytest.raises(CredentialError, match=r"give the signer's public\.pem"):
         check(opened, tmp_path / "nothing.pem")
 
 

@@ -141,7 +141,7 @@ def check(share: WorkerShare, signed_by: Path) -> None:
         except Exception as error:  # a claim of any bytes, and of many kinds of refusal
             raise SignatureError(
                 f"{path} does not show that {share.path} was signed by {signed_by} "
-                f"({type(error).__name__}: {_short(error)}): copy the share and its signature from its "
+                f"({_reason(error, claim, trusted)}): copy the share and its signature from its "
                 "owner again, and serve nothing else"
             ) from error
 
@@ -162,6 +162,8 @@ def _claim(path: Path) -> bytes:
 
 def _trusted(path: Path) -> bytes:
     """The bytes of a public key, or of certificates none of which is the authority of a link's keys."""
+    if not path.exists():
+        raise CredentialError(f"{path} does not exist: give the signer's public.pem, or his authority's")
     check_unwritable(path)
     try:
         data = read_bounded(path, MAX_KEY_BYTES)
@@ -204,6 +206,12 @@ def _listing(library: Any, share: WorkerShare) -> Any:
     return Listing()
 
 
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _reason(error: Exception, claim: bytes, trusted: bytes) -> str:
+    """Why a claim shows nothing, where the library only fails: it is judged by the other kind of anchor."""
+    under = _CERTIFICATE in trusted
+    if not under and b'"x509CertificateChain"' in claim:
+        return "it was signed under a certificate: name the authority that stands for it"
+    if under and b'"publicKey"' in claim:
+        return "it was signed with a key alone: name the signer's public key"
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= 300 else f"{text[:300]}..."
