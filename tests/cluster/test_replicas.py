@@ -290,9 +290,15 @@ def test_without_a_cluster_this_machine_has_one_until_the_end(model: Model, tmp_
                 for _ in range(2)
             ]
             assert {each.choices[0].text for each in asked} == {model.text(PROMPT, 3)}
-            [folder] = Path(short).glob("slip-ray-*")
+            [folder] = [each.parent for each in Path(short).glob("sliplm-*/ray")]
             assert folder.stat().st_mode & 0o077 == 0
-        assert not any(Path(short).glob("slip-ray-*"))
+            assert (folder / ".alive").exists()  # so that the next one removes it after a kill -9
+            for how in ("POST /health", "CONNECT /ready", "PUT /metrics"):
+                with server.connect() as sock:
+                    sock.sendall(f"{how} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                    assert sock.recv(12) == b"HTTP/1.1 405"
+            assert "Traceback" not in server.log
+        assert not any(Path(short).glob("sliplm-*/ray"))
 
 
 def test_what_cannot_be_is_told(model: Model, cluster: Nodes, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import secrets
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import uuid
 import warnings
@@ -21,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple, TypeVar
 
+from sliplm import places
 from sliplm.cluster.tasks import HERE, Executor, Pool
 from sliplm.errors import ClusterError, SlipError, SlipWarning
 
@@ -87,7 +87,8 @@ def joined(address: str | None) -> Iterator[Any]:
             ray.init(**options, log_to_driver=False, configure_logging=False, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             what = "cannot be started here" if address is None else f"at {address} cannot be joined"
-            raise ClusterError(f"the Ray cluster {what} ({first_line(error)})") from error
+            advice = ": name a folder with a shorter path in TMPDIR" if "AF_UNIX path" in str(error) else ""
+            raise ClusterError(f"the Ray cluster {what} ({first_line(error)}){advice}") from error
         try:
             yield ray
         finally:
@@ -97,10 +98,10 @@ def joined(address: str | None) -> Iterator[Any]:
 @contextmanager
 def _own_cluster() -> Iterator[dict[str, Any]]:
     """How a cluster is started whose files nobody else reads: Ray opens its own folder to everybody."""
-    with tempfile.TemporaryDirectory(prefix="slip-ray-", ignore_cleanup_errors=True) as folder:
+    with places.NewFolder() as folder:
         yield {
             "address": "local", "include_dashboard": False, "object_store_memory": _STORE,
-            "_system_config": {"automatic_object_spilling_enabled": False}, "_temp_dir": f"{folder}/ray",
+            "_system_config": {"automatic_object_spilling_enabled": False}, "_temp_dir": f"{folder.path}/ray",
         }  # fmt: skip
 
 
@@ -123,7 +124,8 @@ def _ray() -> Any:
         import ray.exceptions
     except ImportError as error:
         raise ClusterError(
-            "Ray is not installed: pip install 'sliplm[cluster]', or run without --ray"
+            "Ray is not installed: pip install 'sliplm[cluster]', or for --replicas 'sliplm[replicas]', or "
+            "leave --ray and --replicas out"
         ) from error
     if ray.is_initialized():
         raise ClusterError("this process uses a Ray cluster already: call ray.shutdown() first")

@@ -72,9 +72,10 @@ class Front:
         self._refused.add(client, refusal)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in _HEALTH:
+        read = scope["method"] == "GET"  # how else to ask, a replica says
+        if read and scope["path"] in _HEALTH:
             await self._health(_HEALTH[scope["path"]])(scope, receive, send)
-        elif scope["path"] == METRICS:
+        elif read and scope["path"] == METRICS:
             await (await self._metrics(_passed(scope)))(scope, receive, send)
         else:
             client: Client = scope[CLIENT]
