@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: help install demo test test-security test-gpu test-vllm test-cluster test-lm-eval fuzz check bench families wheels sbom clean
+.PHONY: help install demo test test-security test-gpu test-vllm test-cluster test-lm-eval test-openapi fuzz check bench families wheels sbom clean
 
 help:
 	@echo "make demo      split a real model and run it with a worker in a second process"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-vllm vLLM as the vault's engine, in an environment of its own, .venv-vllm"
 	@echo "make test-cluster   splits, dealing, attacks and replicas on a Ray cluster of two nodes, in .venv-cluster"
 	@echo "make test-lm-eval   lm-eval against slip serve, in an environment of its own, .venv-lm-eval"
+	@echo "make test-openapi   schemathesis against slip serve, in an environment of its own, .venv-openapi"
 	@echo "make fuzz SECONDS=600   each fuzz target under atheris for so long"
 	@echo "make check     ruff, mypy --strict, import layers"
 	@echo "make bench     what it costs on this machine"
@@ -74,6 +75,17 @@ $(LM_EVAL)/.installed: pyproject.toml constraints.txt
 
 test-lm-eval: $(LM_EVAL)/.installed
 	HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python -m pytest tests/serving/test_lm_eval.py
+
+OPENAPI := .venv-openapi
+
+$(OPENAPI)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OPENAPI)
+	$(OPENAPI)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]' \
+		schemathesis==4.32.5 openai peft pytest-timeout
+	@touch $@
+
+test-openapi: $(OPENAPI)/.installed
+	HF_HUB_OFFLINE=1 $(OPENAPI)/bin/python -m pytest tests/serving/test_openapi.py
 
 SECONDS ?= 600
 

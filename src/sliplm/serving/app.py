@@ -86,7 +86,11 @@ def _add_figures(app: FastAPI, desk: Desk) -> None:
         text = await asyncio.to_thread(generate_latest, desk.figures.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    text: Any = {200: {"description": "For Prometheus.", "content": {"text/plain": {}}}}
+    trouble = {"schema": {"$ref": f"#/components/schemas/{Troubled.__name__}"}}
+    text: Any = {
+        200: {"description": "For Prometheus.", "content": {"text/plain": {}}},
+        "default": {"description": "No answer.", "content": {"application/json": trouble}},
+    }
     late: Any = {503: {"description": "Not now."}}
     app.add_api_route("/health", health, responses=late)
     app.add_api_route("/ready", ready, responses=late)
