@@ -360,13 +360,17 @@ class Replicas:
         """See them go and come back, for ever."""
         await asyncio.gather(*(each.follow(lambda: alive(self._ray)) for each in self.all))
 
-    def of(self, who: str | None) -> Replica:
-        """Whom to ask for somebody: always the same while that one is up (rendezvous hashing); for nobody in
-        particular, who has least to do.
+    def of(self, who: str | None, able: Callable[[Any], bool]) -> Replica:
+        """Whom to ask for somebody: always the same while that one is up and able (rendezvous hashing); for
+        nobody in particular, who has least to do.
+
+        Args:
+            able: whether there is use in asking one with such news; where none is able, all are.
 
         Raises: Lost where none is up.
         """
         up = [each for each in self.all if each.up]
+        up = [each for each in up if able(each.news)] or up
         if not up:
             raise Lost("no replica is up")
         if who is None:

@@ -30,6 +30,10 @@ OF_ONE: Final = WAITING // 2
 """The same of one client, so that no one keeps out the others."""
 
 
+NO_WORKER: Final = "no worker serves"
+"""Why a vault cannot answer, until one of its workers comes back."""
+
+
 class Refused:
     """How many requests were refused, of whom and why."""
 
@@ -120,7 +124,7 @@ class Desk:
         if self.under_way.total() >= WAITING:
             return "busy"
         if not vault.serves and not vault.computes_here:
-            return "no worker serves"
+            return NO_WORKER
         return None
 
     def exchanges(self) -> Mapping[str, int]:

@@ -21,7 +21,7 @@ from sliplm.parties.audit import AuditLog
 from sliplm.serving import replies
 from sliplm.serving.answering import LOOK
 from sliplm.serving.clients import Client, Clients
-from sliplm.serving.desk import Refused
+from sliplm.serving.desk import NO_WORKER, Refused
 from sliplm.serving.door import CLIENT, METRICS, REQUEST_ID, Door, Message, Receive, Scope, Send
 from sliplm.serving.refusals import Refusal
 
@@ -80,7 +80,7 @@ class Front:
         else:
             client: Client = scope[CLIENT]
             try:
-                replica = self._group.of(None if self._clients is None else client.name)
+                replica = self._group.of(None if self._clients is None else client.name, _able)
             except Lost as lost:
                 raise _lost(lost) from lost
             await _unless_gone(receive, _hand_over(replica, _passed(scope), await _body(receive), send))
@@ -185,6 +185,11 @@ async def _body(receive: Receive) -> bytes:
         found.append(message.get("body", b""))
         more = message.get("more_body", False)
     return b"".join(found)
+
+
+def _able(news: tuple[str | None, str | None]) -> bool:
+    """Whether a replica computes, and has a worker to compute with; one that is busy keeps its clients."""
+    return news[0] is None and news[1] != NO_WORKER
 
 
 def _passed(scope: Scope) -> Message:
