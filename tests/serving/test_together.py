@@ -114,23 +114,32 @@ def group(names: str) -> Replicas:
 
 def test_only_clients_of_the_one_that_is_gone_move_and_they_come_back() -> None:
     replicas, people = group("012"), [f"client-{i}" for i in range(90)]
-    home = {who: replicas.of(who).name for who in people}
+    home = {who: replicas.of(who, bool).name for who in people}
     assert all(15 < list(home.values()).count(name) < 45 for name in "012")
     replicas.all[1]._id = None
-    moved = {who for who in people if replicas.of(who).name != home[who]}
+    moved = {who for who in people if replicas.of(who, bool).name != home[who]}
     assert moved == {who for who in people if home[who] == "1"}
     replicas.all[1]._id = "anew"
-    assert {who: replicas.of(who).name for who in people} == home
+    assert {who: replicas.of(who, bool).name for who in people} == home
+
+
+def test_one_that_is_of_no_use_is_passed_over_while_another_is_not() -> None:
+    replicas = group("01")
+    [who] = [f"client-{i}" for i in range(9) if replicas.of(f"client-{i}", lambda _: True).name == "0"][:1]
+    replicas.all[0].news, replicas.all[1].news = "no worker", "ready"
+    assert replicas.of(who, lambda news: news == "ready").name == "1"
+    assert replicas.of(None, lambda news: news == "ready").name == "1"
+    assert replicas.of(who, lambda news: False).name == "0"
 
 
 def test_nobody_in_particular_goes_where_least_is_done() -> None:
     replicas = group("01")
     replicas.all[0].asked = 1
-    assert replicas.of(None).name == "1"
+    assert replicas.of(None, bool).name == "1"
     for each in replicas.all:
         each._id = None
     with pytest.raises(Lost):
-        replicas.of(None)
+        replicas.of(None, bool)
 
 
 @pytest.mark.parametrize(
