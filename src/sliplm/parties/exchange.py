@@ -129,9 +129,8 @@ class Exchange(Secret):
         for codec in codecs:
             codec.check_left()  # M15: what cannot be checked is not asked for
         begun, late = perf_counter(), self._counters.seconds_dealing_late
-        link = self._workers.pick((), group)
-        if link is not None and len(parts[0].x) <= _FEW:
-            link.rouse()  # it takes as long to wake as masks and message take to make
+        if len(parts[0].x) <= _FEW:
+            self._workers.rouse()  # to wake takes as long as masks and message take to make
         inputs, made = self._inputs, self._masks_made
         masks = [
             self._supply.take(part.group, inputs * len(part.x), made=made) for part in parts
@@ -148,7 +147,7 @@ class Exchange(Secret):
         failure: SlipError | None = None
         tried: set[Link] = set()
         asked = since = perf_counter()
-        while link is not None:
+        while (link := self._workers.pick(tried, group)) is not None:
             tried.add(link)
             try:
                 with link:  # its turn: until that ends, nobody else uses the buffer of the answer
@@ -163,7 +162,6 @@ class Exchange(Secret):
             except FAILURES as error:
                 failure = error
                 since = self._failed(link, error, message, parts[0].x, since)
-                link = self._workers.pick(tried, group)
                 continue
             ended = perf_counter()
             vault = asked - start + ended - checked

@@ -219,6 +219,11 @@ class Workforce:
                 return next_of(up, time.monotonic()).link
             return lost[0].link if lost else None
 
+    def rouse(self) -> None:
+        """A question is near: wake the worker, if there is only one; of several `pick` decides later."""
+        if len(self._members) == 1:
+            self._members[0].link.rouse()
+
     def served(self, link: Link, seconds: float, work: int) -> None:
         """An exchange went well.
 
